@@ -1,0 +1,50 @@
+# make demo   speak the sample clips          make test   everything that must hold
+# make lab    open the lessons in JupyterLab  make readme README.md from nbs/index.ipynb
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+META   := settings.ini setup.py pyproject.toml constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lab readme outputs prepare clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: $(META) | $(BIN)/python
+	@echo "Installing faces2voices into $(VENV) (torch is large: a few minutes) ..."
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(META) | $(BIN)/python
+	@echo "Installing faces2voices and its test tools into $(VENV) (torch is large: a few minutes) ..."
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.package
+
+demo: $(VENV)/.package
+	$(BIN)/faces2voices demo -o demo
+
+lab: $(VENV)/.dev
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+
+readme: $(VENV)/.dev
+	$(BIN)/python tests/make_readme.py
+
+# Daily loop: edit a notebook, then this; commit notebooks and package together.
+prepare: $(VENV)/.dev
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(MAKE) readme
+
+# Run every lesson again and store what it shows (the site is made from stored outputs).
+outputs: $(VENV)/.dev
+	for nb in nbs/*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$nb || exit 1; done
+	$(MAKE) prepare
+
+clean:
+	rm -rf demo _docs _proc build *.egg-info
