@@ -99,7 +99,7 @@ def test_same(a, b, # tensors or arrays
     assert gap <= atol, f"largest difference {gap:.3g} is over {atol:.3g}"
 test_same.__test__ = False
 
-# %% ../nbs/00_core.ipynb #0d6323e0
+# %% ../nbs/00_core.ipynb #a108e503
 @dataclass(frozen=True)
 class Preset:
     "Every size and every training length of one system."
@@ -114,7 +114,7 @@ class Preset:
     lip_encoder: str = "slim"           # `slim`, `avhubert-base`, `avhubert-large`
     lip_width: int = 16                 # channels of the slim encoder's stem
     lip_scale: int = 2                  # the slim encoder shrinks the 88 × 88 lips by this factor first
-    dim: int = 192                      # width of the hierarchy
+    dim: int = 128                      # width of the hierarchy
     n_blocks: int = 3                   # ConvBlocks of the content stage
     mask_kernel: int = 15
     mask_size: int = 5
@@ -123,18 +123,18 @@ class Preset:
     dropout: float = 0.1
     speaker_dim: int = 256
     # flow
-    decoder_channels: tuple = (128, 128)
+    decoder_channels: tuple = (112, 112)
     decoder_mid: int = 2
     sigma_min: float = 1e-4
     condition_drop: float = 0.1
     # vocoder
-    vocoder_channels: int = 192
+    vocoder_channels: int = 256
     vocoder_kernels: tuple = (3, 7)
-    vocoder_dilations: tuple = ((1, 3), (1, 3))
+    vocoder_dilations: tuple = ((1,), (3,))
     # training: optimiser steps of each part, clips (or segments) in a step, peak learning rate
-    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=1500, hierarchy=2500, decoder=4000, vocoder=8000))
-    batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=16, decoder=16, vocoder=8))
-    lr: dict = field(default_factory=lambda: dict(locator=2e-3, speaker=1e-3, hierarchy=1e-3, decoder=5e-4, vocoder=5e-4))
+    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=1000, hierarchy=3000, decoder=3500, vocoder=5800))
+    batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=8))
+    lr: dict = field(default_factory=lambda: dict(locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=8e-4))
 
     def to_json(self) -> dict: "A dict that JSON can hold."; return asdict(self)
 
@@ -147,9 +147,10 @@ class Preset:
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #f1d50b4c
+# %% ../nbs/00_core.ipynb #e7719a8c
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24, lip_scale=1)
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
+    steps=TINY.steps | dict(hierarchy=2000, decoder=2500, vocoder=1000))
 PAPER = replace(TINY, name="paper", face_backend="insightface", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3,

@@ -1,0 +1,23 @@
+"Write README.md from nbs/index.ipynb (`make readme`): prose, code and text results; links made to work from the top folder."
+import re, sys
+from pathlib import Path
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def readme() -> str:
+    "The text of README.md."
+    nb = nbformat.read(ROOT/"nbs"/"index.ipynb", 4)
+    for cell in nb.cells:
+        cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
+        for out in cell.get("outputs", []): out.get("data", {}).pop("image/png", None)
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({_from_root(m[1])})", text)
+    return "<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+def _from_root(link:str) -> str:
+    "A link of nbs/index.ipynb as seen from the top folder."
+    return link.removeprefix("../") if link.startswith("../") else f"nbs/{link}"
+
+if __name__ == "__main__": (ROOT/"README.md").write_text(readme(), encoding="utf-8")

@@ -1,0 +1,311 @@
+"Manifests, corpus readers, preparation and batches."
+import hashlib, io, json, threading, zipfile
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from faces2voices.audio import MEL, energy, vowel
+from faces2voices.core import CorpusError, test_same as same
+from faces2voices.corpora import *
+from faces2voices.corpora import _facts
+from faces2voices.video import Face, FaceBackend, make_backend, write_video
+
+def made_clip(name="a", T=10, speaker="ann", sound=True, seed=0):
+    "A clip of noise and a vowel."
+    g = torch.Generator().manual_seed(seed)
+    wav = vowel(torch.linspace(100, 200, 640*T)) if sound else torch.zeros(0)
+    half = 2*T if sound else 0
+    return Clip(name, speaker, "ah", torch.randint(0, 256, (T, 96, 96), generator=g, dtype=torch.uint8), torch.randint(0, 256, (112, 112, 3), generator=g, dtype=torch.uint8),
+        torch.rand(T, 6, generator=g), torch.zeros(0), wav, torch.full((half,), 5.), torch.ones(half), energy(wav) if sound else torch.zeros(0))
+
+# manifests
+
+def test_a_manifest_comes_back_and_can_be_moved(tmp_path):
+    (tmp_path/"a").mkdir()
+    entries = [Entry("x", tmp_path/"a/films/é.mp4", "ann", "it's ünïcode", "val", dict(n=1, deep=dict(a=[1, 2]))), Entry("y", tmp_path/"out.mp4")]
+    write_manifest(entries, tmp_path/"a/m.jsonl")
+    assert read_manifest(tmp_path/"a/m.jsonl") == entries
+    (tmp_path/"a").rename(tmp_path/"b")
+    moved = read_manifest(tmp_path/"b/m.jsonl")
+    assert moved[0].path == tmp_path/"b/films/é.mp4" and moved[1].path == tmp_path/"out.mp4"
+
+@pytest.mark.parametrize("line, says", [('{"name": "b"', "line 2 is not JSON"), ("[1]", "line 2 is not an object"), ('{"path": "b.mp4"}', "line 2 lacks name"),
+    ('{"name": "b", "path": 3}', "line 2 has a path that is not a string"), ('{"name": "../b", "path": "b.mp4"}', "cannot name a file"), ('{"name": "a", "path": "b.mp4"}', "'a' occurs twice")])
+def test_a_bad_line_is_named(tmp_path, line, says):
+    (tmp_path/"m.jsonl").write_text('{"name": "a", "path": "a.mp4"}\n' + line + "\n")
+    with pytest.raises(CorpusError, match=says): read_manifest(tmp_path/"m.jsonl")
+
+def test_a_missing_manifest_is_a_corpus_error(tmp_path):
+    with pytest.raises(CorpusError, match="no such manifest"): read_manifest(tmp_path/"m.jsonl")
+
+# readers
+
+def test_grid_names_spell_sentences():
+    assert grid_text("lwiz4p") == "lay white in z four please"
+    for bad in ("bbaf2", "bbaw2n", "xbaf2n"):
+        with pytest.raises(CorpusError): grid_text(bad)
+
+def test_grid_of_the_real_corpus_agrees_with_its_word_times(shared):
+    root = shared/"grid"
+    s1 = grid(root)
+    assert len(s1) == 900 and [len(grid(root, "s1", s)) for s in ("train", "val", "test")] == [800, 50, 50] and len(grid(root, "s4")) == 43
+    assert all(" ".join(w.text for w in grid_words(e)) == e.text for e in s1 + grid(root, "s4"))
+    beside = grid(root/"others", "s33")
+    assert [len(grid_words(e)) for e in beside] == [6]*3 and beside[0].split == ""
+    words = grid_words(s1[0])
+    assert all(a.end <= b.start for a, b in zip(words, words[1:])) and words[-1].end < 3
+
+def test_jsgf_is_read_by_a_recogniser():
+    pocketsphinx = pytest.importorskip("pocketsphinx")
+    decoder = pocketsphinx.Decoder(samprate=16000, loglevel="FATAL", lm=None)
+    decoder.add_jsgf_string("grid", grid_jsgf())
+    decoder.activate_search("grid")
+    assert all(decoder.lookup_word(w) for words in GRID_GRAMMAR.values() for w in words.values())
+
+def touch(path, text=None):
+    path.parent.mkdir(parents=True, exist_ok=True); path.touch()
+    if text: path.with_suffix(".txt").write_text(text)
+
+def test_lrs_layouts(tmp_path):
+    touch(tmp_path/"l3/trainval/idA/50001.mp4", "Text:  I'M GLAD\nConf:  4\nRef: x\n"); touch(tmp_path/"l3/test/idB/00001.mp4", "Text:  YES\n"); touch(tmp_path/"l3/pretrain/idC/00001.mp4")
+    assert [e[0:1] + e[2:5] for e in lrs3(tmp_path/"l3")] == [("pretrain_idC_00001", "idC", "", "pretrain"), ("trainval_idA_50001", "idA", "i'm glad", "train"), ("test_idB_00001", "idB", "yes", "test")]
+    assert [e.text for e in lrs3(tmp_path/"l3", "test")] == ["yes"]
+    touch(tmp_path/"l2/mvlrs_v1/main/5/00001.mp4", "Text:  HELLO\nConf:  5\n"); touch(tmp_path/"l2/mvlrs_v1/main/6/00002.mp4", "Text:  BYE\n")
+    (tmp_path/"l2/train.txt").write_text("5/00001\n"); (tmp_path/"l2/test.txt").write_text("6/00002 NF\n")
+    two = lrs2(tmp_path/"l2")
+    assert [(e.text, e.split) for e in two] == [("hello", "train"), ("bye", "test")] and all(e.path.exists() for e in two) and two[0].speaker != two[1].speaker
+    with pytest.raises(CorpusError, match="val.txt"): lrs2(tmp_path/"l2", "val")
+    touch(tmp_path/"vox/train/aB-_9/00000.mp4", "Text:  WELL\n"); touch(tmp_path/"vox/train/aB-_9/00001.mp4", "Text:  YES\n")
+    assert [e.text for e in voxmm(tmp_path/"vox")] == ["well", "yes"] and len({e.speaker for e in voxmm(tmp_path/"vox")}) == 2
+    for names in (lrs3(tmp_path/"l3"), two, voxmm(tmp_path/"vox")): write_manifest(names, tmp_path/"m.jsonl", overwrite=True); read_manifest(tmp_path/"m.jsonl")
+
+def test_folder_takes_any_video(tmp_path):
+    touch(tmp_path/"ann/a b.MOV"); touch(tmp_path/"bob/.x/c.webm"); touch(tmp_path/"notes.txt")
+    assert [(e.name, e.speaker) for e in folder(tmp_path)] == [("ann_a_b", "ann"), ("bob_.x_c", ".x")]
+    for empty in (tmp_path/"none", tmp_path/"empty"):
+        (tmp_path/"empty").mkdir(exist_ok=True)
+        with pytest.raises(CorpusError): folder(empty)
+
+# the downloader, against a server of our own
+
+class Archive(BaseHTTPRequestHandler):
+    files, ranges, cut, served = {}, True, None, []
+    def log_message(self, *args): pass
+    def do_GET(self):
+        name = self.path.strip("/")
+        body = self.record() if name == "record" else self.files[name]
+        start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in self.headers and self.ranges else 0
+        self.served.append((name, start))
+        self.send_response(206 if start else 200); self.send_header("Content-Length", len(body) - start); self.end_headers()
+        self.wfile.write(body[start:self.cut] if name != "record" else body)
+    def record(self):
+        url = f"http://127.0.0.1:{self.server.server_port}"
+        return json.dumps(dict(files=[dict(key=k, size=len(v), checksum="md5:" + hashlib.md5(v).hexdigest(), links=dict(self=f"{url}/{k}")) for k, v in self.files.items()])).encode()
+
+def zipped(files):
+    buf = io.BytesIO()
+    with zipfile.ZipFile(buf, "w") as z:
+        for name, text in files.items(): z.writestr(name, text)
+    return buf.getvalue()
+
+@pytest.fixture()
+def archive():
+    handler = type("Once", (Archive,), dict(served=[], files={"s1.zip": zipped({"s1/bbaf2n.mpg": "film"*500, "__MACOSX/x": ""}), "alignments.zip": zipped({"alignments/s1/bbaf2n.align": "0 25000 bin\n"})}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield handler, f"http://127.0.0.1:{server.server_port}/record"
+    server.shutdown(); server.server_close()
+
+def test_download_unpacks_and_is_done_once(tmp_path, archive):
+    handler, url = archive
+    download_grid(tmp_path, ["s1"], url)
+    assert grid_words(grid(tmp_path)[0]) == [(0, 1, "bin")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alignments", "s1"]
+    handler.served.clear(); download_grid(tmp_path, ["s1"], url)
+    assert handler.served == [("record", 0)]
+    with pytest.raises(CorpusError, match="holds no s9.zip"): download_grid(tmp_path, ["s9"], url)
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_stopped_download_goes_on(tmp_path, archive, ranges):
+    handler, url = archive
+    handler.cut, handler.ranges = 100, ranges
+    with pytest.raises(CorpusError, match="stopped after 100|cannot be fetched"): download_grid(tmp_path, ["s1"], url)
+    handler.cut = None; handler.served.clear()
+    download_grid(tmp_path, ["s1"], url)
+    assert ("alignments.zip", 100 if ranges else 0) in handler.served and (tmp_path/"s1/bbaf2n.mpg").read_text() == "film"*500
+
+def test_a_wrong_checksum_is_not_kept(tmp_path, archive):
+    handler, url = archive
+    with pytest.raises(CorpusError, match="checksum"): download(url.replace("record", "s1.zip"), tmp_path/"s1.zip", len(handler.files["s1.zip"]), "0"*32)
+    assert list(tmp_path.iterdir()) == []
+
+def test_no_connection_is_a_corpus_error(tmp_path):
+    with pytest.raises(CorpusError, match="cannot be read"): download_grid(tmp_path, record="http://127.0.0.1:9/record")
+
+# preparation
+
+class Eyes(FaceBackend):
+    "Knows where the face would be, if the frame is not of one colour."
+    name = "eyes"
+    def detect(self, frame): return [Face(np.array([40., 40, 120, 130]), np.array([[60., 70], [100, 70], [80, 92], [64, 112], [96, 112]]), 1.)]*int(frame.std() > 5)
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    "Two films of a face (of a kind) and two files that cannot be used."
+    d, frame = tmp_path_factory.mktemp("films"), np.arange(160*160*3).reshape(160, 160, 3).astype(np.uint8)
+    write_video(d/"ah.mp4", np.stack([frame]*12), vowel(torch.full((640*12,), 200.)))
+    write_video(d/"silent.mp4", np.stack([frame]*10))
+    write_video(d/"wall.mp4", np.full((10, 160, 160, 3), 128, np.uint8))
+    (d/"fake.mp4").write_text("no film")
+    return d
+
+@pytest.fixture(scope="module")
+def prepared(films, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")/"prepared"
+    assert prepare(folder(films), out, Eyes(), progress=False) == (2, 0, 2)
+    return out
+
+def test_failures_are_written_down(prepared):
+    bad = {b["name"]: b["reason"] for b in map(json.loads, (prepared/"failures.jsonl").read_text().splitlines())}
+    assert bad.keys() == {"fake", "wall"} and bad["fake"].startswith("MediaError") and bad["wall"].startswith("NoFaceError")
+    assert all(e.extra.keys() == {"frames", "sound", "backend"} for e in read_manifest(prepared/"manifest.jsonl"))
+    facts = {e.name: (e.extra["frames"], e.extra["sound"], e.extra["backend"]) for e in read_manifest(prepared/"manifest.jsonl")}
+    assert facts == dict(ah=(12, True, "eyes"), silent=(10, False, "eyes"))
+
+def test_a_second_run_keeps_whole_files_and_mends_broken_ones(films, prepared):
+    before = (prepared/"silent.npz").stat().st_mtime_ns
+    whole = (prepared/"ah.npz").read_bytes()
+    (prepared/"ah.npz").write_bytes(whole[:len(whole)//2])
+    with pytest.raises(CorpusError, match="not a prepared clip"): load_clip(prepared/"ah.npz")
+    assert prepare(folder(films), prepared, Eyes, progress=False) == (1, 1, 2)      # here the backend is a function
+    assert (prepared/"silent.npz").stat().st_mtime_ns == before and load_clip(prepared/"ah.npz").lips.shape == (12, 96, 96)
+    assert not [p for p in prepared.iterdir() if p.name.startswith(".part")]
+
+def test_backends_do_not_mix(films, prepared):
+    class Other(Eyes): name = "other"
+    with pytest.raises(CorpusError, match="'eyes', not 'other'"): prepare(folder(films), prepared, Other(), progress=False)
+
+def test_later_calls_add_to_the_manifest(films, tmp_path):
+    one, two = [e for e in folder(films) if e.name in ("ah", "silent")]
+    prepare([one], tmp_path/"p", Eyes(), progress=False); prepare([two], tmp_path/"p", Eyes(), progress=False)
+    assert ClipDataset(tmp_path/"p", sound=False).names == ["ah", "silent"]
+
+def test_nothing_usable_is_an_error(films, tmp_path):
+    with pytest.raises(CorpusError, match="none of 1 clips.*no such file"): prepare([Entry("x", films/"nowhere.mp4")], tmp_path, Eyes(), progress=False)
+    with pytest.raises(CorpusError, match="twice"): prepare([Entry("x", films/"ah.mp4")]*2, tmp_path, Eyes(), progress=False)
+
+def test_two_processes_do_what_one_does(films, prepared, tmp_path):
+    assert prepare(folder(films), tmp_path, Eyes, workers=2, progress=False) == (2, 0, 2)
+    for name in ("ah", "silent"):
+        for a, b in zip(load_clip(prepared/f"{name}.npz"), load_clip(tmp_path/f"{name}.npz")):
+            if torch.is_tensor(a): same(a, b)
+
+def test_grid_with_a_real_face(shared, tmp_path):
+    pytest.importorskip("insightface")
+    entry = grid(shared/"grid")[0]
+    prepare([entry], tmp_path, make_backend("insightface", shared/"insightface"), progress=False)
+    clip = ClipDataset(tmp_path, split="train")[0]
+    assert clip.lips.shape == (75, 96, 96) and clip.wav.shape == (48000,) and clip.identity.shape == (128,) and clip.text == entry.text
+    assert 80 < clip.log_f0[clip.voiced > 0].exp().median() < 180            # a man's voice
+    words = grid_words(entry)
+    loud = clip.energy[int(words[0].start*50):int(words[-1].end*50)].mean() - clip.energy[:int(words[0].start*50) - 5].mean()
+    assert loud > 1                                                           # sound and word times agree
+
+def test_an_npz_cannot_run_code(tmp_path):
+    np.savez(tmp_path/"x.npz", **{k: np.array([print], dtype=object) for k in Clip._fields[:11]})
+    with pytest.raises(CorpusError, match="not a prepared clip"): load_clip(tmp_path/"x.npz")
+    assert _facts(tmp_path/"x.npz") == {}
+
+# data sets and batches
+
+def test_a_clip_comes_back_from_its_file(tmp_path):
+    clip = made_clip()
+    save_clip(clip, tmp_path/"a.npz")
+    back = load_clip(tmp_path/"a.npz")
+    assert back[:3] == clip[:3]
+    for k in ("lips", "face", "log_f0", "voiced", "energy", "identity"): same(getattr(back, k), getattr(clip, k))
+    same(back.wav, clip.wav, atol=2e-5); same(back.expression, clip.expression, atol=5e-4)
+
+class Parity(nn.Module):
+    "A quantizer of a kind: is the unit's energy above its mean?"
+    def forward(self, wav): return (energy(wav) > energy(wav).mean()).long()
+
+class Mean(nn.Module):
+    "A speaker encoder of a kind."
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(80, 256))
+    def forward(self, mel, mask): return nn.functional.normalize(mel.mean(-1) @ self.w, dim=-1)
+
+def test_targets_are_computed_once_and_are_those_of_the_clip():
+    clips = [made_clip("a", 10), made_clip("b", 6, seed=1)]
+    dataset = ClipDataset(clips).add(units=Parity(), speaker=Mean())
+    same(dataset[1].mel, MEL.normalize(MEL(clips[1].wav)))
+    same(dataset[1].units, Parity()(clips[1].wav)); assert dataset[0].voice.shape == (256,) and not dataset[0].voice.requires_grad
+    assert dataset[0].mel is dataset[0].mel
+    same(collate([dataset[0], dataset[1]]).units, collate(clips, Parity(), Mean()).units)
+    assert [c.name for c in dataset] == ["a", "b"] and ClipDataset(clips, names=["b"]).names == ["b"]
+
+def test_a_padded_batch_holds_each_clip_unchanged():
+    clips = [made_clip("a", 10), made_clip("b", 6, seed=1), made_clip("c", 3, seed=2)]
+    batch = collate(clips, Parity(), Mean())
+    assert batch.lips.shape == (3, 1, 10, 88, 88) and batch.mel.shape == (3, 80, 40) and batch.units.dtype == torch.long
+    assert batch.mask.sum(1).tolist() == [10, 6, 3]
+    for i, clip in enumerate(clips):
+        T, alone = len(clip.lips), collate([clip], Parity(), Mean())
+        same(batch.mel[i, :, :4*T], alone.mel[0]); same(batch.lips[i, :, :T], alone.lips[0]); same(batch.units[i, :2*T], alone.units[0])
+        same(batch.speaker[i], alone.speaker[0]); same(batch.expression[i, :T], clip.expression); same(batch.energy[i, :2*T], clip.energy)
+        same(alone.lips[0, 0], (clip.lips[:, 4:92, 4:92]/255 - .421)/.165, atol=1e-5)
+        same(alone.face[0], clip.face.permute(2, 0, 1)/127.5 - 1, atol=1e-6)
+        assert (batch.units[i, 2*T:] == -100).all() and (batch.lips[i, :, T:] == 0).all() and (batch.mel[i, :, 4*T:] == 0).all()
+
+def test_mask_to_repeats():
+    mask = torch.tensor([[True, False], [True, True]])
+    same(mask_to(mask, 2), torch.tensor([[True, True, False, False], [True]*4])); assert mask_to(mask, 4).dtype == torch.bool
+
+def test_training_views_are_windows_of_the_clip():
+    clip = made_clip(T=1)
+    batch = collate([clip]*40, train=True, rng=torch.Generator().manual_seed(0))
+    flat = lambda x: nn.functional.normalize((x := x.flatten(1).float()) - x.mean(1, keepdim=True), dim=1)
+    windows = clip.lips.unfold(1, 88, 1).unfold(2, 88, 1).reshape(-1, 88, 88)
+    alike = flat(batch.lips[:, 0, 0]) @ flat(torch.cat([windows, windows.flip(-1)])).T      # brightness changes nothing in a correlation
+    assert alike.shape == (40, 162) and (alike.amax(1) > .9999).all()
+    assert 8 < (alike.argmax(1) >= 81).sum() < 32 and len(set(alike.argmax(1).tolist())) > 20
+    assert .05 < batch.lips.mean((1, 2, 3, 4)).std() < .5
+
+def test_a_batch_is_a_function_of_its_step():
+    dataset = ClipDataset([made_clip(str(i), 4 + i % 5, seed=i) for i in range(11)])
+    a, b = batches(dataset, 3, seed=4), batches(dataset, 3, seed=4)
+    a(0)
+    for step in (7, 2): assert a(step).names == b(step).names; same(a(step).lips, b(step).lips)
+    epoch = [n for step in range(3) for n in a(step).names]
+    assert len(set(epoch)) == 9 and epoch != [n for step in range(3, 6) for n in a(step).names]
+    assert len({n for step in range(12) for n in a(step).names}) == 11                # the odd ones change from epoch to epoch
+    assert batches(dataset, 64)(0).mask.shape[0] == 11
+
+def test_buckets_cover_everything_and_pad_little():
+    lengths = np.random.default_rng(0).integers(20, 200, 960)
+    sampler = BucketSampler(lengths, 16)
+    plan = sampler.plan(0)
+    assert sorted(sum(plan, [])) == list(range(960)) and plan == BucketSampler(lengths, 16).plan(0) != sampler.plan(1)
+    assert sum(lengths[b].max()*16 for b in plan) < 1.08*lengths.sum()
+
+def test_the_sampler_drives_a_dataloader():
+    dataset = ClipDataset([made_clip(str(i), 4, seed=i) for i in range(6)])
+    loader = DataLoader(dataset, batch_sampler=BucketSampler(dataset.lengths, 2), collate_fn=partial(collate, train=True))
+    assert len(loader) == 3 and sorted(n for b in loader for n in b.names) == list("012345")
+
+def test_soundless_clips_are_left_out_of_training_but_can_be_collated(prepared):
+    assert ClipDataset(prepared).names == ["ah"] and len(ClipDataset(prepared, sound=False)) == 2
+    batch = collate([load_clip(prepared/"silent.npz")], Parity(), Mean())
+    assert (batch.units == -100).all() and batch.mel.shape == (1, 80, 40) and (batch.mel == 0).all() and batch.log_f0.shape == (1, 20)
+    assert ClipDataset([made_clip("q", sound=False), made_clip("r")]).names == ["r"]
+
+def test_a_folder_that_was_not_prepared(tmp_path):
+    write_manifest([Entry("x", tmp_path/"x.mp4")], tmp_path/"manifest.jsonl")
+    with pytest.raises(CorpusError, match="does not hold prepared clips"): ClipDataset(tmp_path)
+
+def test_batch_moves_to_a_device():
+    batch = collate([made_clip()]).to("meta")
+    assert batch.mel.device.type == "meta" and batch.names == ["a"]

@@ -1,0 +1,185 @@
+"The training loop: resume, averages, the guard, checkpoints, adversaries, two processes."
+import json, math, os, runpy, subprocess, sys
+from typing import NamedTuple
+import pytest, torch
+from torch import nn
+from faces2voices.core import CheckpointError, test_same as same
+from faces2voices.training import EMA, fit, schedule, shuffled
+
+def batch_of(step):
+    g = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 3, generator=g)
+    return x, x.sum(1, keepdim=True)
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(.2), nn.Tanh(), nn.Linear(8, 1))
+
+def loss_of(model): return lambda b: (model(b[0]) - b[1]).pow(2).mean()
+
+def train(model, run_dir=None, steps=20, **kw):
+    return fit(loss_of(model), model, batch_of, steps, 1e-2, name="net", run_dir=run_dir, log_every=5, warmup=5, **kw)
+
+def stop_at(step, error=KeyboardInterrupt):
+    def callback(line):
+        if line["step"] == step: raise error
+    return callback
+
+def test_resume_is_exact(tmp_path):
+    a, b = net(0), net(0)
+    log = train(a, tmp_path/"a")
+    with pytest.raises(KeyboardInterrupt): train(b, tmp_path/"b", callback=stop_at(10))
+    c = net(5)
+    again = train(c, tmp_path/"b")
+    for k, v in a.state_dict().items(): same(v, c.state_dict()[k])
+    strip = lambda log: [{k: v for k, v in line.items() if k != "seconds"} for line in log]
+    assert strip(log) == strip(again)
+    assert [json.loads(l)["step"] for l in (tmp_path/"b"/"net.jsonl").read_text().splitlines()] == [5, 10, 15, 20]
+
+def test_a_crash_loses_only_the_steps_since_the_last_save(tmp_path):
+    a, b, c = net(0), net(0), net(3)
+    train(a)
+    with pytest.raises(ZeroDivisionError): train(b, tmp_path, callback=stop_at(15, ZeroDivisionError), save_every_seconds=0)
+    train(c, tmp_path)
+    for k, v in a.state_dict().items(): same(v, c.state_dict()[k])
+
+def test_a_finished_run_is_loaded_not_trained(tmp_path):
+    a, b = net(0), net(1)
+    train(a, tmp_path)
+    fit(loss_of(b), b, lambda step: pytest.fail("drew a batch"), 20, 1e-2, name="net", run_dir=tmp_path)
+    for k, v in a.state_dict().items(): same(v, b.state_dict()[k])
+
+def test_resume_false_starts_again(tmp_path):
+    a, b = net(0), net(0)
+    train(a, tmp_path); log = train(b, tmp_path, resume=False)
+    assert len(log) == 4
+    for k, v in a.state_dict().items(): same(v, b.state_dict()[k])
+
+def test_the_seed_decides_the_dropout():
+    a, b, c = net(0), net(0), net(0)
+    train(a, seed=1); train(b, seed=1); train(c, seed=2)
+    same(a[0].weight, b[0].weight)
+    assert (a[0].weight - c[0].weight).abs().max() > 1e-4
+
+def test_ema_closed_form():
+    m = nn.Linear(2, 2)
+    with torch.no_grad(): m.weight.fill_(0.)
+    ema = EMA(m, .95)
+    with torch.no_grad(): m.weight.fill_(1.)
+    for k in range(300): ema.update(m, k)
+    left = math.prod(min(.95, (1 + k)/(10 + k)) for k in range(300))
+    same(ema.module.weight, torch.full((2, 2), 1 - left), atol=1e-5)
+
+def test_ema_copies_buffers():
+    m = nn.BatchNorm1d(2)
+    ema = EMA(m, .9)
+    m(torch.randn(8, 2) + 5); ema.update(m, 0)
+    same(ema.module.running_mean, m.running_mean); assert int(ema.module.num_batches_tracked) == 1
+
+def test_the_module_ends_with_the_average(tmp_path):
+    m, seen = nn.Linear(3, 1), []
+    def loss(b): seen.append(m.weight.detach().clone()); return loss_of(m)(b)
+    fit(loss, m, batch_of, 30, 1e-1, name="m", ema=.9, warmup=1, run_dir=tmp_path)
+    last = torch.load(tmp_path/"m.ckpt", weights_only=True)["learners"][0]["module"]["weight"]
+    average = seen[0]
+    for k, w in enumerate(seen[1:] + [last]): average = average.lerp(w, 1 - min(.9, (1 + k)/(10 + k)))
+    same(m.weight, average, atol=1e-5)
+    assert (average - last).abs().max() > 1e-4 and not m.training
+
+def test_plain_adamw_is_the_reference():
+    "One learner, no average, no clipping that bites: the same weights as the textbook loop."
+    a, b = nn.Linear(3, 1), nn.Linear(3, 1)
+    b.load_state_dict(a.state_dict())
+    fit(loss_of(a), a, batch_of, 12, 1e-2, name="a", ema=0., warmup=3, clip=1e9)
+    opt = torch.optim.AdamW(b.parameters(), 1e-2, betas=(.9, .99))
+    for step in range(12):
+        for g in opt.param_groups: g["lr"] = 1e-2*schedule(step, 12, 3)
+        opt.zero_grad(); loss_of(b)(batch_of(step)).backward(); opt.step()
+    same(a.weight, b.weight, atol=1e-6)
+
+class Named(NamedTuple):
+    names: list
+    x: torch.Tensor
+
+def test_nan_guard_names_the_batch(tmp_path):
+    m = nn.Linear(1, 1)
+    def clip(step): return Named([f"clip{step}"], torch.full((2, 1), float("nan") if step == 4 else 1.))
+    with pytest.raises(FloatingPointError, match=r"step 4.*nan.*clip4"):
+        fit(lambda b: m(b.x).mean(), m, clip, 10, 1e-2, name="m", run_dir=tmp_path, save_every_seconds=0)
+    assert m.weight.isfinite().all()
+    assert torch.load(tmp_path/"m.ckpt", weights_only=True)["step"] == 4
+
+def test_guard_sees_gradients_too():
+    m = nn.Linear(1, 1)
+    def loss(b): return (m.weight - m.weight.detach()).abs().sqrt().sum()    # value 0, gradient not finite
+    with pytest.raises(FloatingPointError): fit(loss, m, lambda step: 0, 2, 1e-2, name="m")
+
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    a = net(0)
+    train(a, tmp_path)
+    before = (tmp_path/"net.ckpt").read_bytes()
+    def half(obj, f): f.write_bytes(b"half"); raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError): train(net(0), tmp_path, resume=False)
+    assert (tmp_path/"net.ckpt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.ckpt", "net.jsonl"]
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(net(0), tmp_path)
+    other = nn.Linear(3, 1)
+    with pytest.raises(CheckpointError, match="net.ckpt"): train(other, tmp_path)
+
+def test_a_checkpoint_that_is_a_pickle_is_refused(tmp_path):
+    import pickle
+    class Evil:
+        def __reduce__(self): return (os.system, (f"touch {tmp_path/'owned'}",))
+    (tmp_path/"net.ckpt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(CheckpointError): train(net(0), tmp_path)
+    assert not (tmp_path/"owned").exists()
+
+def test_adversaries_are_blind_to_each_other():
+    a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    start = b.weight.item()
+    log = fit((lambda _: (a.weight*b.weight).sum(), lambda _: b.weight.sum()*0 + a.weight.detach().sum()), (a, b),
+              lambda step: 0, 5, 1e-3, name="x", log_every=1, warmup=1)
+    assert abs(b.weight.item() - start*(1 - 5e-5)) < 1e-3       # only weight decay moved it
+    assert {"total", "linear_total"} <= set(log[0])
+
+def test_frozen_weights_stay_frozen():
+    m = net(0); m[0].weight.requires_grad_(False)
+    before = m[0].weight.clone()
+    train(m, steps=5)
+    same(m[0].weight, before); assert not m[0].weight.requires_grad and m[4].weight.requires_grad
+
+@pytest.mark.parametrize("n,batch", [(10, 4), (7, 7), (3, 8), (5, 1)])
+def test_shuffled_shows_every_example_once_a_pass(n, batch):
+    draw = shuffled(n, batch, seed=3)
+    seen = [i for step in range(3*n) for i in draw(step)]
+    assert all(len(draw(s)) == batch for s in range(5))
+    for p in range(3*batch): assert sorted(seen[p*n:(p + 1)*n]) == list(range(n))
+
+def test_schedule():
+    rates = [schedule(k, 100, 10) for k in range(100)]
+    assert rates[9] == rates[10] == 1 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True) and rates[55] == pytest.approx(.5)
+
+TWO = """
+import sys, torch
+from torch import nn
+from accelerate import Accelerator
+from faces2voices.training import fit
+def part(step): return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+def both(step): return torch.cat([part(2*step), part(2*step + 1)])
+torch.manual_seed(0); m = nn.Linear(3, 2)
+world = Accelerator().num_processes
+fit(lambda x: (m(x) - x.sum(1, keepdim=True)).pow(2).mean(), m, part if world == 2 else both, 8, 1e-2, name="m", run_dir=sys.argv[1], warmup=2)
+"""
+
+def test_two_processes_equal_one_with_both_batches(tmp_path, monkeypatch):
+    script = tmp_path/"two.py"; script.write_text(TWO)
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path/"one")])
+    runpy.run_path(str(script))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(tmp_path/"two")],
+                   env=env, check=True, timeout=600)
+    one, two = (torch.load(tmp_path/d/"m.ckpt", weights_only=True)["learners"][0]["module"] for d in ("one", "two"))
+    for k in one: same(one[k], two[k], atol=1e-6)

@@ -1,0 +1,298 @@
+"Reading, writing, dubbing, tracking and cropping video: every claim against an oracle."
+from fractions import Fraction
+import av
+import numpy as np
+import pytest
+import torch
+from faces2voices.core import F2VError, MediaError, NoFaceError, ToolMissingError, test_same
+from faces2voices import video as V
+
+def encode(path, frames, times, rate=25, base=1000, codec="libx264", rotation=0, sound_at=None):
+    "Write `frames` at `times` (seconds), with a click track that begins at `sound_at` seconds."
+    with av.open(str(path), "w") as out:
+        s = out.add_stream(codec, rate=rate, width=frames[0].shape[1], height=frames[0].shape[0], pix_fmt="yuv420p")
+        if rotation: s.set_display_rotation(rotation)
+        s.codec_context.time_base = Fraction(1, base)
+        a = None if sound_at is None else out.add_stream("aac", rate=16000, layout="mono", format="fltp")
+        for frame, t in zip(frames, times):
+            f = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            f.pts, f.time_base = round(t*base), Fraction(1, base)
+            out.mux(s.encode(f))
+        out.mux(s.encode(None))
+        if a:
+            noise = (0.2*np.random.default_rng(0).standard_normal((1, 16384))).astype(np.float32)
+            for k in range(0, 16384, 1024):
+                f = av.AudioFrame.from_ndarray(noise[:, k:k + 1024].copy(), format="fltp", layout="mono")
+                f.sample_rate, f.time_base, f.pts = 16000, Fraction(1, 16000), k + round(sound_at*16000)
+                out.mux(a.encode(f))
+            out.mux(a.encode(None))
+
+def clock(times): return [V.clock_frame(k, t) for k, t in enumerate(times)]
+def numbers(frames): return [V.clock_number(f) for f in frames]
+def newest(times, T): return (np.searchsorted(np.asarray(times) - times[0], np.arange(T)/25 + 1e-3, side="right") - 1).tolist()
+
+WOBBLY = np.round(np.cumsum(np.random.default_rng(3).uniform(.008, .07, 70)), 3)
+
+@pytest.mark.parametrize("times", [np.arange(48)/24, np.arange(50)/25, np.arange(60)*1001/30000, np.arange(120)/60, WOBBLY],
+                         ids=["24", "25", "29.97", "60", "variable"])
+def test_timestamps_decide(tmp_path, times):
+    encode(tmp_path/"film.mp4", clock(times), times, rate=60, base=30000)
+    got = V.read_video(tmp_path/"film.mp4").frames
+    assert abs(len(got)/25 - (times[-1] - times[0] + np.median(np.diff(times)))) <= .06
+    assert numbers(got) == newest(times, len(got))
+
+def test_part_of_a_film(tmp_path):
+    times = np.arange(90)/30
+    encode(tmp_path/"film.mp4", clock(times), times, rate=30, base=30000, sound_at=0)
+    whole, part = V.read_video(tmp_path/"film.mp4"), V.read_video(tmp_path/"film.mp4", start=.8, max_seconds=1)
+    test_same(part.frames, whole.frames[20:45])
+    test_same(part.wav, whole.wav[20*640:45*640])
+    assert not part.note
+
+@pytest.mark.parametrize("late", [0., .4])
+def test_late_sound_stays_late(tmp_path, late):
+    times = np.arange(50)/25
+    encode(tmp_path/"film.mkv", clock(times), times, sound_at=late)
+    wav = V.read_video(tmp_path/"film.mkv").wav
+    assert wav.shape == (50*640,) and wav.dtype == torch.float32
+    noise = 0.2*np.random.default_rng(0).standard_normal(16384)
+    lag = np.correlate(wav.numpy(), noise[2000:6000], "valid").argmax() - 2000
+    assert abs(lag - late*16000) <= 20   # the container counts in milliseconds
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_rotation(tmp_path, rotation):
+    frame = np.full((64, 96, 3), 30, np.uint8); frame[:16, :16] = 230   # a mark at the top left
+    encode(tmp_path/"film.mp4", [frame]*12, np.arange(12)/25, rotation=rotation)
+    seen = V.read_video(tmp_path/"film.mp4").frames[0]
+    want = np.rot90(frame, rotation//90)   # counter-clockwise, as the container says
+    assert seen.shape == want.shape and abs(seen.astype(int) - want).mean() < 3
+
+def test_squeezed_pixels_are_stretched(tmp_path):
+    with av.open(str(tmp_path/"film.mp4"), "w") as out:
+        s = out.add_stream("libx264", rate=25, width=64, height=64, pix_fmt="yuv420p")
+        s.codec_context.sample_aspect_ratio = Fraction(3, 2)
+        for f in np.zeros((12, 64, 64, 3), np.uint8): out.mux(s.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
+        out.mux(s.encode(None))
+    assert V.read_video(tmp_path/"film.mp4").frames.shape == (12, 64, 96, 3)
+
+def test_large_pictures_are_scaled(tmp_path):
+    V.write_video(tmp_path/"film.mp4", np.zeros((10, 200, 400, 3), np.uint8))
+    video = V.read_video(tmp_path/"film.mp4", max_side=160)
+    assert video.frames.shape == (10, 80, 160, 3) and "scaled down from 400 × 200" in video.note
+
+def test_too_long_for_memory(tmp_path, monkeypatch):
+    V.write_video(tmp_path/"film.mp4", clock(np.arange(30)/25))
+    monkeypatch.setattr(V, "MAX_BYTES", 20*96*160*3)
+    with pytest.raises(MediaError, match="in parts"): V.read_video(tmp_path/"film.mp4")
+    assert len(V.read_video(tmp_path/"film.mp4", max_seconds=.8).frames) == 20
+
+@pytest.mark.parametrize("name", ["two words.mp4", "it's \"here\".mp4", "глаза 顔 ü.mp4", "-dash.mp4", "100%d #1.mp4", "a:b.mp4", "caps.MP4"])
+@pytest.mark.parametrize("shape", [(49, 63), (50, 64)])
+def test_odd_names_and_sizes(tmp_path, name, shape):
+    frames = np.random.default_rng(0).integers(0, 40, (12, *shape, 3)).astype(np.uint8) + np.arange(12, dtype=np.uint8)[:, None, None, None]*15
+    V.write_video(tmp_path/name, frames, crf=10)
+    got = V.read_video(tmp_path/name).frames
+    assert got.shape == (12, shape[0] + shape[0]%2, shape[1] + shape[1]%2, 3)
+    assert abs(got[:, :shape[0], :shape[1]].mean((1, 2, 3)) - frames.mean((1, 2, 3))).max() < 4
+    assert V.dub(tmp_path/name, torch.zeros(640*12), tmp_path/("dubbed " + name)).copied
+
+def test_same_frames_same_bytes_and_no_overwriting(tmp_path):
+    film, wav = clock(np.arange(20)/25), torch.randn(20*640, generator=torch.Generator().manual_seed(0))*.1
+    for name in "ab": V.write_video(tmp_path/f"{name}.mp4", film, wav)
+    assert (tmp_path/"a.mp4").read_bytes() == (tmp_path/"b.mp4").read_bytes()
+    with pytest.raises(F2VError, match="already exists"): V.write_video(tmp_path/"a.mp4", film)
+    with pytest.raises(MediaError, match="cannot be written"): V.write_video(tmp_path/"a.nonsense", film)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+
+def test_bad_files(tmp_path):
+    import soundfile
+    whole = tmp_path/"whole.mp4"
+    V.write_video(whole, clock(np.arange(75)/25))
+    (tmp_path/"text.mp4").write_text("hello\n"*100)
+    (tmp_path/"empty.mp4").touch()
+    (tmp_path/"noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (tmp_path/"headless.mp4").write_bytes(whole.read_bytes()[2000:])
+    (tmp_path/"header only.mp4").write_bytes(whole.read_bytes()[:400])
+    V.write_video(tmp_path/"short.mp4", clock(np.arange(9)/25))
+    soundfile.write(tmp_path/"sound.wav", np.zeros(16000), 16000)
+    for name, reason in {"missing.mp4": "no such file", ".": "is a folder", "text.mp4": "cannot be opened", "empty.mp4": "is empty", "noise.mp4": "cannot be opened",
+                         "headless.mp4": "cannot be opened", "header only.mp4": "", "short.mp4": "holds only", "sound.wav": "no moving picture"}.items():
+        with pytest.raises(MediaError) as e: V.read_video(tmp_path/name)
+        assert reason in e.value.reason and e.value.cure and str(tmp_path) in str(e.value)
+        with pytest.raises(MediaError):
+            V.dub(tmp_path/name, torch.zeros(640), tmp_path/"out.mp4")
+            if name == "short.mp4": raise MediaError(name, "short films may be dubbed")
+        (tmp_path/"out.mp4").unlink(missing_ok=True)
+    assert not list(tmp_path.glob(".part-*"))
+
+def test_cut_off_file_gives_what_it_holds(tmp_path):
+    times = np.arange(75)/25
+    V.write_video(tmp_path/"whole.mp4", clock(times), torch.zeros(48000))
+    data = (tmp_path/"whole.mp4").read_bytes()
+    (tmp_path/"half.mp4").write_bytes(data[:len(data)*6//10])
+    half = V.read_video(tmp_path/"half.mp4")
+    assert 10 <= len(half.frames) < 75 and "cut off" in half.note
+    assert numbers(half.frames) == list(range(len(half.frames)))
+
+def durations(path):
+    with av.open(str(path)) as c:
+        return [float(s.duration*s.time_base) for s in (c.streams.video[0], c.streams.audio[0])], dict(c.metadata)
+
+def decoded(path):
+    with av.open(str(path)) as c: return np.stack([f.to_ndarray(format="rgb24") for f in c.decode(video=0)])
+
+@pytest.mark.parametrize("rate, times", [(25, np.arange(50)/25), (60, WOBBLY)], ids=["25", "variable"])
+def test_dub_keeps_every_bit(tmp_path, rate, times):
+    encode(tmp_path/"film.mp4", clock(times), times, rate=rate, base=30000, sound_at=0)
+    T = len(V.read_video(tmp_path/"film.mp4").frames)
+    wav = torch.randn(640*T, generator=torch.Generator().manual_seed(0))*.1
+    made = V.dub(tmp_path/"film.mp4", wav, tmp_path/"dubbed.mp4")
+    assert made.copied
+    test_same(decoded(tmp_path/"film.mp4"), decoded(made.path))
+    assert numbers(V.read_video(made.path).frames) == numbers(V.read_video(tmp_path/"film.mp4").frames)
+    (picture, sound), tags = durations(made.path)
+    assert abs(picture - sound) < .07 and V.TAG in (tags["title"], tags["comment"])
+    heard = V.read_video(made.path).wav
+    assert np.correlate(heard.numpy(), wav.numpy()[4000:9000], "valid").argmax() == 4000
+    with pytest.raises(F2VError, match="already exists"): V.dub(tmp_path/"film.mp4", wav, tmp_path/"film.mp4")
+
+def test_dub_keeps_rotation(tmp_path):
+    frame = np.full((64, 96, 3), 30, np.uint8); frame[:16, :16] = 230
+    encode(tmp_path/"film.mp4", [frame]*12, np.arange(12)/25, rotation=90)
+    V.dub(tmp_path/"film.mp4", torch.zeros(640*12), tmp_path/"dubbed.mp4")
+    test_same(V.read_video(tmp_path/"film.mp4").frames.copy(), V.read_video(tmp_path/"dubbed.mp4").frames.copy())
+
+def test_dub_says_when_it_had_to_encode_again(tmp_path):
+    times = np.arange(50)/25
+    encode(tmp_path/"film.webm", clock(times), times, codec="libvpx")
+    made = V.dub(tmp_path/"film.webm", torch.zeros(640*50), tmp_path/"dubbed.mp4")
+    assert not made.copied and numbers(V.read_video(made.path).frames) == list(range(50))
+
+# --- faces
+
+class Marks(V.FaceBackend):
+    "Finds bright squares and takes each for a face; `blind` frames (by brightness of the corner) show nothing."
+    name = "marks"
+    def detect(self, frame):
+        from scipy import ndimage
+        labels, _ = ndimage.label(frame[..., 0] > 150)
+        boxes = [(s[1].start, s[0].start, s[1].stop, s[0].stop) for s in ndimage.find_objects(labels)]
+        return [V.Face(np.array(b, float), np.array(b[:2]) + V.BOX_POINTS*(b[2] - b[0]), 1.) for b in boxes]
+
+def squares(T, *tracks, size=(120, 240)):
+    "Frames with one bright square for each track: functions of the frame giving (x, y, side) or None."
+    frames = np.zeros((T, *size, 3), np.uint8)
+    for t in range(T):
+        for track in tracks:
+            if place := track(t): x, y, side = place; frames[t, y:y + side, x:x + side] = 200
+    return frames
+
+def test_the_same_one_of_two_is_followed():
+    "The right face is larger at first and smaller later: it is followed all the same."
+    frames = squares(60, lambda t: (20, 30, 30 + t//2), lambda t: (150, 30, 50 - t//3))
+    track = V.track_face(frames, Marks())
+    assert track.found.all() and (track.points[:, 2, 0] > 140).all()
+
+def test_gaps():
+    hole = lambda a, b: squares(75, lambda t: None if a <= t < b else (40 + t, 30, 50))
+    short = V.track_face(hole(31, 44), Marks())
+    x = short.points[:, 2, 0]
+    assert short.found.sum() < 75 and abs(np.diff(x)[2:-2] - 1).max() < .2        # a straight line over the gap
+    with pytest.raises(NoFaceError, match="holiday.mp4: the face is lost for 1"): V.track_face(hole(16, 46), Marks(), path="holiday.mp4")
+    with pytest.raises(NoFaceError, match="only"): V.track_face(hole(0, 50), Marks())
+    with pytest.raises(NoFaceError, match="no face found"): V.track_face(hole(0, 75), Marks())
+
+def test_similarity_and_warp_agree_with_skimage():
+    from skimage.transform import SimilarityTransform, warp
+    rng = np.random.default_rng(0)
+    points = V.MEAN_FACE*1.3 + 20 + rng.normal(0, 3, (4, 2))
+    ours, theirs = V.similarity(points[None], V.MEAN_FACE), SimilarityTransform.from_estimate(points, V.MEAN_FACE).params
+    test_same(np.array([ours[0][0].real, ours[0][0].imag, ours[1][0].real, ours[1][0].imag]), np.array([theirs[0, 0], theirs[1, 0], theirs[0, 2], theirs[1, 2]]), atol=1e-9)
+    picture = rng.random((300, 320)).astype(np.float32)
+    want = warp(picture, np.linalg.inv(theirs), output_shape=(256, 256), order=1, mode="edge")
+    test_same(V.warp(picture, ours[0][0], ours[1][0], 80 + 60j, (96, 96)), want[60:156, 80:176].astype(np.float32), atol=1e-4)
+
+def test_a_face_seen_larger_gives_the_same_crop():
+    "Shrinking by blocks keeps the place: the crop of a 4 × enlarged picture is the crop of the picture."
+    from scipy import ndimage
+    small = ndimage.gaussian_filter(np.random.default_rng(0).integers(0, 255, (15, 256, 256)).astype(float), (0, 4, 4))
+    small = (255*(small - small.min())/np.ptp(small)).astype(np.uint8)
+    points = np.repeat(np.array([[[102., 94], [156, 94], [129, 136], [112, 158], [147, 158]]]), 15, 0)
+    frames = np.repeat(small[..., None], 3, -1)
+    large = frames.repeat(4, 1).repeat(4, 2)
+    for f in (V.lip_crops, V.brow_strip):
+        a, b = f(frames, points).astype(float), f(large, points*4 + 1.5).astype(float)
+        assert abs(a - b).mean() < .01*np.ptp(a) 
+
+def test_lips_are_centred_and_upright():
+    "A dot at the mouth ends in the middle of the crop, whatever the head's tilt."
+    T, k = 40, np.arange(40)
+    z = (V.MEAN_FACE @ [1, 1j] - 128 - 128j)[None]*np.exp(1j*np.linspace(-.3, .3, T))[:, None]*.8 + 120 + 100j
+    points = np.stack([z[:, [0, 1, 2, 3, 3]].real, z[:, [0, 1, 2, 3, 3]].imag], -1)
+    frames = np.zeros((T, 220, 240, 3), np.uint8)
+    y, x = np.mgrid[:220, :240]
+    for t in range(T): frames[t][np.hypot(x - z[t, 3].real, y - z[t, 3].imag) < 4] = 255
+    lips = V.lip_crops(frames, points)
+    from scipy import ndimage
+    middle = np.array([ndimage.center_of_mass(l) for l in lips[8:-8]])
+    assert lips.shape == (T, 96, 96) and lips.dtype == np.uint8 and abs(middle - 47.5).max() < 1.2
+    strip = V.brow_strip(frames, points)
+    assert strip.shape == (T, 1152) and strip.dtype == np.float32 and 0 <= strip.min() and strip.max() <= 1
+
+def test_backends_that_are_not_there(tmp_path):
+    with pytest.raises(ToolMissingError, match="Unpack a pack"): V.make_backend("insightface", tmp_path)
+    with pytest.raises(ToolMissingError, match="drawn talkers"): V.make_backend("locator")
+    with pytest.raises(ToolMissingError, match="Choose"): V.make_backend("wizard")
+    assert V.make_backend("auto", tmp_path).name == "cascade"
+    pytest.importorskip("insightface")
+    pack = tmp_path/"models"/"broken"; pack.mkdir(parents=True)
+    for name in ("a.onnx", "b.onnx"): (pack/name).write_bytes(b"nothing of use")
+    with pytest.raises(ToolMissingError, match="can be loaded"): V.make_backend("insightface", tmp_path)
+
+# --- real faces
+
+@pytest.fixture(scope="module")
+def insight(shared):
+    pytest.importorskip("insightface")
+    return V.make_backend("auto", shared/"insightface")
+
+def test_real_clip(shared, insight, capfd):
+    assert insight.name == "insightface"
+    looked = V.look(sorted((shared/"grid/s1").glob("*.mp4"))[0], insight)
+    video, track, crops = looked
+    assert video.frames.shape == (75, 288, 360, 3) and video.wav.shape == (48000,)
+    assert track.found.all() and track.score > .6
+    assert crops.lips.shape == (75, 96, 96) and crops.face.shape == (112, 112, 3) and crops.expression.shape == (75, 1152)
+    assert abs(np.linalg.norm(crops.identity) - 1) < 1e-5 and capfd.readouterr().out == ""
+    cv2 = pytest.importorskip("cv2")
+    from insightface.utils import face_align
+    theirs = face_align.norm_crop(video.frames[30], track.points[30].astype(np.float32))
+    assert abs(V.align_face(video.frames[30], track.points[30]).astype(int) - theirs).mean() < 1.5
+
+def test_identity_tells_people_apart(shared, insight):
+    clips = [sorted((shared/"grid"/s).glob("*.mp4"))[i] for s in ("s1", "s4") for i in (0, 1)]
+    who = np.stack([V.look(V.read_video(p, max_seconds=.6), insight).crops.identity for p in clips])
+    alike = who @ who.T
+    assert alike[0, 1] > .7 and alike[2, 3] > .7 and abs(alike[:2, 2:]).max() < .5
+
+def test_cascade_agrees_roughly(shared, insight):
+    frames = V.read_video(sorted((shared/"grid/s1").glob("*.mp4"))[1], max_seconds=.8).frames
+    good, rough = (V.track_face(frames, b).points for b in (insight, V.CascadeBackend()))
+    eyes = np.linalg.norm(good[:, 1] - good[:, 0], axis=-1).mean()
+    assert np.linalg.norm(good - rough, axis=-1).mean() < .25*eyes
+    assert V.CascadeBackend().identity(np.zeros((112, 112, 3), np.uint8)).shape == (0,)
+
+def test_two_real_faces(shared, insight):
+    a, b = (V.read_video(sorted((shared/"grid"/s).glob("*.mp4"))[0], max_seconds=.8).frames for s in ("s1", "s4"))
+    sides = np.concatenate([a[:20], b[:20]], 2)
+    areas = [max(np.prod(f.box[2:] - f.box[:2]) for f in insight.detect(x[0])) for x in (a, b)]
+    x = V.track_face(sides, insight).points[:, 2, 0]
+    assert ((x > 360) == (areas[1] > areas[0])).all()
+
+def test_dub_mpeg1(shared, tmp_path):
+    src = sorted((shared/"grid/original/s1").glob("*.mpg"))[0]
+    made = V.dub(src, torch.zeros(48000), tmp_path/"dubbed.mp4")
+    assert made.copied
+    test_same(decoded(src), decoded(made.path))
+    (picture, sound), _ = durations(made.path)
+    assert abs(picture - sound) < .07

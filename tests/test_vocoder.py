@@ -1,0 +1,137 @@
+"The vocoder: shapes, the published layout, weight norm, losses with known values, and a training run that learns."
+import math
+from dataclasses import replace
+import pytest, torch
+from torch import nn
+from faces2voices.core import PAPER, TINY, CheckpointError, seed_everything, test_same as same
+from faces2voices.audio import MEL, vowel
+from faces2voices.vocoder import (Critics, Generator, copy_synthesis, critic_loss, fold, full_critics, load_hifigan, mel_loss, n_weights,
+    period_critic, plain_loss, reach, scale_critic, segment_batches, slim_critics, soften, stft_loss, train_vocoder)
+
+SMALL = replace(TINY, vocoder_channels=64, vocoder_kernels=(3, 7), vocoder_dilations=((1,), (3,)), steps=dict(vocoder=6), batch=dict(vocoder=2), lr=dict(vocoder=2e-3))
+
+@pytest.fixture
+def generator(): seed_everything(0); return Generator(SMALL).eval()
+
+@pytest.mark.parametrize("L", [1, 2, 3, 50, 401])
+def test_length_is_exact(generator, L):
+    out = generator(torch.randn(2, 80, L))
+    assert out.shape == (2, 160*L) and out.dtype == torch.float32 and out.abs().max() <= 1
+
+def test_removing_weight_norm_changes_nothing(generator):
+    mel = torch.randn(1, 80, 30)
+    with torch.inference_mode():
+        before = generator(mel)
+        assert generator.remove_weight_norm() is generator
+        same(before, generator(mel), atol=1e-5)
+    assert {k.rsplit(".", 1)[1] for k in generator.state_dict()} == {"weight", "bias"}
+
+def published_state(preset):
+    "A checkpoint with the names and shapes of HiFi-GAN's own code, written out by hand."
+    c, state = preset.vocoder_channels, {}
+    def put(name, shape, g): state.update({f"{name}.weight_v": torch.randn(shape)*.05, f"{name}.weight_g": torch.rand(g, 1, 1) + .5, f"{name}.bias": torch.randn(shape[1] if name.startswith("ups") else shape[0])*.1})
+    put("conv_pre", (c, 80, 7), c)
+    for i, k in enumerate((11, 8, 4, 4, 4)):
+        put(f"ups.{i}", (c >> i, c >> i + 1, k), c >> i)
+        for j, (kernel, dilations) in enumerate(zip(preset.vocoder_kernels, preset.vocoder_dilations)):
+            w = c >> i + 1
+            for d in range(len(dilations)):
+                for part in ("convs1", "convs2"): put(f"resblocks.{len(preset.vocoder_kernels)*i + j}.{part}.{d}", (w, w, kernel), w)
+    put("conv_post", (1, c >> 5, 7), 1)
+    return state
+
+@pytest.mark.parametrize("preset", [SMALL, PAPER], ids=["small", "paper"])
+def test_published_layout_loads_strictly(tmp_path, preset):
+    state = published_state(preset)
+    torch.save({"generator": state}, tmp_path/"g")
+    g = load_hifigan(tmp_path/"g", preset)
+    v, s = state["ups.1.weight_v"], state["ups.1.weight_g"]
+    same(g.ups[1].weight, s*v/v.flatten(1).norm(dim=1)[:, None, None], atol=1e-5)
+    same(g.conv_pre.bias, state["conv_pre.bias"])
+
+def test_a_wrong_checkpoint_is_named(tmp_path):
+    torch.save({"generator": published_state(SMALL)}, tmp_path/"g")
+    with pytest.raises(CheckpointError, match="512 channels"): load_hifigan(tmp_path/"g", PAPER)
+    with pytest.raises(CheckpointError, match="no such file"): load_hifigan(tmp_path/"h", PAPER)
+
+def test_published_size():
+    "HiFi-GAN V1 at 22 kHz has 13.92 M weights."
+    assert n_weights(Generator(PAPER, rates=(8, 8, 2, 2), rate_kernels=(16, 16, 4, 4))) == 13_926_017
+
+def test_full_critics_have_the_published_sizes():
+    "HiFi-GAN's MPD has 41.1 M and its MSD 29.6 M weights, as anyone's count of them shows."
+    count = lambda make, keys: sum(n_weights(make(k)) for k in keys)
+    assert count(period_critic, (2, 3, 5, 7, 11)) == 5*(32*5 + 32 + 128*32*5 + 128 + 512*128*5 + 512 + 1024*512*5 + 1024 + 1024*1024*5 + 1024 + 1024*3 + 1)
+    scale = 128*15 + 128 + 128*32*41 + 128 + 256*8*41 + 256 + 512*16*41 + 512 + 1024*32*41 + 1024 + 1024*64*41 + 1024 + 1024*1024*5 + 1024 + 1024*3 + 1
+    assert count(scale_critic, (0, 1, 2)) == 3*scale
+
+def test_critics_score_every_size_of_sound():
+    for critics in (full_critics(), slim_critics()):
+        layers = critics(torch.randn(2, 4001))
+        assert len(layers) == 8 and all(l[-1].shape[:2] == (2, 1) for l in layers)
+
+def test_fold_keeps_order_and_reflects_the_rest():
+    same(fold(torch.arange(7.)[None], 3)[0, 0], torch.tensor([[0., 1, 2], [3, 4, 5], [6, 5, 4]]))
+
+def test_reach_is_local(generator):
+    r, mel = reach(generator), torch.randn(1, 80, 100)
+    other = mel.clone(); other[..., 60:] += 1
+    with torch.inference_mode(): a, b = generator(mel), generator(other)
+    same(a[:, :(60 - r)*160], b[:, :(60 - r)*160], atol=1e-6)
+    assert (a[:, (60 - r)*160:60*160] - b[:, (60 - r)*160:60*160]).abs().max() > 0
+
+def test_pieces_join_without_a_seam(generator):
+    r, mel = reach(generator), torch.randn(1, 80, 100)
+    with torch.inference_mode(): whole, piece = generator(mel), generator(mel[..., 40 - r:60 + r])
+    same(piece[:, r*160:-r*160], whole[:, 40*160:60*160], atol=1e-5)
+
+def test_losses_with_known_values():
+    x = torch.randn(2, 8000)*.1
+    same(mel_loss(x, x), torch.tensor(0.)); same(stft_loss(x, x), torch.tensor(0.), atol=1e-6)
+    same(mel_loss(x/10, x), torch.tensor(math.log(10)), atol=.02)
+    same(stft_loss(x/10, x), torch.tensor(.9 + math.log(10)), atol=.02)
+    ones, zeros = [[torch.ones(3, 1)]]*8, [[torch.zeros(3, 1)]]*8
+    assert critic_loss(ones, zeros) == 0 and critic_loss(zeros, ones) == 16
+
+def test_stft_loss_has_a_gradient_in_silence():
+    x = torch.zeros(1, 8000, requires_grad=True)
+    (stft_loss(x, torch.randn(1, 8000)) + mel_loss(x, torch.randn(1, 8000))).backward()
+    assert x.grad.isfinite().all()
+
+def test_segments_belong_together():
+    wav = vowel(torch.linspace(100, 200, 24000))
+    draw = segment_batches([wav, wav[:3000]], 6)
+    b = draw(3)
+    assert b.mel.shape == (6, 80, 50) and b.wav.shape == (6, 8000) and len(b.names) == 6
+    same(b.mel[..., 2:-2], MEL(b.wav)[..., 2:-2], atol=1e-3); same(b.wav, draw(3).wav)
+    assert (b.wav - draw(4).wav).abs().max() > 0
+
+def test_soften_leaves_about_half_alone():
+    mel = torch.randn(400, 80, 12)
+    out = soften(mel, torch.Generator().manual_seed(0))
+    same_ones = (out == mel).flatten(1).all(1).float().mean()
+    assert .4 < same_ones < .6 and out.isfinite().all()
+    flat = torch.full((40, 80, 12), -3.)
+    assert (soften(flat, torch.Generator().manual_seed(1)).mean() + 3).abs() < .05     # a kernel of weight 1
+
+def sounds(): return [vowel(torch.linspace(90 + 10*i, 200 - 10*i, 16000)) for i in range(4)]
+
+def test_training_resumes_and_learns_in_both_phases(tmp_path):
+    a, b = Generator(SMALL), Generator(SMALL)
+    log = train_vocoder(sounds(), a, SMALL, run_dir=tmp_path, plain_share=.5)
+    assert {"mel", "stft"} <= set(log[0]) and {"feature", "adversarial", "critics_total"} <= set(log[-1])
+    train_vocoder(sounds(), b, SMALL, run_dir=tmp_path, plain_share=.5)      # finished: only loads
+    same(a.conv_pre.weight, b.conv_pre.weight)
+
+def test_sixty_steps_cut_the_error_by_half():
+    seed_everything(0)
+    g, preset = Generator(SMALL), replace(SMALL, steps=dict(vocoder=60))
+    wav = sounds()[0]
+    before = mel_loss(copy_synthesis(g, wav)[None], wav[None])
+    train_vocoder(sounds(), g, preset, plain_share=1.)
+    assert mel_loss(copy_synthesis(g, wav)[None], wav[None]) < before/2
+
+def test_init_is_where_it_starts():
+    a, b = Generator(SMALL), Generator(SMALL)
+    train_vocoder(sounds(), b, replace(SMALL, steps=dict(vocoder=1), lr=dict(vocoder=0.)), init=a, plain_share=1.)
+    same(a.ups[0].weight, b.ups[0].weight, atol=1e-6)
