@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEL', 'vowel', 'MelSpec', 'show_speech', 'load_audio', 'save_wav', 'fit_length', 'pitch', 'energy', 'griffin_lim']
 
-# %% ../nbs/01_audio.ipynb #840fe956
+# %% ../nbs/01_audio.ipynb #e4e7eb84
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .core import SAMPLE_RATE, SAMPLES_PER_FRAME, UNIT_RATE, MediaError, atomic_path, test_same
 
 # %% ../nbs/01_audio.ipynb #94291f1c
@@ -27,13 +28,7 @@ def vowel(f0, # (N,) pitch in Hz at every sample
         out += torch.where(h*f0 < 7800, weight, 0.)*torch.sin(h*phase)
     return (0.5*out/out.abs().max()).float()
 
-# %% ../nbs/01_audio.ipynb #2434027b
-@lru_cache
-def _mel_filters(spec) -> torch.Tensor:
-    "(n_mels, n_fft/2 + 1) Slaney filters."
-    import librosa
-    return torch.from_numpy(librosa.filters.mel(sr=spec.sr, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.fmax))
-
+# %% ../nbs/01_audio.ipynb #1e9e7467
 @dataclass(frozen=True)
 class MelSpec:
     "The mel contract: call it on sound to get the natural-log mel spectrogram."
@@ -47,20 +42,30 @@ class MelSpec:
     mean: float = -6.   # of ln mel over speech, used by `normalize`
     std: float = 2.5
 
-    def __call__(self, wav:torch.Tensor # (B, N) or (N,), N a multiple of the hop
-                ) -> torch.Tensor: # (B, n_mels, N/hop) or (n_mels, N/hop)
-        "Natural-log mel spectrogram with exactly N // hop columns."
-        pad, x = (self.n_fft - self.hop)//2, wav.reshape(-1, 1, wav.shape[-1])
-        mode = "reflect" if wav.shape[-1] > pad else "constant"
-        x = F.pad(x, (pad, pad), mode=mode)[:, 0]
-        S = torch.stft(x, self.n_fft, self.hop, window=torch.hann_window(self.n_fft, device=x.device), center=False, return_complex=True)
-        m = _mel_filters(self).to(x.device) @ S.abs()
-        return m.clamp(min=self.floor).log().reshape(*wav.shape[:-1], self.n_mels, -1)
+@lru_cache
+def _mel_filters(spec) -> torch.Tensor:
+    "(n_mels, n_fft/2 + 1) Slaney filters."
+    import librosa
+    return torch.from_numpy(librosa.filters.mel(sr=spec.sr, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.fmax))
 
-    def normalize(self, mel): "Roughly zero mean and unit variance: what the hierarchy and the flow work in."; return (mel - self.mean)/self.std
-    def denormalize(self, x): "Undo `normalize`."; return x*self.std + self.mean
+# %% ../nbs/01_audio.ipynb #c67db4a7
+@patch
+def __call__(self:MelSpec, wav:torch.Tensor # (B, N) or (N,), N a multiple of the hop
+            ) -> torch.Tensor: # (B, n_mels, N/hop) or (n_mels, N/hop)
+    "Natural-log mel spectrogram with exactly N // hop columns."
+    pad, x = (self.n_fft - self.hop)//2, wav.reshape(-1, 1, wav.shape[-1])
+    x = F.pad(x, (pad, pad), mode="reflect" if wav.shape[-1] > pad else "constant")[:, 0]
+    S = torch.stft(x, self.n_fft, self.hop, window=torch.hann_window(self.n_fft, device=x.device), center=False, return_complex=True)
+    m = _mel_filters(self).to(x.device) @ S.abs()
+    return m.clamp(min=self.floor).log().reshape(*wav.shape[:-1], self.n_mels, -1)
 
 MEL = MelSpec()
+
+# %% ../nbs/01_audio.ipynb #0b9c56d6
+@patch
+def normalize(self:MelSpec, mel): "Roughly zero mean and unit variance: what the hierarchy and the flow work in."; return (mel - self.mean)/self.std
+@patch
+def denormalize(self:MelSpec, x): "Undo `normalize`."; return x*self.std + self.mean
 
 # %% ../nbs/01_audio.ipynb #88b9d95b
 def show_speech(wav, # (N,) sound at 16 kHz
@@ -81,7 +86,7 @@ def show_speech(wav, # (N,) sound at 16 kHz
     display(fig, metadata={"alt": f"Waveform and mel spectrogram of {seconds:.1f} s of speech. {text}"}); plt.close(fig)
     if play: display(Audio(wav[:3*SAMPLE_RATE].clamp(-1, 1).numpy(), rate=SAMPLE_RATE, normalize=False))
 
-# %% ../nbs/01_audio.ipynb #b5bf8498
+# %% ../nbs/01_audio.ipynb #8eb1bdc6
 def load_audio(path # any file with sound in it
               ) -> torch.Tensor: # (N,) float32, 16 kHz, mono
     "Read the sound of a file, mixed to mono and resampled to 16 kHz."
@@ -97,6 +102,7 @@ def load_audio(path # any file with sound in it
     if not sum(map(len, parts)): raise MediaError(path, "its sound track is empty")
     return torch.from_numpy(np.concatenate(parts))
 
+# %% ../nbs/01_audio.ipynb #a32518b5
 def save_wav(path, # .wav file to write; never replaces one that is there unless told
              wav, # (N,) at 16 kHz
              overwrite:bool=False):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'NOTATION',
            'TINY', 'GRID', 'PAPER', 'PRESETS', 'F2VError', 'MediaError', 'NoFaceError', 'CheckpointError',
-           'CorpusError', 'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device', 'test_same', 'Preset']
+           'CorpusError', 'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device', 'test_same', 'Looking',
+           'Stages', 'Sounding', 'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
 import os, random, tempfile
@@ -99,40 +100,51 @@ def test_same(a, b, # tensors or arrays
     assert gap <= atol, f"largest difference {gap:.3g} is over {atol:.3g}"
 test_same.__test__ = False
 
-# %% ../nbs/00_core.ipynb #a108e503
+# %% ../nbs/00_core.ipynb #b59e14d8
 @dataclass(frozen=True)
-class Preset:
-    "Every size and every training length of one system."
-    name: str = "tiny"
-    # what is looked at
+class Looking:
+    "What a model looks at."
     face_backend: str = "locator"       # `locator` (drawn faces), `insightface`, `cascade`
     identity_dim: int = 0               # size of the identity vector; 0: learn one from the face crop
-    expression_dim: int = 1152          # E; 1152 = a 24 × 48 strip of brows and eyes
-    # hierarchy
-    n_units: int = 100                  # K
-    unit_features: str = "mfcc"         # `mfcc` or `hubert`
+    expression_dim: int = 1152          # E; 1152 is a 24 × 48 strip of brows and eyes
     lip_encoder: str = "slim"           # `slim`, `avhubert-base`, `avhubert-large`
     lip_width: int = 16                 # channels of the slim encoder's stem
     lip_scale: int = 2                  # the slim encoder shrinks the 88 × 88 lips by this factor first
+
+# %% ../nbs/00_core.ipynb #d7f8a05e
+@dataclass(frozen=True)
+class Stages:
+    "Sizes of the hierarchy."
+    n_units: int = 100                  # K
+    unit_features: str = "mfcc"         # `mfcc` or `hubert`
     dim: int = 128                      # width of the hierarchy
     n_blocks: int = 3                   # ConvBlocks of the content stage
-    mask_kernel: int = 15
-    mask_size: int = 5
+    mask_kernel: int = 15               # taps of a Masked ConvBlock
+    mask_size: int = 5                  # of them, held at zero in the middle
     masked_weight: float = 0.5          # λ of the masked cross-entropy
     label_smoothing: float = 0.1
     dropout: float = 0.1
     speaker_dim: int = 256
-    # flow
+
+# %% ../nbs/00_core.ipynb #ee6119a1
+@dataclass(frozen=True)
+class Sounding:
+    "Sizes of the flow-matching decoder and of the vocoder."
     decoder_channels: tuple = (112, 112)
     decoder_mid: int = 2
     sigma_min: float = 1e-4
-    condition_drop: float = 0.1
-    # vocoder
+    condition_drop: float = 0.1         # share of examples without condition, for guidance
     vocoder_channels: int = 256
     vocoder_kernels: tuple = (3, 7)
     vocoder_dilations: tuple = ((1,), (3,))
-    # training: optimiser steps of each part, clips (or segments) in a step, peak learning rate
-    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=1000, hierarchy=3000, decoder=3500, vocoder=5800))
+
+# %% ../nbs/00_core.ipynb #64e126ce
+@dataclass(frozen=True)
+class Preset(Looking, Stages, Sounding):
+    "Every size and every training length of one system."
+    name: str = "tiny"
+    # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
+    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=1000, hierarchy=3000, decoder=3500, vocoder=5300))
     batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=8))
     lr: dict = field(default_factory=lambda: dict(locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=8e-4))
 
@@ -141,16 +153,15 @@ class Preset:
     @classmethod
     def from_json(cls, d:dict):
         "The preset that `to_json` wrote; unknown keys are an error, lists become tuples again."
-        known = {f for f in cls.__dataclass_fields__}
-        if extra := set(d) - known: raise CheckpointError("config.json", f"unknown preset keys {sorted(extra)}", "Was it written by a newer version?")
+        if extra := set(d) - set(cls.__dataclass_fields__): raise CheckpointError("config.json", f"unknown preset keys {sorted(extra)}", "Was it written by a newer version?")
         return cls(**{k: _tuples(v) for k, v in d.items()})
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #e7719a8c
+# %% ../nbs/00_core.ipynb #73fb827f
 TINY = Preset()
 GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
-    steps=TINY.steps | dict(hierarchy=2000, decoder=2500, vocoder=1000))
+    steps=TINY.steps | dict(hierarchy=1200, decoder=2000, vocoder=600))
 PAPER = replace(TINY, name="paper", face_backend="insightface", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3,

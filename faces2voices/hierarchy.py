@@ -109,7 +109,7 @@ class Mu(NamedTuple):
     content: Content|None
     prosody: Prosody|None
 
-# %% ../nbs/10_hierarchy.ipynb #4eb309fc
+# %% ../nbs/10_hierarchy.ipynb #4a16c7b5
 class Hierarchy(nn.Module):
     "Lips → content → speaker → prosody → μ."
     def __init__(self, preset, # Preset
@@ -130,35 +130,39 @@ class Hierarchy(nn.Module):
         self.film = None if "timbre" in self.without else FiLM(preset.dim, preset.speaker_dim)
         self.prosody = None if "prosody" in self.without else ProsodyEncoder(preset)
 
-    def forward(self, lips, # (B, 1, T, 88, 88)
-                face,       # (B, 3, 112, 112)
-                identity,   # (B, D)
-                expression, # (B, T, E)
-                mask,       # (B, T) bool
-                teacher=None # a Batch: its speaker, pitch, voicing and energy are fed in place of the predicted ones
-               ) -> Mu:
-        "From what a camera sees to a first guess of the mel spectrogram."
-        seen = self.lips(lips, mask)
-        nobody = seen.new_zeros(len(seen), self.preset.speaker_dim)
-        if self.flat: return Mu(self.to_mu(self.encoder(seen, face, identity, expression, mask), mask), nobody, None, None)
-        content = self.content(seen, mask)
-        hidden, speaker, prosody = content.hidden + self.from_units(content.logits.softmax(-1)), nobody, None
-        if self.timbre is not None:
-            speaker = self.timbre(face, identity)
-            hidden = self.film(hidden, self._fed_speaker(speaker, teacher))
-        if self.prosody is not None:
-            prosody = self.prosody(hidden, expression, mask, teacher)
-            hidden = hidden + prosody.embedding
-        return Mu(self.to_mu(hidden, mask), speaker, content, prosody)
+# %% ../nbs/10_hierarchy.ipynb #b5a70392
+@patch
+def _fed_speaker(self:Hierarchy, predicted, teacher):
+    "The teacher's speaker where there is one; while training, a coin for each clip decides between it and the predicted."
+    if teacher is None: return predicted
+    if not self.training: return teacher.speaker
+    coin = torch.rand(len(predicted), 1, device=predicted.device) < .5
+    return torch.where(coin, teacher.speaker, predicted)
 
-    def _fed_speaker(self, predicted, teacher):
-        "The teacher's speaker where there is one; while training, a coin for each clip decides between it and the predicted."
-        if teacher is None: return predicted
-        if not self.training: return teacher.speaker
-        coin = torch.rand(len(predicted), 1, device=predicted.device) < .5
-        return torch.where(coin, teacher.speaker, predicted)
+# %% ../nbs/10_hierarchy.ipynb #f5f39ed9
+@patch
+def forward(self:Hierarchy, lips, # (B, 1, T, 88, 88)
+            face,       # (B, 3, 112, 112)
+            identity,   # (B, D)
+            expression, # (B, T, E)
+            mask,       # (B, T) bool
+            teacher=None # a Batch: its speaker, pitch, voicing and energy are fed in place of the predicted ones
+           ) -> Mu:
+    "From what a camera sees to a first guess of the mel spectrogram."
+    seen = self.lips(lips, mask)
+    nobody = seen.new_zeros(len(seen), self.preset.speaker_dim)
+    if self.flat: return Mu(self.to_mu(self.encoder(seen, face, identity, expression, mask), mask), nobody, None, None)
+    content = self.content(seen, mask)
+    hidden, speaker, prosody = content.hidden + self.from_units(content.logits.softmax(-1)), nobody, None
+    if self.timbre is not None:
+        speaker = self.timbre(face, identity)
+        hidden = self.film(hidden, self._fed_speaker(speaker, teacher))
+    if self.prosody is not None:
+        prosody = self.prosody(hidden, expression, mask, teacher)
+        hidden = hidden + prosody.embedding
+    return Mu(self.to_mu(hidden, mask), speaker, content, prosody)
 
-# %% ../nbs/10_hierarchy.ipynb #4664501d
+# %% ../nbs/10_hierarchy.ipynb #cfff6249
 WEIGHTS = dict(ce=1., speaker=1., pitch=1., voicing=.5, energy=.5, prior=1.) # of the losses; masked_ce: the preset's masked_weight
 
 class HierarchyLoss(NamedTuple):
@@ -172,6 +176,7 @@ class HierarchyLoss(NamedTuple):
     energy: torch.Tensor
     prior: torch.Tensor
 
+# %% ../nbs/10_hierarchy.ipynb #69bfc1f0
 def content_terms(content, units, preset) -> dict:
     "`ce` and, where there is a masked path, `masked_ce`."
     if content.masked_logits is not None: return dict(zip(("ce", "masked_ce"), content_loss(content, units, preset)))

@@ -7,9 +7,10 @@ __all__ = ['STRIP', 'show_contours', 'normalize_pitch', 'denormalize_pitch', 'no
            'VariancePredictor', 'StripEncoder', 'ExpressionEncoder', 'Prosody', 'ProsodyEncoder', 'ProsodyLoss',
            'prosody_loss']
 
-# %% ../nbs/09_prosody.ipynb #1ba92cff
+# %% ../nbs/09_prosody.ipynb #8a4dbb62
 from typing import NamedTuple
 import torch, torch.nn as nn, torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../nbs/09_prosody.ipynb #883fbb04
 def show_contours(log_f0, # (2T,) ln Hz
@@ -113,7 +114,7 @@ class Prosody(NamedTuple):
     energy: torch.Tensor       # (B, 2T) ln RMS
     embedding: torch.Tensor
 
-# %% ../nbs/09_prosody.ipynb #6a80b4b6
+# %% ../nbs/09_prosody.ipynb #b022b40d
 class ProsodyEncoder(nn.Module):
     "Stage 3: fused features and expression → pitch, voicing, energy → an embedding of them."
     def __init__(self, preset # Preset
@@ -137,14 +138,16 @@ class ProsodyEncoder(nn.Module):
         else: contours = normalize_pitch(teacher.log_f0), teacher.voiced, normalize_energy(teacher.energy)
         return Prosody(denormalize_pitch(pitch), voiced_logit, denormalize_energy(energy), self.embed_contours(*contours, mask2))
 
-    def embed_contours(self, pitch, # (B, 2T) normalised
-                       voiced,      # (B, 2T) in [0, 1]
-                       energy,      # (B, 2T) normalised
-                       mask         # (B, 2T) bool
-                      ): # (B, 2T, dim)
-        "Pitch counts only where there is voice."
-        x = torch.stack([pitch*voiced, voiced, energy], 1) * mask[:, None]
-        return self.embed(x).transpose(1, 2)
+# %% ../nbs/09_prosody.ipynb #01476397
+@patch
+def embed_contours(self:ProsodyEncoder, pitch, # (B, 2T) normalised
+                   voiced,      # (B, 2T) in [0, 1]
+                   energy,      # (B, 2T) normalised
+                   mask         # (B, 2T) bool
+                  ): # (B, 2T, dim)
+    "Pitch counts only where there is voice."
+    x = torch.stack([pitch*voiced, voiced, energy], 1) * mask[:, None]
+    return self.embed(x).transpose(1, 2)
 
 # %% ../nbs/09_prosody.ipynb #c7b16896
 class ProsodyLoss(NamedTuple):

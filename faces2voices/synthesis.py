@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'Speech', 'plot_speech', 'FacesToVoices', 'packaged_models', 'write_report', 'Done', 'synthesize_file']
 
-# %% ../nbs/15_synthesis.ipynb #861b2d5a
+# %% ../nbs/15_synthesis.ipynb #a3d7a75d
 import html, io, json, time
 from base64 import b64encode
 from pathlib import Path
@@ -13,10 +13,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from fastcore.basics import patch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from .core import CheckpointError, F2VError, Preset, atomic_path, pick_device, test_same
 from .audio import MEL, save_wav, show_speech
-from .video import dub, look, make_backend, show_crops
+from .video import crops_figure, dub as dub_video, look, make_backend
 from .talkers import Locator, LocatorBackend
 from .corpora import Clip, clip_of, collate
 from .units import UnitQuantizer
@@ -25,7 +28,7 @@ from .hierarchy import Hierarchy
 from .decoder import Decoder
 from .vocoder import Generator
 
-# %% ../nbs/15_synthesis.ipynb #96dca2a1
+# %% ../nbs/15_synthesis.ipynb #9e0f39bd
 class Speech:
     "The speech of one clip, and what was decided on the way to it."
     sr = 16000
@@ -45,16 +48,16 @@ class Speech:
 
     @property
     def duration(self) -> float: "Seconds of speech."; return len(self.wav)/self.sr
-
-    def save(self, path, overwrite=False): "Write a 16 kHz wav, tagged as synthetic."; save_wav(path, self.wav, overwrite)
-    def dub(self, path): "Write the original frames with this speech as their sound, tagged as synthetic."; return dub(self.source, self.wav, path)
-
-    def plot(self):
-        "Predicted pitch and energy over the predicted mel, and the true mel where there is one."
-        return plot_speech(self)
-
     def __repr__(self): return f"Speech({self.duration:.2f} s, from {Path(self.source).name!r}, {self.seconds/self.duration:.2f} × real time)"
     def _ipython_display_(self): show_speech(self.wav, title=repr(self), text="Synthesised speech.")
+
+# %% ../nbs/15_synthesis.ipynb #8d67adad
+@patch
+def save(self:Speech, path, overwrite=False): "Write a 16 kHz wav, tagged as synthetic."; save_wav(path, self.wav, overwrite)
+@patch
+def dub(self:Speech, path): "Write the original frames with this speech as their sound, tagged as synthetic."; return dub_video(self.source, self.wav, path)
+@patch
+def plot(self:Speech): "Figure of what was predicted: see `plot_speech`."; return plot_speech(self)
 
 # %% ../nbs/15_synthesis.ipynb #d5690a75
 def plot_speech(speech # a `Speech`
@@ -95,12 +98,7 @@ class FacesToVoices(nn.Module, PyTorchModelHubMixin, library_name="faces2voices"
     @property
     def device(self): return self.mean_identity.device
 
-# %% ../nbs/15_synthesis.ipynb #5a6d83b1
-from fastcore.basics import patch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-# %% ../nbs/15_synthesis.ipynb #d01b7351
+# %% ../nbs/15_synthesis.ipynb #d61270c8
 @patch
 def _save_pretrained(self:FacesToVoices, save_directory):
     "Half-precision weights; the mixin writes `config.json` beside them."
@@ -109,6 +107,7 @@ def _save_pretrained(self:FacesToVoices, save_directory):
     config = dict(preset=self.preset.to_json(), info=self.info)
     (Path(save_directory)/"config.json").write_text(json.dumps(config, indent=1))
 
+# %% ../nbs/15_synthesis.ipynb #ca1b399e
 @patch(cls_method=True)
 def from_folder(cls:FacesToVoices, folder # a folder that holds config.json and model.safetensors
                ) -> FacesToVoices:
@@ -123,6 +122,7 @@ def from_folder(cls:FacesToVoices, folder # a folder that holds config.json and 
         raise CheckpointError(folder, f"cannot be read as a faces2voices model ({str(e).splitlines()[0]})", "Was it written by another version, or cut short?") from e
     return model.eval()
 
+# %% ../nbs/15_synthesis.ipynb #e9092972
 @patch(cls_method=True)
 def from_pretrained(cls:FacesToVoices, name:str="talkers", # `talkers`, `grid`, a folder, or a Hugging Face Hub id such as `user/model`
                     device:str="auto", # `auto`, `cpu`, `cuda`
@@ -214,7 +214,7 @@ def write_report(path, sections:list, # HTML of each clip, from `_section`
     "Write one self-contained HTML page."
     with atomic_path(path) as tmp: tmp.write_text(_PAGE.replace("MODEL", html.escape(model)).replace("BODY", "".join(sections)), encoding="utf-8")
 
-# %% ../nbs/15_synthesis.ipynb #b843d9c8
+# %% ../nbs/15_synthesis.ipynb #c5d16f6d
 class Done(NamedTuple):
     "What became of one input."
     path: str
@@ -223,6 +223,7 @@ class Done(NamedTuple):
     speech_seconds: float
     compute_seconds: float
 
+# %% ../nbs/15_synthesis.ipynb #e5bfdd4d
 def synthesize_file(model:FacesToVoices, path, out, # input video, output folder
                     dubbed=True, # also write the dubbed video
                     report:list|None=None, # sections of a report are added here
@@ -237,7 +238,7 @@ def synthesize_file(model:FacesToVoices, path, out, # input video, output folder
         speech = model(path, **kw)
         speech.save(targets[0]); written.append(targets[0])
         if dubbed: speech.dub(targets[1]); written.append(targets[1])
-        if report is not None: report.append(_section(speech, show_crops(speech.looked)))
+        if report is not None: report.append(_section(speech, crops_figure(speech.looked)))
     except F2VError as e:
         for t in written: t.unlink()
         return Done(str(path), [], str(e), 0., 0.)

@@ -11,9 +11,10 @@ __all__ = ['GRAMMAR', 'TRACT', 'F0', 'STOPS', 'MOUTH', 'VISEMES', 'GLIDES', 'TOP
            'shade', 'lit', 'noise', 'Canvas', 'draw_head', 'draw_body', 'hair_colours', 'draw_back_hair', 'draw_hair',
            'draw_beard', 'still_layer', 'to_head', 'to_frame', 'Window', 'window', 'draw_eye', 'draw_brow',
            'draw_glasses', 'Lips', 'tucked', 'lips_of', 'draw_mouth', 'draw_face', 'face_points', 'show_faces',
-           'Locator', 'face_pool', 'scatter_faces', 'train_locator', 'LocatorBackend', 'locator_error', 'Talker',
-           'make_talker', 'show_talkers', 'Performance', 'perform', 'head_motion', 'blinks', 'light_and_noise',
-           'TalkerClip', 'make_clip', 'factors', 'show_strip', 'write_clip', 'split_of', 'make_corpus']
+           'Locator', 'face_pool', 'scatter_faces', 'train_locator', 'locate', 'LocatorBackend', 'locator_error',
+           'Talker', 'make_talker', 'show_talkers', 'Performance', 'perform', 'head_motion', 'blinks',
+           'light_and_noise', 'TalkerClip', 'make_clip', 'factors', 'show_strip', 'write_clip', 'split_of',
+           'make_corpus']
 
 # %% ../nbs/03_talkers.ipynb #54a61989
 import ctypes, json, os, shutil, tempfile
@@ -151,8 +152,8 @@ def _before(loud:np.ndarray, sample:int) -> int:
     i = np.searchsorted(loud, sample)
     return int(loud[i - 1]) if i else 0
 
-# %% ../nbs/03_talkers.ipynb #1471a17b
-def speak(text:str, # words with spaces between them
+# %% ../nbs/03_talkers.ipynb #5f928787
+def speak(text:str, # plain words with spaces between them
           tract:float=1., # vocal-tract scale
           f0:float=130., # mean pitch of a neutral sentence, Hz
           levels=None # how high each word is said, in [−1, 1]; ±1 is ±25 % in pitch
@@ -162,6 +163,7 @@ def speak(text:str, # words with spaces between them
     levels = np.zeros(len(words)) if levels is None else levels
     sound, events = _espeak(os.getpid())(" ".join(f"\x01{_pitch_command(a)}P{w}" for w, a in zip(words, levels)), voice_variant(tract, f0))
     starts = [sample/_RATE for kind, _, sample in events if kind == _WORD]
+    if len(starts) != len(words) or not words: raise ValueError(f"{text!r}: espeak-ng speaks {len(starts)} words, not {len(words)}; give words that it keeps apart")
     wav = resample_poly(sound/2**15, 320, 441).astype(np.float32)      # 22050 · 320/441 = 16000
     return Spoken(0.045/wav.std()*wav, _phones(events, sound), list(zip(words, starts, starts[1:] + [len(sound)/_RATE])))
 
@@ -236,7 +238,7 @@ GLIDES = {"aI": "a I", "eI": "E i:", "oU": "O U", "aU": "a U", "OI": "O I", "aI@
           "e@": "E 3", "A@": "A: 3", "o@": "O 3", "O@": "O 3", "U@": "U 3", "@L": "@ l"}   # two targets, one after the other
 _TARGETS = {phone: (np.array(target), np.array(cares)) for phones, target, cares in VISEMES.values() for phone in phones.split()}
 
-# %% ../nbs/03_talkers.ipynb #25b2ab33
+# %% ../nbs/03_talkers.ipynb #e44868f5
 def mouth_track(phones:list, # of (symbol, start, end) in seconds
                 n_frames:int) -> np.ndarray: # (n_frames, 6) float32, the columns of MOUTH
     "The mouth at 25 fps: dominance functions over the targets of the phonemes, then contacts made sure of."
@@ -246,7 +248,7 @@ def mouth_track(phones:list, # of (symbol, start, end) in seconds
     y, cares = (np.array([_TARGETS[symbol][i] for symbol, _, _ in targets]) for i in (0, 1))
     start, end = np.array([(s, e) for _, s, e in targets]).T
     t = (np.arange(n_frames)[:, None] + .5)/FPS
-    tau = np.clip(np.abs(t - (start + end)/2) - np.clip((end - start)/2 - 0.02, 0, None), 0, None)     # seconds away
+    tau = np.clip(np.abs(t - (start + end)/2) - (end - start)/4, 0, None)      # seconds beyond the middle half
     w = np.exp(-tau/0.030)[:, :, None]*cares
     return _contacts((w*y).sum(1)/w.sum(1), phones).astype(np.float32)
 
@@ -285,7 +287,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from .video import Face, FaceBackend, grey
 
-# %% ../nbs/03_talkers.ipynb #7a1d0a10
+# %% ../nbs/03_talkers.ipynb #614304f2
 class FaceShape(NamedTuple):
     "Geometry (head units) and colours (RGB in [0, 1]) of one drawn head."
     chin: float         # v of the chin: how long the face is
@@ -306,11 +308,7 @@ class FaceShape(NamedTuple):
     glasses: float      # 0 none, else radius of the rims
     part: float         # where the hair parts, -1 left to 1 right
     light: float        # where the light comes from, -1 left to 1 right
-    skin: tuple
-    hair_colour: tuple
-    iris: tuple
-    lip_colour: tuple
-    clothes: tuple
+    skin: tuple; hair_colour: tuple; iris: tuple; lip_colour: tuple; clothes: tuple
     background: tuple   # two colours: six numbers
     texture: int        # seed of strands, skin and cloth
 
@@ -367,8 +365,10 @@ def jaw_width(face:FaceShape) -> float:
     y = ((mouth_v(face) + face.chin)/2 - MIDDLE)/(face.chin - MIDDLE)
     return face.width*(1 - y**face.jaw)**(1/face.jaw)
 
-# %% ../nbs/03_talkers.ipynb #a5d97430
-def random_face(rng, link=1.) -> FaceShape: "The face of a random voice."; return make_face(rng, rng.uniform(.85, 1.18), math.log(rng.uniform(85, 240)), link)
+# %% ../nbs/03_talkers.ipynb #7582280d
+def random_face(rng, link=1.) -> FaceShape:
+    "The face of a random voice."
+    return make_face(rng, rng.uniform(.85, 1.18), math.log(rng.uniform(85, 240)), link)
 
 def draw_shapes(n:int, link:float, seed:int=0):
     "Features of `n` random talkers: (n,) formant scale, (n,) ln F0, and a list of `FaceShape`."
@@ -528,7 +528,7 @@ def draw_back_hair(c:Canvas):
         tone = .45 + .5*shade(.3*np.sqrt(np.clip(-d, 0, 1)), f.light, c.du) + .06*noise(u.shape, (2, 1), f.texture)
         c.add(lit(f.hair_colour, tone), inside(d, c.px))
 
-# %% ../nbs/03_talkers.ipynb #ac81cc9b
+# %% ../nbs/03_talkers.ipynb #c2d461bb
 def draw_hair(c:Canvas):
     "Hair over the skull: above a hairline, and beside the face."
     f, u, v = c.face, c.u, c.v
@@ -544,6 +544,7 @@ def draw_hair(c:Canvas):
     c.rgb *= 1 - .28*shadow
     c.add(hair_colours(c), inside(np.maximum(outer, np.minimum(v - hairline, side)), c.px*(1.8 + 2*curl))*(.72 if f.hair == "buzz" else 1))
 
+# %% ../nbs/03_talkers.ipynb #4fa1d505
 def draw_beard(c:Canvas):
     "Stubble to full beard, and a moustache."
     f, u, v = c.face, c.u, c.v
@@ -763,21 +764,23 @@ def face_points(face:FaceShape,
     at = [(-face.spacing, EYES), (face.spacing, EYES), (0, face.nose), (-m.half, v + m.corner), (m.half, v + m.corner)]
     return to_frame(at, pose, size)
 
-# %% ../nbs/03_talkers.ipynb #a71fcf7d
+# %% ../nbs/03_talkers.ipynb #ccda8059
 def show_faces(pictures, # (H, W, 3) uint8 each
                titles=(), # one a picture, or none
                columns:int=8,
                alt:str="drawn faces" # text alternative
               ):
     "A grid of pictures."
+    import io
     import matplotlib.pyplot as plt
-    from IPython.display import display
-    rows = -(-len(pictures)//columns)
+    from IPython.display import Image, display
+    rows, file = -(-len(pictures)//columns), io.BytesIO()
     fig, axes = plt.subplots(rows, columns, figsize=(9, 9/columns*rows*(1.15 if titles else 1)), layout="constrained", squeeze=False, dpi=80)
     for ax in axes.flat: ax.axis("off")
     for ax, picture in zip(axes.flat, pictures): ax.imshow(picture)
     for ax, title in zip(axes.flat, titles): ax.set_title(title, fontsize=8)
-    display(fig, metadata={"alt": alt}); plt.close(fig)
+    fig.savefig(file, format="jpeg"); plt.close(fig)
+    display(Image(file.getvalue(), format="jpeg", alt=alt))
 
 REST, FRONT = (0, 0, 0, 0, 0, 0), (0, 0, 0, 1)   # a mouth at rest, a head in the middle
 
@@ -871,32 +874,34 @@ def train_locator(steps:int=1500, # optimiser steps
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return model.eval()
 
-# %% ../nbs/03_talkers.ipynb #6faf1165
+# %% ../nbs/03_talkers.ipynb #b6118fdf
+@torch.no_grad()
+def locate(locator:Locator,
+           frame, # (H, W, 3) uint8
+           x0:int, y0:int, side:int # a square window, px; what lies outside the frame is black
+          ): # (5, 2) pixels of the frame, probability of a face
+    "One look of the locator at a part of a frame."
+    h, w = frame.shape[:2]
+    cut = frame[max(y0, 0):min(y0 + side, h), max(x0, 0):min(x0 + side, w)]
+    x = F.pad(torch.from_numpy(grey(cut))[None, None]/255, (max(-x0, 0), max(x0 + side - w, 0), max(-y0, 0), max(y0 + side - h, 0)))
+    x = F.interpolate(x, size=(locator.size, locator.size), mode="bilinear", antialias=True)
+    points, logit = locator(x.to(locator.axis.device))
+    return points[0].cpu().numpy()*side + (x0, y0) - .5, float(logit.sigmoid())
+
+# %% ../nbs/03_talkers.ipynb #6b45aa2a
 class LocatorBackend(FaceBackend):
     "Finds drawn faces with a trained `Locator`: once in the whole picture, once more in a closer look."
     name = "locator"
     def __init__(self, locator:Locator): self.locator = locator
-
-    @torch.no_grad()
-    def _look(self, frame, x0, y0, side):
-        "Points in pixels and probability of a face, from the square window at x0, y0."
-        h, w = frame.shape[:2]
-        net = self.locator
-        cut = frame[max(y0, 0):min(y0 + side, h), max(x0, 0):min(x0 + side, w)]
-        x = F.pad(torch.from_numpy(grey(cut))[None, None]/255, (max(-x0, 0), max(x0 + side - w, 0), max(-y0, 0), max(y0 + side - h, 0)))
-        x = F.interpolate(x, size=(net.size, net.size), mode="bilinear", antialias=True)
-        points, logit = net(x.to(net.axis.device))
-        return points[0].cpu().numpy()*side + (x0, y0) - .5, float(logit.sigmoid())
-
     def detect(self, frame):
         "At most one face."
-        h, w = frame.shape[:2]
-        side = max(h, w)
-        points, score = self._look(frame, (w - side)//2, (h - side)//2, side)
+        (h, w), side = frame.shape[:2], max(frame.shape[:2])
+        points, score = locate(self.locator, frame, (w - side)//2, (h - side)//2, side)
         if score < .5: return []
-        span = np.linalg.norm(points[:2].mean(0) - points[3:].mean(0))
-        centre, side = (points[:2].mean(0) + points[3:].mean(0))/2, int(3.4*span) + 8
-        points, _ = self._look(frame, *(int(round(c - side/2)) for c in centre), side)
+        eyes, mouth = points[:2].mean(0), points[3:].mean(0)
+        centre, span = (eyes + mouth)/2, np.linalg.norm(eyes - mouth)
+        side = int(3.4*span) + 8
+        points, _ = locate(self.locator, frame, *np.round(centre - side/2).astype(int).tolist(), side)
         return [Face(np.concatenate([centre - 1.2*span, centre + 1.2*span]).astype(np.float32), points.astype(np.float32), score)]
 
 # %% ../nbs/03_talkers.ipynb #6932831c
@@ -1036,7 +1041,7 @@ def show_strip(clip:TalkerClip,
     low.spines[["top", "right", "left"]].set_visible(False)
     display(fig, metadata={"alt": f"{n} frames of a drawn talker above the waveform of: {clip.text}"}); plt.close(fig)
 
-# %% ../nbs/03_talkers.ipynb #e3af7180
+# %% ../nbs/03_talkers.ipynb #97e1c9b9
 def write_clip(clip:TalkerClip, path, overwrite:bool=False):
     "Write a clip as an ordinary mp4 (H.264, and AAC at 16 kHz)."
     write_video(path, clip.frames, clip.wav, overwrite=overwrite)
@@ -1050,7 +1055,7 @@ def _corpus_line(job:tuple) -> dict:
     folder, seed, number, k, link, nuisance = job
     torch.set_num_threads(1)
     talker, name = make_talker(10_000*seed + number, link), f"t{number:04d}_{k:03d}"
-    clip_seed, path = (seed, number, k), folder/"clips"/f"{name}.mp4"
+    clip_seed, path = (seed, number, k), folder/f"{name}.mp4"
     if path.exists():
         said = perform(np.random.default_rng(clip_seed), talker)
         text, known = said.text, factors(talker, said)
@@ -1058,7 +1063,7 @@ def _corpus_line(job:tuple) -> dict:
         clip = make_clip(clip_seed, talker, nuisance=nuisance)
         write_clip(clip, path)
         text, known = clip.text, clip.factors
-    return dict(name=name, path=f"clips/{path.name}", speaker=f"t{number:04d}", text=text, split=split_of(number), link=link, nuisance=nuisance) | known
+    return dict(name=name, path=path.name, speaker=f"t{number:04d}", text=text, split=split_of(number), link=link, nuisance=nuisance) | known
 
 def _same_world(path:Path, world:dict):
     "Write down what a corpus is made from, or check that this folder was made from the same."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDS', 'shuffled', 'schedule', 'EMA', 'terms', 'average_gradients', 'Learner', 'report', 'fit', 'Run',
            'show_history', 'Scene', 'scenes', 'scene_batches', 'part', 'note_time', 'train_speaker', 'train_decoder',
-           'train_system', 'make_world']
+           'train_system', 'assemble', 'write_card', 'train_the_locator', 'make_world']
 
 # %% ../nbs/16_training.ipynb #ec28e823
 import copy, json, math, time
@@ -202,16 +202,17 @@ def show_history(log, # lines of `fit`, or the path of its .jsonl
     ax.set(yscale="log", xlabel=f"step ({log[-1]['seconds']:.0f} s in all)", ylabel="loss", title=title)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
 
-# %% ../nbs/16_training.ipynb #50f109d3
+# %% ../nbs/16_training.ipynb #2d6bff09
+import os, platform
 from typing import NamedTuple
 from safetensors.torch import load_file, save_file
-from .core import Preset, MELS_PER_FRAME
+from .core import CorpusError, Preset, MELS_PER_FRAME
 from .corpora import ClipDataset, batches, collate, prepare, read_manifest
 from .synthesis import FacesToVoices
 from .timbre import train_speaker_encoder
 from .vocoder import train_vocoder
 
-# %% ../nbs/16_training.ipynb #7ab204d7
+# %% ../nbs/16_training.ipynb #057fc163
 class Scene(NamedTuple):
     "What the decoder trains on; each (B, …) in a batch."
     names: list
@@ -220,6 +221,7 @@ class Scene(NamedTuple):
     mask: torch.Tensor    # (1, L) bool
     speaker: torch.Tensor # (256,)
 
+# %% ../nbs/16_training.ipynb #a7f831c7
 @torch.no_grad()
 def scenes(hierarchy, dataset:ClipDataset, batch:int=16, views:int=2, seed:int=0) -> list:
     "One Scene for each clip and view, from a frozen hierarchy."
@@ -273,11 +275,12 @@ def note_time(run:Path, name:str, seconds:float):
     times = json.loads(path.read_text()) if path.exists() else {}
     with atomic_path(path, overwrite=True) as tmp: tmp.write_text(json.dumps(times | {name: round(seconds, 1)}, indent=1))
 
-# %% ../nbs/16_training.ipynb #83828835
-def train_speaker(model, dataset, preset, seed):
-    "GE2E over the mels of every speaker who has at least two clips."
+# %% ../nbs/16_training.ipynb #0b04a122
+def train_speaker(model, dataset, preset, first, seed):
+    "GE2E over the mels of every speaker who has at least two clips; or the encoder of a first model, as it is."
+    if first: return model.speaker_encoder.load_state_dict(first.speaker_encoder.state_dict())
     mels = {}
-    for clip in dataset: mels.setdefault(clip.speaker, []).append(clip.mel)
+    for clip in (dataset[i] for i in range(len(dataset))): mels.setdefault(clip.speaker, []).append(clip.mel)
     several = {k: v for k, v in mels.items() if len(v) > 1}
     encoder, _ = train_speaker_encoder(several, preset.steps["speaker"], preset.batch["speaker"], preset.lr["speaker"], seed=seed)
     model.speaker_encoder.load_state_dict(encoder.state_dict())
@@ -288,42 +291,87 @@ def train_decoder(model, dataset, preset, run, seed):
     fit(lambda s: model.decoder.loss(s.x1, s.mask, s.mu, s.speaker), model.decoder, scene_batches(seen, preset.batch["decoder"], seed=seed),
         preset.steps["decoder"], preset.lr["decoder"], name="decoder", run_dir=run, bf16=True, seed=seed)
 
-# %% ../nbs/16_training.ipynb #44b7492e
+# %% ../nbs/16_training.ipynb #6ead679b
 def train_system(preset:Preset,
                  out, # folder of the run
                  data=None, # prepared clips; None: `tiny` makes its world first
                  init:str|None=None, # a model whose speaker encoder is kept and whose vocoder is the start
-                 only:list|None=None, # parts to train (again); the others must be there
+                 only:list|None=None, # parts that may be trained now; None: all
                  workers:int=2, # processes that make and prepare clips
-                 seed:int=0) -> Path: # folder of the finished model
+                 seed:int=0, command:str="" # the model card names it
+                ) -> Path: # folder of the finished model
     "Train units, speaker encoder, hierarchy, decoder and vocoder, and save them as one model."
     run, model = Path(out), FacesToVoices(preset.to_json())
     run.mkdir(parents=True, exist_ok=True)
-    first = FacesToVoices.from_pretrained(init, device="cpu") if init else None
-    data = Path(data) if data else make_world(model, run, preset, workers, seed, only)
-    ds = ClipDataset(data, split="train")
-    if not len(ds): raise CheckpointError(data, "holds no clips with sound whose split is `train`", "Prepare a corpus with `faces2voices prepare`")
+    first = init and FacesToVoices.from_pretrained(init, device="cpu")
     step = lambda name, module, train: part(run, name, module, train, only)
+    if preset.face_backend == "locator": step("locator", model.locator, lambda: train_the_locator(model, preset, seed))
+    data = Path(data) if data else make_world(model, run, preset, workers, seed)
+    ds = ClipDataset(data, split="train")
+    if not len(ds): raise CorpusError(data, "holds no clips with sound whose split is `train`", "Prepare a corpus with `faces2voices prepare`")
     step("units", model.units, lambda: model.units.fit([ds[i].wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
-    step("speaker", model.speaker_encoder, lambda: model.speaker_encoder.load_state_dict(first.speaker_encoder.state_dict()) if first else train_speaker(model, ds, preset, seed))
+    step("speaker", model.speaker_encoder, lambda: train_speaker(model, ds, preset, first, seed))
     ds.add(units=model.units, speaker=model.speaker_encoder)
     step("hierarchy", model.hierarchy, lambda: fit(model.hierarchy.loss, model.hierarchy, batches(ds, preset.batch["hierarchy"], seed),
         preset.steps["hierarchy"], preset.lr["hierarchy"], name="hierarchy", run_dir=run, bf16=True, seed=seed))
     step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed))
-    step("vocoder", model.vocoder, lambda: train_vocoder([c.wav for c in ds], model.vocoder, preset, run_dir=run, init=first and first.vocoder, seed=seed))
-    missing = [n for n in NEEDS if not (run/f"{n}.safetensors").exists() and not (n == "locator" and preset.face_backend != "locator")]
-    if missing: return print(f"still to train: {', '.join(missing)}") or run
-    if preset.identity_dim: model.mean_identity.copy_(torch.stack([c.identity for c in ds]).mean(0))
-    model.info = dict(model.info, clips=len(ds), speakers=len({c.speaker for c in ds}), seconds=json.loads((run/"times.json").read_text()))
+    step("vocoder", model.vocoder, lambda: train_vocoder([ds[i].wav for i in range(len(ds))], model.vocoder, preset, run_dir=run, init=first and first.vocoder, seed=seed))
+    return assemble(model, run, ds, command)
+
+# %% ../nbs/16_training.ipynb #22eb8cf9
+def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the model
+    "Save the trained parts as one model, with what it was trained on; or say which parts are missing."
+    wanted = [n for n in NEEDS if n != "locator" or model.preset.face_backend == "locator"]
+    if missing := [n for n in wanted if not (run/f"{n}.safetensors").exists()]:
+        print(f"still to train: {', '.join(missing)}")
+        return run
+    clips = [dataset[i] for i in range(len(dataset))]
+    if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([c.identity for c in clips]).mean(0))
+    model.info = dict(command=command, data=f"{len(clips)} clips of {len({c.speaker for c in clips})} speakers, {sum(len(c.lips) for c in clips)/25/60:.0f} minutes",
+        seconds=json.loads((run/"times.json").read_text()), machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     model.save_pretrained(run/"model")
+    write_card(model, run/"model"/"README.md")
     return run/"model"
 
-# %% ../nbs/16_training.ipynb #ee230d5b
-def make_world(model, run:Path, preset, workers:int, seed:int, only=None) -> Path: # folder of prepared clips
-    "Draw the talkers, train the locator that finds their faces, and prepare their clips."
-    from faces2voices.talkers import LocatorBackend, make_corpus, train_locator
+# %% ../nbs/16_training.ipynb #072e61cb
+def write_card(model, path):
+    "The model card: what it is, what it was trained on, what it must not be used for."
+    info, p = model.info, model.preset
+    with atomic_path(path, overwrite=True) as tmp: tmp.write_text(_CARD.format(name=p.name, n=sum(x.numel() for x in model.parameters())/1e6, backend=p.face_backend,
+        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items()), **info), encoding="utf-8")
+
+# %% ../nbs/16_training.ipynb #2c905e6f
+_CARD = """---
+library_name: faces2voices
+license: apache-2.0
+tags: [video-to-speech, flow-matching]
+---
+# faces2voices, preset `{name}`
+
+{n:.1f} million weights. Faces are found by `{backend}`.
+
+## Made by
+
+    {command}
+
+on {data} ({machine}); {times}.
+
+## Use and limits
+
+Speech from a silent video, for teaching and research. It knows the small grammar that it was trained on and nothing else.
+What it says is synthetic and may be wrong in every word; do not use it to put words into anyone's mouth.
+"""
+
+# %% ../nbs/16_training.ipynb #b40f8b33
+def train_the_locator(model, preset, seed):
+    "Draw faces, and learn to find them."
+    from faces2voices.talkers import train_locator
+    model.locator.load_state_dict(train_locator(preset.steps["locator"], preset.batch["locator"], seed=seed).state_dict())
+
+def make_world(model, run:Path, preset, workers:int, seed:int) -> Path: # folder of prepared clips
+    "Draw and speak the talkers, and prepare their clips with the model's locator."
+    from faces2voices.talkers import LocatorBackend, make_corpus
     if preset.face_backend != "locator": raise CheckpointError(run, f"the preset `{preset.name}` trains on real clips", "Give a folder of prepared clips: faces2voices prepare CORPUS PREPARED")
-    part(run, "locator", model.locator, lambda: model.locator.load_state_dict(train_locator(preset.steps["locator"], preset.batch["locator"], seed=seed).state_dict()), only)
     began = time.time()
     make_corpus(run/"clips", 240, 6, seed=seed, workers=workers)
     done = prepare(read_manifest(run/"clips"/"manifest.jsonl"), run/"prepared", LocatorBackend(model.locator), workers)

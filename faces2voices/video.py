@@ -7,7 +7,7 @@ __all__ = ['TAG', 'MIN_FRAMES', 'MAX_BYTES', 'BOX_POINTS', 'MEAN_FACE', 'ARCFACE
            'at_25fps', 'Video', 'read_video', 'show_frames', 'Dubbed', 'dub', 'Face', 'FaceBackend',
            'InsightFaceBackend', 'CascadeBackend', 'make_backend', 'Track', 'overlap', 'track_face', 'similarity',
            'warp', 'grey', 'lip_crops', 'brow_strip', 'align_face', 'best_face', 'Crops', 'crop', 'Looked', 'look',
-           'show_crops', 'show_offset']
+           'crops_figure', 'show_crops', 'show_offset']
 
 # %% ../nbs/02_video.ipynb #e77d9a0f
 import heapq, io, os
@@ -515,11 +515,10 @@ def look(path, # a video file, or a Video
     track = track_face(video.frames, backend, path=video.path)
     return Looked(video, track, crop(video.frames, track.points, backend))
 
-# %% ../nbs/02_video.ipynb #04aeaaba
-def show_crops(looked:Looked, n:int=6):
-    "What was seen: frames with the five points, the face, and strips of lips and brows."
+# %% ../nbs/02_video.ipynb #7482d6de
+def crops_figure(looked:Looked, n:int=6):
+    "Figure of what was seen: frames with the five points, the face, and strips of lips and brows."
     import matplotlib.pyplot as plt
-    from IPython.display import display
     (video, track, crops), T = looked, len(looked.track.points)
     pick = np.linspace(0, T - 1, n).round().astype(int)
     fig, axes = plt.subplot_mosaic("Fvvvvv;Flllll;Fbbbbb", figsize=(10, 4.2), height_ratios=[1.3, 1, .55], width_ratios=[1.6, *[1]*5], layout="constrained")
@@ -532,7 +531,13 @@ def show_crops(looked:Looked, n:int=6):
         axes["b"].imshow(np.hstack(crops.expression[pick].reshape(n, 24, 48)), cmap="gray", vmin=0, vmax=1); axes["b"].set_title("brows and eyes", fontsize=9)
     for ax in axes.values(): ax.set_axis_off()
     fig.suptitle(f"{T/FPS:.2f} s, face seen in {track.found.mean():.0%} of the frames", fontsize=10)
-    display(fig, metadata={"alt": f"The aligned face; beside it {n} frames of a video with five points on the face, and under them {n} crops of the lips and of the brows and eyes."}); plt.close(fig)
+    plt.close(fig)
+    return fig
+
+def show_crops(looked:Looked, n:int=6):
+    "Display `crops_figure`."
+    from IPython.display import display
+    display(crops_figure(looked, n), metadata={"alt": f"The aligned face; beside it {n} frames of a video with five points on the face, and under them {n} crops of the lips and of the brows and eyes."})
 
 # %% ../nbs/02_video.ipynb #3f7c45fc
 def show_offset(by_rule:dict, # name of a rule → time in the film of the frames it takes, seconds

@@ -213,20 +213,20 @@ def plain_loss(generator):
         return dict(total=45*mel + 10*stft, mel=mel, stft=stft)
     return loss
 
-# %% ../nbs/14_vocoder.ipynb #92d67bf7
+# %% ../nbs/14_vocoder.ipynb #6e081927
 def train_vocoder(wavs:list, # (N,) sounds at 16 kHz
                   generator:Generator, # trained in place
                   preset, # `steps`, `batch` and `lr` of "vocoder"
                   *, run_dir=None, # for checkpoints and logs; a run that was stopped goes on from there
                   init:Generator|None=None, # weights to start from
-                  plain_share:float|None=None, # share of the steps without critics; None: 0.75 on a CPU, 0 on a GPU
+                  plain_share:float|None=None, # share of the steps without critics; None: 0.85 on a CPU, 0 on a GPU
                   seed:int=0) -> list: # log
     "Plain losses first, then critics; slim critics on a CPU, HiFi-GAN's own on a GPU."
     from faces2voices.training import fit
     gpu = torch.cuda.is_available()
     if init is not None: generator.load_state_dict(init.state_dict())
     steps, batch, lr = (d["vocoder"] for d in (preset.steps, preset.batch, preset.lr))
-    plain = int(steps*((0. if gpu else .75) if plain_share is None else plain_share))
+    plain = int(steps*((0. if gpu else .85) if plain_share is None else plain_share))
     common = dict(run_dir=run_dir, clip=1e3, betas=(.8, .99), seed=seed)
     log = []
     if plain: log += fit(plain_loss(generator), generator, segment_batches(wavs, batch, seed=seed), plain, lr, name="vocoder-plain", bf16=True, **common)

@@ -1,0 +1,118 @@
+"The three stages together: shapes, padding, gradients, ablations, and that each input moves its own part."
+import math
+from dataclasses import replace
+import pytest, torch, torch.nn.functional as F
+from faces2voices.core import TINY, test_same as same
+from faces2voices.corpora import Batch
+from faces2voices.hierarchy import *
+
+SMALL = replace(TINY, dim=32, n_units=8, n_blocks=2, lip_width=4, lip_scale=4, dropout=0.)
+see = lambda b: (b.lips, b.face, b.identity, b.expression, b.mask)
+VARIANTS = [(), ("masked",), ("timbre",), ("prosody",), ("timbre", "prosody"), ("hierarchy",)]
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+@pytest.mark.parametrize("preset", [SMALL, replace(SMALL, identity_dim=16, expression_dim=52)])
+def test_shapes(preset):
+    out = Hierarchy(preset).eval()(*see(made_batch(preset, 2, 6)))
+    assert out.mu.shape == (2, 80, 24) and out.content.logits.shape == (2, 12, 8) and out.prosody.log_f0.shape == (2, 12)
+    same(out.speaker.detach().norm(dim=-1), torch.ones(2), atol=1e-5)
+
+def test_prior_loss_is_a_gaussian():
+    mu, x1, mask = torch.randn(2, 80, 12), torch.randn(2, 80, 12), torch.arange(12) < torch.tensor([[12], [5]])
+    nll = -torch.distributions.Normal(mu, 1.).log_prob(x1)
+    same(prior_loss(mu, x1, mask), torch.cat([nll[0].flatten(), nll[1, :, :5].flatten()]).mean(), atol=1e-5)
+
+@pytest.mark.parametrize("without", VARIANTS)
+@pytest.mark.parametrize("preset", [SMALL, replace(SMALL, identity_dim=16, expression_dim=52)])
+def test_padding_never_reaches_a_real_frame(without, preset):
+    model = Hierarchy(preset, without).eval()
+    long, short = made_batch(preset, 1, 14, seed=1), made_batch(preset, 1, 9, seed=2)
+    pad = lambda x, d: torch.cat([x, torch.randn_like(x).narrow(d, 0, 5)], d)
+    both = [torch.cat([a, b]) for a, b in [(long.lips, pad(short.lips, 2)*1), (long.face, short.face), (long.identity, short.identity), (long.expression, pad(short.expression, 1))]]
+    both[0][1, :, 9:] = 0.                                     # collate zeroes the padded lips; the padded expression is noise here
+    mask = torch.arange(14) < torch.tensor([[14], [9]])
+    with torch.no_grad(): together, alone, first = model(*both, mask), model(*see(short)), model(*see(long))
+    same(together.mu[1:, :, :36], alone.mu, atol=1e-4)
+    same(together.mu[:1], first.mu, atol=1e-4)
+    assert together.mu[1, :, 36:].abs().max() == 0
+
+def terms(without):
+    found = Hierarchy(SMALL, without).loss(made_batch(SMALL, 2, 6))
+    return {k for k, v in found._asdict().items() if k != "total" and v > 0}
+
+def test_ablations_have_fewer_losses():
+    every = set(HierarchyLoss._fields) - {"total"}
+    assert terms(()) == every
+    assert terms(("masked",)) == every - {"masked_ce"}
+    assert terms(("timbre",)) == every - {"speaker"}
+    assert terms(("prosody",)) == every - {"pitch", "voicing", "energy"}
+    assert terms(("hierarchy",)) == {"prior"}
+    with pytest.raises(ValueError, match="unknown stages"): Hierarchy(SMALL, ("pitch",))
+
+@pytest.mark.parametrize("without", VARIANTS)
+def test_every_parameter_gets_a_gradient(without):
+    model, batch = Hierarchy(SMALL, without), made_batch(SMALL, 4, 6)
+    if not model.flat and model.timbre is not None: torch.nn.init.normal_(model.film.to_film.weight)
+    model.loss(batch).total.backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    for name, stage in model.named_children(): assert any(p.grad.abs().sum() > 0 for p in stage.parameters()), name
+
+def test_total_is_the_weighted_sum_and_padding_of_the_targets_does_not_count():
+    model, batch = Hierarchy(SMALL).eval(), made_batch(SMALL, 2, 8)
+    batch.mask[1, 5:] = False
+    batch.units[1, 10:] = -100
+    batch.lips[1, :, 5:] = 0.
+    with torch.no_grad(): a = model.loss(batch)
+    same(a.total, a.ce + SMALL.masked_weight*a.masked_ce + sum(WEIGHTS[k]*getattr(a, k) for k in ("speaker", "pitch", "voicing", "energy", "prior")), atol=1e-5)
+    for x, n in ((batch.mel.transpose(1, 2), 4), (batch.log_f0, 2), (batch.voiced, 2), (batch.energy, 2)): x[1, 5*n:] = .9
+    with torch.no_grad(): b = model.loss(batch)
+    for x, y in zip(a, b): same(x, y, atol=1e-5)
+
+def test_speaker_coin():
+    model, said, true = Hierarchy(SMALL), torch.zeros(400, 256), made_batch(SMALL, 400, 2)._replace(speaker=torch.ones(400, 256))
+    share = model.train()._fed_speaker(said, true).mean()
+    assert .4 < share < .6
+    assert model.eval()._fed_speaker(said, true).min() == 1 and model._fed_speaker(said, None).max() == 0
+
+@pytest.fixture(scope="module")
+def learned():
+    "A model fitted to one tiny batch, and its first and last loss."
+    torch.manual_seed(0)
+    model, batch, losses = Hierarchy(SMALL), made_batch(SMALL, 4, 8), []
+    opt = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        loss = model.loss(batch)
+        opt.zero_grad(); loss.total.backward(); opt.step(); losses.append(loss)
+    return model.eval(), batch, losses
+
+def test_overfits_one_batch(learned):
+    model, batch, losses = learned
+    constant = .5*math.log(2*math.pi)
+    assert losses[-1].ce < losses[0].ce/2                                     # label smoothing keeps it above zero
+    assert losses[-1].speaker < .1*losses[0].speaker
+    assert losses[-1].prior - constant < .25*(losses[0].prior - constant)
+
+def test_another_face_changes_the_voice_and_not_the_words(learned):
+    model, batch, _ = learned
+    with torch.no_grad(): own, other = model(*see(batch)), model(*see(batch._replace(face=batch.face.roll(1, 0))))
+    same(own.content.logits, other.content.logits)
+    same(other.speaker, own.speaker.roll(1, 0), atol=1e-5)
+    assert (own.mu - other.mu).abs().max() > .05
+
+def test_another_expression_changes_the_prosody_only(learned):
+    model, batch, _ = learned
+    with torch.no_grad(): own, other = model(*see(batch)), model(*see(batch._replace(expression=batch.expression.flip(1))))
+    same(own.content.logits, other.content.logits); same(own.speaker, other.speaker)
+    assert (own.prosody.log_f0 - other.prosody.log_f0).abs().max() > 1e-3
+
+def test_made_batch_is_a_batch_of_the_agreed_shapes():
+    b = made_batch(SMALL, 3, 7)
+    assert isinstance(b, Batch) and b.lips.shape == (3, 1, 7, 88, 88) and b.mel.shape == (3, 80, 28) and b.units.shape == b.energy.shape == (3, 14)
+    same(made_batch(SMALL, 3, 7, seed=4).mel, made_batch(SMALL, 3, 7, seed=4).mel)
+
+def test_probe():
+    x = torch.randn(300, 5)
+    assert probe(x, x @ torch.randn(5)) > .99 and probe(x, torch.randn(300)) < .2
+    assert probe(x, (x[:, 0] > 0).long()) > .9

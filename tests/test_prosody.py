@@ -1,0 +1,84 @@
+"Variance predictors and their losses: masks, normalisation, teacher forcing, and that level and movement come from where they should."
+from dataclasses import replace
+from typing import NamedTuple
+import pytest, torch, torch.nn.functional as F
+from faces2voices.core import TINY, test_same as same
+from faces2voices.prosody import *
+
+SMALL = replace(TINY, dim=32, dropout=0.)
+
+class Truth(NamedTuple):
+    log_f0: torch.Tensor
+    voiced: torch.Tensor
+    energy: torch.Tensor
+    mask: torch.Tensor
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+def truth(B=2, T=12):
+    return Truth(5 + .3*torch.randn(B, 2*T), (torch.rand(B, 2*T) > .4).float(), -4 + torch.randn(B, 2*T), torch.ones(B, T, dtype=torch.bool))
+
+def test_normalisation_round_trip():
+    x = torch.linspace(4, 6, 9)
+    same(denormalize_pitch(normalize_pitch(x)), x, atol=1e-6)
+    same(denormalize_energy(normalize_energy(-x)), -x, atol=1e-6)
+    assert normalize_pitch(5.) == 0 and normalize_energy(-4.) == 0
+
+def test_losses_by_hand():
+    t = truth()
+    p = Prosody(t.log_f0 + .5, torch.zeros_like(t.voiced), t.energy + 2, None)      # one normalised unit off in pitch and energy
+    loss = prosody_loss(p, t)
+    same(loss.pitch, torch.tensor(1 - .25/2), atol=1e-5)                              # smooth L1 with beta 0.25 at distance 1
+    same(loss.voicing, torch.tensor(2.).log(), atol=1e-6)
+    same(loss.energy, torch.tensor(1.), atol=1e-5)
+
+def test_unvoiced_pitch_and_padding_never_count():
+    t = truth()
+    t.mask[1, 7:] = False
+    p = Prosody(t.log_f0 + .1, torch.randn_like(t.voiced), t.energy + .3, None)
+    base = prosody_loss(p, t)
+    outside = ~t.mask.repeat_interleave(2, 1)
+    wild = Prosody(torch.where(outside | (t.voiced == 0), 99., p.log_f0), torch.where(outside, 50., p.voiced_logit), torch.where(outside, -70., p.energy), None)
+    for a, b in zip(base, prosody_loss(wild, t)): same(a, b, atol=1e-6)
+
+def test_a_batch_without_voice_has_a_finite_loss():
+    t = truth()._replace(voiced=torch.zeros(2, 24))
+    same(prosody_loss(Prosody(t.log_f0 + 1, t.voiced, t.energy, None), t).pitch, torch.tensor(0.))
+
+@pytest.mark.parametrize("E", [1152, 52])
+def test_padding_is_not_heard(E):
+    encoder = ProsodyEncoder(replace(SMALL, expression_dim=E)).eval()
+    hidden, expression, mask = torch.randn(2, 40, 32), torch.rand(2, 20, E), torch.arange(20) < torch.tensor([[20], [13]])
+    with torch.no_grad(): both, alone = encoder(hidden, expression, mask), encoder(hidden[1:, :26], expression[1:, :13], mask[1:, :13])
+    for a, b in zip(both, alone): same(a[1:, :26], b, atol=1e-5)
+
+def test_teacher_changes_the_embedding_only():
+    encoder, t = ProsodyEncoder(SMALL).eval(), truth()
+    args = torch.randn(2, 24, 32), torch.rand(2, 12, 1152), t.mask
+    free, forced = encoder(*args), encoder(*args, teacher=t)
+    for a, b in zip(free[:3], forced[:3]): same(a.detach(), b.detach())
+    assert (free.embedding - forced.embedding).abs().max() > 1e-3
+    silent = t._replace(log_f0=t.log_f0 + 2*(1 - t.voiced))                           # another pitch where there is no voice
+    same(forced.embedding.detach(), encoder(*args, teacher=silent).embedding.detach(), atol=1e-6)
+
+def test_learns_level_from_hidden_and_movement_from_expression():
+    def made(seed, B=8, T=16):
+        g = torch.Generator().manual_seed(seed)
+        level, move = torch.rand(B, 1, generator=g)*2 - 1, torch.randn(B, T, generator=g)
+        both = .4*level + .2*move.repeat_interleave(2, 1)
+        t = Truth(5 + both, torch.ones_like(both), -4 + 2*both, torch.ones(B, T, dtype=torch.bool))
+        return (level*torch.linspace(-1, 1, 32))[:, None].expand(-1, 2*T, -1), torch.sigmoid(move)[..., None].expand(-1, -1, 52), t
+    encoder = ProsodyEncoder(replace(SMALL, expression_dim=52))
+    opt, losses = torch.optim.AdamW(encoder.parameters(), lr=3e-3), []
+    for step in range(150):
+        hidden, expression, t = made(step)
+        loss = sum(prosody_loss(encoder(hidden, expression, t.mask), t))
+        opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
+    assert losses[-1] < losses[0]/4
+    hidden, expression, t = made(999)
+    with torch.no_grad(): out, still = encoder.eval()(hidden, expression, t.mask), encoder(hidden, torch.full_like(expression, .5), t.mask)
+    corr = lambda a, b: torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+    assert corr(out.log_f0, t.log_f0) > .9
+    assert corr(still.log_f0.mean(1), t.log_f0.mean(1)) > .6                          # the level is still there
+    assert still.log_f0[:, 8:-8].std(1).mean() < .3*out.log_f0[:, 8:-8].std(1).mean() # the movement is not

@@ -1,0 +1,77 @@
+"Oracles of the solvers lesson: orders of convergence, closed solutions, another library, identities."
+import math
+import pytest
+import torch
+from faces2voices.core import test_same as same
+from faces2voices.flow import mixture_field
+from faces2voices.solvers import SOLVERS, euler, guide, guided, heun, midpoint, rk4, time_grid
+
+ORDER = dict(euler=1, midpoint=2, heun=2, rk4=4)
+def grid(n): return torch.linspace(0, 1, n + 1, dtype=torch.float64)
+
+@pytest.mark.parametrize("name", ORDER)
+def test_order_of_convergence(name):
+    "x' = -2 t x^2 from 1 has x = 1 / (1 + t^2): halving the step divides the error by 2 ** order."
+    solve = SOLVERS[name][0]
+    error = [(solve(lambda x, t: -2*t*x**2, torch.ones(1, 1).double(), grid(n))[-1] - .5).abs().item() for n in (32, 64)]
+    assert abs(math.log2(error[0]/error[1]) - ORDER[name]) < .1
+
+@pytest.mark.parametrize("name", ORDER)
+def test_calls_are_counted_right(name):
+    solve, cost = SOLVERS[name]
+    calls = []
+    solve(lambda x, t: calls.append(t) or x, torch.ones(1), grid(6))
+    assert len(calls) == 6*cost and all(0 <= t <= 1 for t in calls)
+
+@pytest.mark.parametrize("name", ORDER)
+def test_trajectory_holds_every_stop_and_a_straight_road_is_exact(name):
+    x0, u = torch.randn(3, 80, 5).double(), torch.randn(3, 80, 5).double()
+    xs = SOLVERS[name][0](lambda x, t: u, x0, grid(4))
+    assert xs.shape == (5, 3, 80, 5)
+    for t, x in zip(grid(4), xs): same(x, x0 + t*u, atol=1e-12)
+
+@pytest.mark.parametrize("name", ORDER)
+def test_uneven_grids_end_at_the_end(name):
+    xs = SOLVERS[name][0](lambda x, t: torch.ones_like(x), torch.zeros(2), time_grid(7, -1.))
+    same(xs[-1], torch.ones(2), atol=1e-6)
+
+def test_euler_on_a_linear_field_in_closed_form():
+    same(euler(lambda x, t: x, torch.ones(1).double(), grid(10))[-1], torch.tensor([1.1**10], dtype=torch.float64), atol=1e-12)
+
+@pytest.mark.parametrize("solve", [midpoint, heun])
+def test_second_order_on_a_linear_field_in_closed_form(solve):
+    h = .1
+    same(solve(lambda x, t: x, torch.ones(1).double(), grid(10))[-1], torch.tensor([(1 + h + h*h/2)**10], dtype=torch.float64), atol=1e-12)
+
+def test_rk4_is_torchdiffeqs():
+    odeint = pytest.importorskip("torchdiffeq", reason="torchdiffeq is a development extra").odeint
+    field = lambda x, t: torch.sin(3*t)*x + torch.cos(x)
+    x0 = torch.randn(5, 2).double()
+    for ours, theirs in ((euler, "euler"), (midpoint, "midpoint")):
+        same(ours(field, x0, grid(9)), odeint(lambda t, x: field(x, t), x0, grid(9), method=theirs), atol=1e-12)
+    same(rk4(field, x0, grid(200))[-1], odeint(lambda t, x: field(x, t), x0, grid(1), rtol=1e-10, atol=1e-10)[-1], atol=1e-8)
+
+def test_rk4_on_a_flow_against_an_adaptive_solver():
+    odeint = pytest.importorskip("torchdiffeq", reason="torchdiffeq is a development extra").odeint
+    m, s, w = torch.tensor([[2., 1.], [-2., 0.]]).double(), torch.tensor([.3, .5]).double(), torch.tensor([.4, .6]).double()
+    field, x0 = (lambda x, t: mixture_field(x, t, m, s, w)), torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).double()
+    same(rk4(field, x0, grid(200))[-1], odeint(lambda t, x: field(x, t), x0, grid(1), rtol=1e-9, atol=1e-9)[-1], atol=1e-4)
+
+@pytest.mark.parametrize("sway", [-1., -.5, 0., .5])
+def test_time_grid_runs_up_from_noise_to_data(sway):
+    ts = time_grid(12, sway)
+    assert ts.shape == (13,) and (ts.diff() > 0).all()
+    same(ts[[0, -1]], torch.tensor([0., 1.]), atol=1e-6)
+
+def test_time_grid_at_its_two_names():
+    s = torch.linspace(0, 1, 9)
+    same(time_grid(8), s)
+    same(time_grid(8, -1.), 1 - torch.cos(math.pi/2*s), atol=1e-6)
+    assert time_grid(8, -1.).diff()[0] < time_grid(8).diff()[0] < time_grid(8, .5).diff()[0]
+
+def test_guidance_identities():
+    c, u = torch.randn(4, 80, 3).double(), torch.randn(4, 80, 3).double()
+    same(guide(c, u, 0.), u); same(guide(c, u, 1.), c, atol=1e-12); same(guide(c, c, 7.), c, atol=1e-12)
+    same(guide(c, u, 1.7), 1.7*c - .7*u, atol=1e-12)
+    fc, fu = (lambda x, t: c*t), (lambda x, t: u + x)
+    same(guided(fc, fu, 2.)(c, torch.tensor(.5).double()), guide(c*.5, u + c, 2.), atol=1e-12)
