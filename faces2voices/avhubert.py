@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AVHUBERT_SIZES', 'show_lips', 'stack_frames', 'show_stem', 'BasicBlock', 'SlimTrunk', 'SlimLipEncoder', 'influence',
-           'LipResNet', 'SelfAttention', 'Layer', 'torch_layer', 'Encoder', 'AVHubert', 'load_avhubert', 'convert',
-           'official_weights', 'FrozenAVHubert', 'make_lip_encoder']
+           'show_influence', 'LipResNet', 'SelfAttention', 'Layer', 'torch_layer', 'Encoder', 'AVHubert',
+           'load_avhubert', 'official_weights', 'convert', 'FrozenAVHubert', 'make_lip_encoder']
 
 # %% ../nbs/06_avhubert.ipynb #21b34f09
 import json, pickle, re
@@ -73,7 +73,7 @@ class BasicBlock(nn.Module):
         y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         return self.relu2(y + self.downsample(x))
 
-# %% ../nbs/06_avhubert.ipynb #569d3a93
+# %% ../nbs/06_avhubert.ipynb #1b93e44a
 class SlimTrunk(nn.Module):
     "Stem and four residual blocks on stacked frames: (N, H, W, 5) to (N, 8 width, 3, 3)."
     def __init__(self, width:int, # channels of the stem
@@ -89,14 +89,15 @@ class SlimTrunk(nn.Module):
             blocks.append(BasicBlock(c, width*2**i, stride, relu))
             c, size = width*2**i, -(-size // stride)
         self.blocks = nn.Sequential(*blocks)
+        self.to(memory_format=torch.channels_last)
 
-    def forward(self, x): return self.blocks(self.stem(x.movedim(-1, 1)))  # a view: the memory stays channels-last
+    def forward(self, x): return self.blocks(self.stem(x.movedim(-1, 1).contiguous(memory_format=torch.channels_last)))
 
-# %% ../nbs/06_avhubert.ipynb #7a03b330
+# %% ../nbs/06_avhubert.ipynb #8ba75903
 class SlimLipEncoder(nn.Module):
     "Lips to one vector a frame: motion stem, residual trunk, 3 × 3 layout, bidirectional GRU."
     def __init__(self, width:int=16, # channels of the stem
-                 dim:int=192, # D, size of a frame's vector
+                 dim:int=128, # D, size of a frame's vector
                  scale:int=2, # shrink the 88 × 88 lips by this factor first
                  dropout:float=0.1
                 ):
@@ -116,10 +117,10 @@ class SlimLipEncoder(nn.Module):
         return frames + self.over_time(frames, mask)
 
     def over_time(self, frames, mask):
-        "The GRU, run over each clip's own length."
+        "The GRU, run over each clip's own length, in float32 whatever the autocast."
         packed = nn.utils.rnn.pack_padded_sequence(frames, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-        out, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=mask.shape[1])
-        return out
+        with torch.autocast(frames.device.type, enabled=False): packed, _ = self.rnn(packed)
+        return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=mask.shape[1])[0]
 
 # %% ../nbs/06_avhubert.ipynb #9ea4da0b
 def influence(f, # x -> features (T', D)
@@ -130,6 +131,16 @@ def influence(f, # x -> features (T', D)
     x = x.clone().requires_grad_()
     grad, = torch.autograd.grad(f(x)[t].square().sum(), x)
     return grad.movedim(2, 0).flatten(1).norm(dim=1)
+
+# %% ../nbs/06_avhubert.ipynb #31ce52f1
+def show_influence(**curves # name: (T,) influence of every input step
+                  ):
+    "One panel a curve, scaled to its largest value, on a log axis."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(curves), figsize=(4*len(curves), 2), sharey=True, squeeze=False)
+    for ax, (name, g) in zip(axes[0], curves.items()):
+        ax.bar(range(len(g)), g/g.max()); ax.set(title=name.replace("_", " "), xlabel="input step", yscale="log", ylim=(1e-6, 2))
+    return fig
 
 # %% ../nbs/06_avhubert.ipynb #cadc8165
 class LipResNet(nn.Module):
@@ -206,7 +217,7 @@ class Encoder(nn.Module):
         for layer in self.layers: states.append(x := layer(x, mask))
         return states
 
-# %% ../nbs/06_avhubert.ipynb #4ab20317
+# %% ../nbs/06_avhubert.ipynb #2e2ca889
 class AVHubert(nn.Module):
     "AV-HuBERT without its training heads; `state_dict` names follow the official files."
     def __init__(self, dim:int=768, # D
@@ -251,7 +262,13 @@ _STUBS = [(type(name.rpartition(".")[2], (_Stub,), {}), name) for name in (
     "fairseq.data.dictionary.Dictionary", "fairseq.data.encoders.sentencepiece_bpe.SentencepieceBPE",
     "sentencepiece.SentencePieceProcessor")]
 
-# %% ../nbs/06_avhubert.ipynb #2b650250
+# %% ../nbs/06_avhubert.ipynb #ee8e2359
+def _model_config(file:dict) -> dict:
+    "The model's part of the file's configuration, as far as there is one."
+    config = file.get("cfg")
+    model = config.get("model") if isinstance(config, dict) else None
+    return model if isinstance(model, dict) else {}
+
 def _read_pickle(path:Path) -> dict:
     "The file's own dict, read by torch's restricted unpickler."
     try:
@@ -263,6 +280,8 @@ def _read_pickle(path:Path) -> dict:
         raise CheckpointError(path, f"is not a PyTorch checkpoint ({e})", "Was the download cut off?") from None
     if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
         raise CheckpointError(path, "has no `model` entry", "An official AV-HuBERT file is expected")
+    if _model_config(file).get("layer_norm_first") is False:
+        raise CheckpointError(path, "is a post-LN model", "AV-HuBERT's published models normalise first")
     return file
 
 # %% ../nbs/06_avhubert.ipynb #343c418f
@@ -281,7 +300,7 @@ def _size(weights:dict) -> dict:
     n = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("encoder.layers."))
     return dict(dim=fc1.shape[1], n_layers=n, ffn=fc1.shape[0])
 
-# %% ../nbs/06_avhubert.ipynb #8a08bf5d
+# %% ../nbs/06_avhubert.ipynb #63040687
 def load_avhubert(path # official `.pt` file, or a folder written by `convert`
                  ) -> AVHubert:
     "AV-HuBERT in eval mode; no code from the file is run."
@@ -292,28 +311,29 @@ def load_avhubert(path # official `.pt` file, or a folder written by `convert`
         with torch.device("meta"): net = AVHubert(**_size(weights))
         net.to_empty(device="cpu").load_state_dict(weights)
     except (KeyError, RuntimeError) as e:
-        raise CheckpointError(path, f"is not AV-HuBERT's layout ({str(e)[:300]})", "Is it an audio-only HuBERT, or a post-LN variant?") from None
+        raise CheckpointError(path, f"is not AV-HuBERT's layout ({str(e)[:300]})", "Is it another model, such as an audio-only HuBERT?") from None
     return net.eval()
-
-# %% ../nbs/06_avhubert.ipynb #23d0f3e2
-def convert(path, # official `.pt` file
-            folder # a new folder: `model.safetensors` and `config.json`
-           ):
-    "Write the encoder of an official checkpoint as safetensors."
-    weights = _encoder_weights(_read_pickle(Path(path))["model"])
-    with atomic_path(Path(folder)/"model.safetensors") as tmp: save_file({k: v.contiguous() for k, v in weights.items()}, tmp)
-    with atomic_path(Path(folder)/"config.json") as tmp: tmp.write_text(json.dumps(_size(weights) | {"source": Path(path).name}, indent=1))
-
-def _read_folder(folder:Path) -> dict:
-    "The tensors that `convert` wrote."
-    try: return load_file(folder/"model.safetensors")
-    except Exception as e: raise CheckpointError(folder, f"holds no readable model.safetensors ({e})", "Run `convert` again") from None
 
 # %% ../nbs/06_avhubert.ipynb #d3a30b3b
 def official_weights(net:AVHubert) -> dict:
     "The state dict under the names of the official files."
     old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     return {next((k.replace(a, b) for a, b in old.items() if a in k), k): v for k, v in net.state_dict().items()}
+
+# %% ../nbs/06_avhubert.ipynb #f1d3921c
+def convert(path, # official `.pt` file
+            folder # a new folder: `model.safetensors` and `config.json`
+           ):
+    "Write the encoder of an official checkpoint as safetensors, under its official names."
+    net, folder = load_avhubert(path), Path(folder)
+    about = dict(dim=net.dim, n_layers=net.n_layers, ffn=net.ffn, source=Path(path).name)
+    with atomic_path(folder/"model.safetensors") as tmp: save_file({k: v.contiguous() for k, v in official_weights(net).items()}, tmp)
+    with atomic_path(folder/"config.json") as tmp: tmp.write_text(json.dumps(about, indent=1))
+
+def _read_folder(folder:Path) -> dict:
+    "The tensors that `convert` wrote."
+    try: return load_file(folder/"model.safetensors")
+    except Exception as e: raise CheckpointError(folder, f"holds no readable model.safetensors ({e})", "Run `convert` again") from None
 
 # %% ../nbs/06_avhubert.ipynb #e5e60d71
 class FrozenAVHubert(nn.Module):

@@ -145,7 +145,7 @@ def train(
     folder = train_system(PRESETS[preset.value], out, data, init=init, only=only.split(",") if only else None, workers=workers, seed=seed, command=command)
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
-# %% ../nbs/19_cli.ipynb #3630a5c1
+# %% ../nbs/19_cli.ipynb #97c15d14
 @app.command()
 def evaluate(
     data: Annotated[Path, typer.Argument(help="Prepared clips with sound and text.")],
@@ -159,13 +159,13 @@ def evaluate(
     "The metric card: original, vocoder-resynthesised and synthesised speech, and the same with the wrong face and the wrong lips."
     from faces2voices.evaluation import metric_card, show_card
     from faces2voices.synthesis import FacesToVoices
-    card = metric_card(FacesToVoices.from_pretrained(model), data, split=split, limit=limit, steps=steps, guidance=guidance, seed=seed)
+    card = metric_card(FacesToVoices.from_pretrained(model), data, split=split, limit=limit, steps=steps, guidance=guidance, seed=seed, name=model)
     if out:
         import json
         with atomic_path(out) as tmp: tmp.write_text(json.dumps(card, indent=1))
-    say.print(show_card(card))
+    say.print(show_card(card), markup=False)
 
-# %% ../nbs/19_cli.ipynb #51cd797a
+# %% ../nbs/19_cli.ipynb #bbb172a0
 @app.command()
 def ablate(
     data: Annotated[Path, typer.Argument(help="Prepared clips.")],
@@ -175,9 +175,9 @@ def ablate(
 ):
     "Train the hierarchy with one stage taken out at a time, and tell what was lost."
     from faces2voices.experiments import ablation, show_ablation
-    say.print(show_ablation(ablation(data, out, steps=steps, seed=seed)))
+    say.print(show_ablation(ablation(data, out, steps=steps, seed=seed)), markup=False)
 
-# %% ../nbs/19_cli.ipynb #7d1bb4ea
+# %% ../nbs/19_cli.ipynb #9afea949
 @app.command()
 def bench(
     model: Model = "talkers",
@@ -186,7 +186,7 @@ def bench(
 ):
     "Time the flow and the vocoder against Griffin-Lim (librosa) on the same mel, in the same run; prints ratios."
     from faces2voices.experiments import bench_vocoder
-    say.print(bench_vocoder(model, seconds, repeats))
+    say.print(bench_vocoder(model, seconds, repeats), markup=False)
 
 # %% ../nbs/19_cli.ipynb #ab5cfbb9
 @app.command()

@@ -6,13 +6,14 @@
 __all__ = ['norm_real', 'ConvBlock', 'MaskedConvBlock', 'Content', 'ContentEncoder', 'receptive_field', 'show_receptive_field',
            'content_loss', 'unit_accuracy']
 
-# %% ../nbs/07_content.ipynb #73dff6fb
+# %% ../nbs/07_content.ipynb #b43fe1ad
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import UNITS_PER_FRAME, Preset
 from .avhubert import influence
+from fastcore.basics import patch
 
 # %% ../nbs/07_content.ipynb #3306c4b4
 def norm_real(bn, # nn.BatchNorm1d
@@ -65,7 +66,7 @@ class Content(NamedTuple):
     logits: torch.Tensor         # (B, 2T, K), from the plain path
     masked_logits: torch.Tensor  # (B, 2T, K), from the neighbours alone
 
-# %% ../nbs/07_content.ipynb #b7cb5a33
+# %% ../nbs/07_content.ipynb #58cabe04
 class ContentEncoder(nn.Module):
     "Lip features at 25 Hz to speech units at 50 Hz: ConvBlocks, with a Masked ConvBlock hanging off each."
     def __init__(self, in_dim:int, # D, size of a lip feature
@@ -78,22 +79,25 @@ class ContentEncoder(nn.Module):
         self.masked = nn.ModuleList(MaskedConvBlock(dim, p.mask_kernel, p.mask_size + 2*i) for i in range(1, p.n_blocks + 1))
         self.head, self.masked_head = nn.Linear(dim, p.n_units), nn.Linear(dim, p.n_units)
 
-    def paths(self, x, # (B, dim, 2T), zero on padding
-              mask # (B, 2T) bool
-             ):
-        "The plain path and the sum of the masked ones, both (B, dim, 2T)."
-        total = torch.zeros_like(x)
-        for block, masked in zip(self.blocks, self.masked):
-            x = block(x, mask)
-            total = total + masked(x)
-        return x, total
+# %% ../nbs/07_content.ipynb #8e9a4068
+@patch
+def paths(self:ContentEncoder, x, # (B, dim, 2T), zero on padding
+          mask # (B, 2T) bool
+         ):
+    "The plain path and the sum of the masked ones, both (B, dim, 2T)."
+    total = torch.zeros_like(x)
+    for block, masked in zip(self.blocks, self.masked):
+        x = block(x, mask)
+        total = total + masked(x)
+    return x, total
 
-    def forward(self, features, # (B, T, D)
-                mask # (B, T) bool
-               ) -> Content:
-        mask = mask.repeat_interleave(UNITS_PER_FRAME, 1)
-        plain, masked = self.paths(self.upsample(features.mT) * mask[:, None], mask)
-        return Content(plain.mT, self.head(plain.mT), self.masked_head(masked.mT))
+@patch
+def forward(self:ContentEncoder, features, # (B, T, D)
+            mask # (B, T) bool
+           ) -> Content:
+    mask = mask.repeat_interleave(UNITS_PER_FRAME, 1)
+    plain, masked = self.paths(self.upsample(features.mT) * mask[:, None], mask)
+    return Content(plain.mT, self.head(plain.mT), self.masked_head(masked.mT))
 
 # %% ../nbs/07_content.ipynb #395cf824
 def receptive_field(encoder:ContentEncoder, # in eval mode

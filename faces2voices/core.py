@@ -126,7 +126,7 @@ class Stages:
     dropout: float = 0.1
     speaker_dim: int = 256
 
-# %% ../nbs/00_core.ipynb #ee6119a1
+# %% ../nbs/00_core.ipynb #31fc9791
 @dataclass(frozen=True)
 class Sounding:
     "Sizes of the flow-matching decoder and of the vocoder."
@@ -137,16 +137,17 @@ class Sounding:
     vocoder_channels: int = 256
     vocoder_kernels: tuple = (3, 7)
     vocoder_dilations: tuple = ((1,), (3,))
+    vocoder_source: bool = True         # drive the vocoder with the harmonics of the predicted pitch
 
-# %% ../nbs/00_core.ipynb #64e126ce
+# %% ../nbs/00_core.ipynb #31c7b07f
 @dataclass(frozen=True)
 class Preset(Looking, Stages, Sounding):
     "Every size and every training length of one system."
     name: str = "tiny"
     # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
-    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=1000, hierarchy=3000, decoder=3500, vocoder=5300))
+    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=1000, hierarchy=2300, decoder=2500, vocoder=1500))
     batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=8))
-    lr: dict = field(default_factory=lambda: dict(locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=8e-4))
+    lr: dict = field(default_factory=lambda: dict(locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=1e-3))
 
     def to_json(self) -> dict: "A dict that JSON can hold."; return asdict(self)
 
@@ -158,13 +159,13 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #73fb827f
+# %% ../nbs/00_core.ipynb #555da8e7
 TINY = Preset()
 GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
-    steps=TINY.steps | dict(hierarchy=1200, decoder=2000, vocoder=600))
+    steps=TINY.steps | dict(hierarchy=1200, decoder=2000, vocoder=400))
 PAPER = replace(TINY, name="paper", face_backend="insightface", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
-    vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3,
+    vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3, vocoder_source=False,
     steps=dict(hierarchy=50_000, decoder=400_000, vocoder=1_000_000, speaker=50_000, locator=0),
     batch=dict(hierarchy=32, decoder=32, vocoder=16, speaker=64, locator=0),
     lr=dict(hierarchy=1e-3, decoder=1e-4, vocoder=2e-4, speaker=1e-4, locator=0.))

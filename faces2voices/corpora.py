@@ -268,7 +268,7 @@ def load_clip(path) -> Clip:
     d |= dict(expression=d["expression"].astype(np.float32), wav=d["wav"].astype(np.float32)/32767)
     return Clip(**words, **{k: torch.from_numpy(v) for k, v in d.items()})
 
-# %% ../nbs/04_corpora.ipynb #204462ad
+# %% ../nbs/04_corpora.ipynb #a3749690
 def _facts(path) -> dict:
     "Backend, length and sound of a prepared clip; empty if the file is not there or not whole."
     try:
@@ -283,39 +283,51 @@ def _prepare_one(entry, path, backend) -> dict:
     return dict(kept=bool(facts)) | _facts(path)
 
 def _try(entry, out, backend=None) -> dict:
-    "Prepare one clip: facts for the manifest, or the reason why not."
-    try: return _prepare_one(entry, out/f"{entry.name}.npz", backend or _worker["backend"])
-    except (ToolMissingError, CorpusError): raise
+    "Prepare one clip: facts for the manifest, or the reason why not, or what must stop the whole run."
+    try: return _prepare_one(entry, out/f"{entry.name}.npz", backend or _own_backend())
+    except (ToolMissingError, CorpusError) as e: return dict(stop=(type(e), str(e.path), e.reason, e.cure))
     except Exception as e: return dict(reason=f"{type(e).__name__}: {e}")
 
-# %% ../nbs/04_corpora.ipynb #40ac56ec
+# %% ../nbs/04_corpora.ipynb #8ae4cfd9
 _worker = {} # what a worker process keeps between clips
 
 def _start_worker(backend):
-    "Build the face backend of this process."
+    "One thread a process; the face backend is built when the first clip asks for it."
     torch.set_num_threads(1)
-    _worker["backend"] = backend() if callable(backend) else backend
+    _worker["make"] = backend
+
+def _own_backend():
+    "The face backend of this process."
+    if "backend" not in _worker: _worker["backend"] = _built(_worker["make"])
+    return _worker["backend"]
+
+def _built(backend):
+    "A face backend from a backend or from a function that makes one."
+    return backend() if callable(backend) else backend
 
 def _results(entries, out, backend, workers):
     "The results of `_try` in the order of the entries, from this process or from several."
     if workers <= 1:
-        backend = backend() if callable(backend) else backend
+        backend = _built(backend)
         yield from (_try(e, out, backend) for e in entries)
     else:
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (backend,)) as pool: yield from pool.map(_try, entries, [out]*len(entries))
 
-# %% ../nbs/04_corpora.ipynb #be5ad852
+# %% ../nbs/04_corpora.ipynb #c35498c9
 def prepare(entries:list, # of Entry
             out, # folder for one .npz a clip, manifest.jsonl and failures.jsonl
             backend, # a face backend, or a function without arguments that makes one
             workers:int=1, # processes
             progress:bool=True
-           ) -> "Prepared":
+           ): # a `Prepared`: how many were made, kept, failed
     "Make a clip of every entry; clips that are there are kept, failures are written down and passed over."
     from tqdm.auto import tqdm
     out = Path(out)
     _check_names(entries, out)
-    results = list(tqdm(_results(entries, out, backend, workers), total=len(entries), disable=not progress, desc="prepare"))
+    results = []
+    for r in tqdm(_results(entries, out, backend, workers), total=len(entries), disable=not progress, desc="prepare"):
+        if "stop" in r: kind, *why = r["stop"]; raise kind(*why)
+        results.append(r)
     kept = sum(r.pop("kept", False) for r in results)
     good = {e.name: e._replace(extra=e.extra | r) for e, r in zip(entries, results) if "reason" not in r}
     bad = [dict(name=e.name, path=str(e.path)) | r for e, r in zip(entries, results) if "reason" in r]
@@ -392,7 +404,7 @@ def add(self:ClipDataset,
     self.cache = {i: with_targets(c, units, speaker) for i, c in self.cache.items()}
     return self
 
-# %% ../nbs/04_corpora.ipynb #73754635
+# %% ../nbs/04_corpora.ipynb #12a6cfb4
 class Batch(NamedTuple):
     "Clips padded to one length T; `mask` says which frames are real."
     names: list               # B names
@@ -408,7 +420,7 @@ class Batch(NamedTuple):
     energy: torch.Tensor      # (B, 2T)
     mask: torch.Tensor        # (B, T) bool
 
-    def to(self, device) -> "Batch":
+    def to(self, device):
         "The batch on another device."
         return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
 

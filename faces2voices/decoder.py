@@ -94,7 +94,7 @@ class UNet(nn.Module):
             x = up(torch.cat([x, skips.pop()], 1), m, emb)
         return x
 
-# %% ../nbs/13_decoder.ipynb #31a79d47
+# %% ../nbs/13_decoder.ipynb #e1c0cc70
 class Decoder(nn.Module):
     "The vector field v(x_t, t | μ, speaker) on mel spectrograms, its loss and its sampler."
     def __init__(self, preset):
@@ -107,20 +107,22 @@ class Decoder(nn.Module):
         self.gates = nn.Linear(2*c[0], 2*MEL.n_mels)
         for p in (*self.out.parameters(), *self.gates.parameters()): nn.init.zeros_(p)
 
-    def forward(self, xt, # (B, 80, L), any L
-                t, # (B,), or one time for all
-                mu, # (B, 80, L)
-                mask, # (B, 1, L), one where there is speech
-                speaker # (B, 256)
-               ): # v (B, 80, L)
-        "The velocity at `xt` and time `t`."
-        pad, mask = -xt.shape[-1] % 4, mask.to(xt.dtype)
-        emb = F.mish(self.time(time_embedding(t.expand(len(xt)), self.time[0].in_features)) + self.speaker(speaker))
-        m = F.pad(mask, (0, pad))
-        h = self.unet(F.pad(torch.cat([xt, mu], 1), (0, pad))*m, m, emb)
-        v = self.out(self.last(h, m))[..., :xt.shape[-1]]
-        gate_x, gate_mu = self.gates(emb)[:, :, None].chunk(2, 1)
-        return (v + gate_x*xt + gate_mu*mu)*mask
+# %% ../nbs/13_decoder.ipynb #a688c703
+@patch
+def forward(self:Decoder, xt, # (B, 80, L), any L
+            t, # (B,), or one time for all
+            mu, # (B, 80, L)
+            mask, # (B, 1, L), one where there is speech
+            speaker # (B, 256)
+           ): # v (B, 80, L)
+    "The velocity at `xt` and time `t`."
+    pad, mask = -xt.shape[-1] % 4, mask.to(xt.dtype)
+    emb = F.mish(self.time(time_embedding(t.expand(len(xt)), self.time[0].in_features)) + self.speaker(speaker))
+    m = F.pad(mask, (0, pad))
+    h = self.unet(F.pad(torch.cat([xt, mu], 1), (0, pad))*m, m, emb)
+    v = self.out(self.last(h, m))[..., :xt.shape[-1]]
+    gate_x, gate_mu = self.gates(emb)[:, :, None].chunk(2, 1)
+    return (v + gate_x*xt + gate_mu*mu)*mask
 
 # %% ../nbs/13_decoder.ipynb #f432559d
 @patch

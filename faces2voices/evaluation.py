@@ -7,7 +7,7 @@ __all__ = ['GRAMMARS', 'METRICS', 'ROWS', 'PACKAGES', 'tool', 'tool_version', 's
            'listener', 'word_errors', 'loud', 'cepstrum', 'mcd', 'correlation', 'both_voiced', 'mean_f0', 'f0_error',
            'energy_correlation', 'Sound', 'Take', 'voice_similarity', 'unit_accuracy', 'mean', 'ratio', 'over_clips',
            'standard_error', 'Metric', 'wrong_face', 'wrong_lips', 'with_lips', 'takes', 'wanted', 'score', 'unseen',
-           'machine', 'test_clips', 'metric_card', 'show_card', 'plot_scores']
+           'machine', 'test_clips', 'metric_card', 'score_text', 'show_card', 'plot_scores']
 
 # %% ../nbs/17_evaluation.ipynb #840c2a3c
 import os, platform, re, time
@@ -109,7 +109,7 @@ def mcd(mel, ref, # (80, 4T) ln mel
     per_frame = 10/np.log(10)*(2*(cepstrum(mel) - cepstrum(ref)).square().sum(0)).sqrt()
     return per_frame[loud(e).repeat_interleave(2)].mean().item()
 
-# %% ../nbs/17_evaluation.ipynb #459dd5e8
+# %% ../nbs/17_evaluation.ipynb #594820ee
 def correlation(x, y) -> float:
     "Pearson's r; NaN for fewer than 3 points, or where nothing varies."
     x, y = np.asarray(x, float), np.asarray(y, float)
@@ -122,6 +122,7 @@ def both_voiced(a, b # (log_f0, voiced), each (2T,)
     keep = (a[1] > 0) & (b[1] > 0)
     return a[0][keep], b[0][keep]
 
+# %% ../nbs/17_evaluation.ipynb #8a606629
 def mean_f0(p # (log_f0, voiced)
            ) -> float: # ln Hz
     "Mean ln F0 of the voiced frames."
@@ -176,7 +177,7 @@ def unit_accuracy(units, # (2T,)
     hit = (units == truth).float()
     return (hit if where is None else hit[where]).mean().item()
 
-# %% ../nbs/17_evaluation.ipynb #b4e18fc6
+# %% ../nbs/17_evaluation.ipynb #17f55e7a
 def mean(v): "(n, 1) → mean of what is a number."; return float(np.nanmean(v)) if np.isfinite(v).any() else float("nan")
 def ratio(v): "(n, 2) errors and words → rate."; return float(v[:, 0].sum()/v[:, 1].sum())
 def over_clips(v): "(n, 2) → correlation of the columns."; v = v[np.isfinite(v).all(1)]; return correlation(v[:, 0], v[:, 1])
@@ -186,9 +187,10 @@ def standard_error(values, # (n, k) of the clips
                    times:int=300) -> float:
     "Bootstrap over clips: how far the number would move with other clips of the same kind."
     rng = np.random.default_rng(0)
-    return float(np.nanstd([pool(values[rng.integers(len(values), size=len(values))]) for _ in range(times)]))
+    again = [pool(values[rng.integers(len(values), size=len(values))]) for _ in range(times)]
+    return float(np.std([x for x in again if np.isfinite(x)] or [np.nan]))
 
-# %% ../nbs/17_evaluation.ipynb #b7e84328
+# %% ../nbs/17_evaluation.ipynb #c0de5b2b
 class Metric(NamedTuple):
     "One row of the table of metrics."
     name: str
@@ -198,6 +200,7 @@ class Metric(NamedTuple):
     measure: Callable # Take → k values, or None where it makes no sense
     quirk: str
 
+# %% ../nbs/17_evaluation.ipynb #160cbd13
 _units = lambda t, sound: t.model.units(sound.wav).cpu()
 METRICS = [
     Metric("STOI", "↑", "pystoi", mean, lambda t: stoi(t.sound.wav, t.truth.wav), "0.00001 for less than 0.4 s of speech"),
@@ -259,9 +262,10 @@ def takes(model, clip:Clip, clips:list, # the clip, and all clips
         speech = model.voice(with_lips(clip, other.lips), **kw)
         yield "wrong lips", take(speech.wav, units=speech.units, lips=other.text)
 
-# %% ../nbs/17_evaluation.ipynb #b198203f
+# %% ../nbs/17_evaluation.ipynb #f4906392
 def wanted(metric:Metric, row:str) -> bool: "Is this metric computed for this row?"; return metric.needs != "speechmos" or row in ("original", "vocoder", "synthesised")
 
+# %% ../nbs/17_evaluation.ipynb #9dd78694
 def score(model, clips:list, # of Clip, with sound
           **kw # steps, guidance, seed
          ) -> tuple: # rows {row: {metric: number}}, errors (the same), reasons {metric: why it is blank}
@@ -284,6 +288,7 @@ def score(model, clips:list, # of Clip, with sound
         errors.setdefault(row, {})[name] = _number(standard_error(np.stack(v), pools[name]))
     return rows, errors, reasons
 
+# %% ../nbs/17_evaluation.ipynb #06187b4b
 def _number(x) -> float|None: "A rounded float that JSON can hold."; return round(float(x), 5) if np.isfinite(x) else None
 
 # %% ../nbs/17_evaluation.ipynb #8aba71a3
@@ -333,8 +338,8 @@ def metric_card(model, # FacesToVoices
         seconds_of_speech=round(sum(len(c.wav) for c in clips)/SAMPLE_RATE, 1), left_out=left_out, steps=steps, guidance=guidance, seed=seed, wer_protocol=wer,
         rows=rows, errors=errors, reasons=reasons, machine=machine(), versions={p: tool_version(p) for p in PACKAGES}, seconds=round(time.time() - began, 1))
 
-# %% ../nbs/17_evaluation.ipynb #96133171
-def _cell(card:dict, row:str, name:str) -> str:
+# %% ../nbs/17_evaluation.ipynb #87879705
+def score_text(card:dict, row:str, name:str) -> str:
     "A number with its standard error, or nothing."
     value, error = (card[k].get(row, {}).get(name) for k in ("rows", "errors"))
     if value is None: return ""
@@ -345,7 +350,7 @@ def show_card(card:dict # from `metric_card`
              ) -> str: # Markdown, readable as plain text too
     "The card as a table, with what its numbers depend on below."
     rows, out = [r for r in ROWS if r in card["rows"]], card["left_out"]
-    cells = [[f"{m.name} {m.better}", *(_cell(card, r, m.name) for r in rows)] for m in METRICS]
+    cells = [[f"{m.name} {m.better}", *(score_text(card, r, m.name) for r in rows)] for m in METRICS]
     cells = [["metric", *rows]] + [c for c in cells if any(c[1:])]
     width = [max(len(c[i]) for c in cells) for i in range(len(rows) + 1)]
     lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(c, width)) + " |" for c in cells]

@@ -75,7 +75,7 @@ def mixture_sample(n, means, stds, weights, generator:torch.Generator=None):
     k = torch.multinomial(weights, n, replacement=True, generator=generator)
     return means[k] + stds[k, None]*torch.randn(n, means.shape[1], generator=generator)
 
-# %% ../nbs/11_flow.ipynb #6a48d0ca
+# %% ../nbs/11_flow.ipynb #517a063f
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"   # told apart by every kind of colour vision
 
 def _arrows(ax, field, t, lim):
@@ -83,9 +83,18 @@ def _arrows(ax, field, t, lim):
     g = torch.linspace(-lim, lim, 15)
     x = torch.cartesian_prod(g, g)
     with torch.no_grad(): v = field(x, torch.full((len(x),), float(t)))
-    ax.quiver(*x.T, *v.T, v.norm(dim=1), cmap="cividis", scale=60, width=.006)
+    ax.quiver(*x.T, *v.T, v.norm(dim=1), cmap="cividis", scale=45, width=.006)
     ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"t = {float(t):.2f}")
 
+def _shown(fig, alt:str):
+    "Display a figure with its text alternative, once."
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    fig.set_dpi(72)
+    display(fig, metadata={"alt": alt})
+    plt.close(fig)
+
+# %% ../nbs/11_flow.ipynb #0061e7cc
 def plot_field(field, # called as field(x (B, 2), t (B,))
                ts=(0., .25, .5, .75, .99), # one panel each
                lim:float=3.5, # half the width of a panel
@@ -96,14 +105,6 @@ def plot_field(field, # called as field(x (B, 2), t (B,))
     for ax, t in zip(axs[0], ts): _arrows(ax, field, t, lim)
     fig.suptitle(title)
     return _shown(fig, f"{title} Arrows of a two-dimensional field at {len(ts)} times from noise to data.")
-
-def _shown(fig, alt:str):
-    "Display a figure with its text alternative, once."
-    import matplotlib.pyplot as plt
-    from IPython.display import display
-    fig.set_dpi(72)
-    display(fig, metadata={"alt": alt})
-    plt.close(fig)
 
 # %% ../nbs/11_flow.ipynb #cb48cc36
 def plot_trajectories(trajectory, # (N + 1, B, 2), from noise to data

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'Speech', 'plot_speech', 'FacesToVoices', 'packaged_models', 'write_report', 'Done', 'synthesize_file']
 
-# %% ../nbs/15_synthesis.ipynb #a3d7a75d
+# %% ../nbs/15_synthesis.ipynb #02936029
 import html, io, json, time
 from base64 import b64encode
 from pathlib import Path
@@ -26,7 +26,7 @@ from .units import UnitQuantizer
 from .timbre import SpeakerEncoder
 from .hierarchy import Hierarchy
 from .decoder import Decoder
-from .vocoder import Generator
+from .vocoder import Generator, drive
 
 # %% ../nbs/15_synthesis.ipynb #9e0f39bd
 class Speech:
@@ -141,7 +141,7 @@ def from_pretrained(cls:FacesToVoices, name:str="talkers", # `talkers`, `grid`, 
 
 def packaged_models() -> list: "Names of the models that the package ships."; return sorted(p.name for p in WEIGHTS.glob("*") if (p/"config.json").exists())
 
-# %% ../nbs/15_synthesis.ipynb #ef2a1fbb
+# %% ../nbs/15_synthesis.ipynb #8577dd7d
 @patch
 @torch.no_grad()
 def voice(self:FacesToVoices, clip:Clip, # lips, face, expression and identity of one clip
@@ -156,8 +156,9 @@ def voice(self:FacesToVoices, clip:Clip, # lips, face, expression and identity o
     out = self.hierarchy(batch.lips, batch.face, batch.identity, batch.expression, batch.mask)
     x = self.decoder.sample(out.mu, speaker=out.speaker, steps=steps, guidance=guidance, seed=seed)
     mel = MEL.denormalize(x).clamp(min=float(np.log(MEL.floor)), max=3.)
-    wav = self.vocoder(mel)[0]
     p = out.prosody
+    source = drive(mel[0].cpu(), p.log_f0[0].cpu(), p.voiced_logit[0].sigmoid().round().cpu(), seed)[None].to(self.device) if self.preset.vocoder_source else None
+    wav = self.vocoder(mel, source)[0]
     return Speech(wav.cpu(), mel[0].cpu(), out.content.logits[0].argmax(-1).cpu(), p.log_f0[0].cpu(), p.voiced_logit[0].sigmoid().cpu(), p.energy[0].cpu(), out.speaker[0].cpu(),
         source=clip.name, truth=MEL(clip.wav) if len(clip.wav) else None, seconds=time.perf_counter() - began)
 

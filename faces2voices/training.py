@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'shuffled', 'schedule', 'EMA', 'terms', 'average_gradients', 'Learner', 'report', 'fit', 'Run',
-           'show_history', 'Scene', 'scenes', 'scene_batches', 'part', 'note_time', 'train_speaker', 'train_decoder',
-           'train_system', 'assemble', 'write_card', 'train_the_locator', 'make_world']
+           'show_history', 'Scene', 'scenes', 'scene_batches', 'part', 'note_time', 'train_speaker',
+           'train_the_vocoder', 'train_decoder', 'train_system', 'assemble', 'write_card', 'train_the_locator',
+           'make_world']
 
-# %% ../nbs/16_training.ipynb #ec28e823
+# %% ../nbs/16_training.ipynb #cb28c919
 import copy, json, math, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+from fastcore.basics import patch
 from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 from .core import CheckpointError, atomic_path, seed_everything
@@ -67,7 +69,7 @@ def average_gradients(params, # list of parameters
     flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
     for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
 
-# %% ../nbs/16_training.ipynb #09cff721
+# %% ../nbs/16_training.ipynb #4882ed47
 class Learner:
     "A module with the loss that trains it, its optimiser and its moving average."
     def __init__(self, module, loss_fn, lr:float, ema:float, betas:tuple, accelerator):
@@ -76,28 +78,37 @@ class Learner:
         self.opt = torch.optim.AdamW(self.params, lr, betas=betas)
         self.ema = EMA(module, ema)
 
-    def step(self, step:int, batch, rate:float, clip:float, bf16:bool) -> dict: # detached losses by name
-        "One optimiser step; raises FloatingPointError, with the weights untouched, when a number is not finite."
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16): losses = terms(self.loss_fn(batch))
-        self.opt.zero_grad(); losses["total"].backward()
-        average_gradients(self.params, self.accelerator)
-        length = torch.nn.utils.clip_grad_norm_(self.params, clip)
-        if not (length + losses["total"].detach()).isfinite(): raise FloatingPointError(report(step, batch, losses))
-        for group in self.opt.param_groups: group["lr"] = self.lr*rate
-        self.opt.step(); self.ema.update(self.module, step)
-        return {k: v.detach().float() for k, v in losses.items()}
+# %% ../nbs/16_training.ipynb #018263ca
+@patch
+def step(self:Learner, step:int, batch, rate:float, clip:float, bf16:bool) -> dict: # detached losses by name
+    "One optimiser step; raises FloatingPointError, with the weights untouched, when a number is not finite."
+    with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16): losses = terms(self.loss_fn(batch))
+    self.opt.zero_grad(); losses["total"].backward()
+    average_gradients(self.params, self.accelerator)
+    length = torch.nn.utils.clip_grad_norm_(self.params, clip)
+    if not (length + losses["total"].detach()).isfinite(): raise FloatingPointError(report(step, batch, losses))
+    for group in self.opt.param_groups: group["lr"] = self.lr*rate
+    self.opt.step(); self.ema.update(self.module, step)
+    return {k: v.detach().float() for k, v in losses.items()}
 
-    def freeze(self, frozen:bool=True): "Take this learner's weights out of (or back into) the gradient."; [p.requires_grad_(not frozen) for p in self.params]
-    def state(self) -> dict: return dict(module=self.module.state_dict(), ema=self.ema.module.state_dict(), opt=self.opt.state_dict())
-    def load(self, state:dict):
-        self.module.load_state_dict(state["module"]); self.ema.module.load_state_dict(state["ema"]); self.opt.load_state_dict(state["opt"])
+# %% ../nbs/16_training.ipynb #67dae088
+@patch
+def freeze(self:Learner, frozen:bool=True): "Take this learner's weights out of (or back into) the gradient."; [p.requires_grad_(not frozen) for p in self.params]
 
+@patch
+def state(self:Learner) -> dict: return dict(module=self.module.state_dict(), ema=self.ema.module.state_dict(), opt=self.opt.state_dict())
+
+@patch
+def load(self:Learner, state:dict):
+    self.module.load_state_dict(state["module"]); self.ema.module.load_state_dict(state["ema"]); self.opt.load_state_dict(state["opt"])
+
+# %% ../nbs/16_training.ipynb #69d178f9
 def report(step, batch, losses) -> str:
     "What went wrong, in which batch."
     values = ", ".join(f"{k} {float(v.detach()):.4g}" for k, v in losses.items())
     return f"step {step}: a loss or its gradient is not finite ({values}); batch: {list(getattr(batch, 'names', []))}"
 
-# %% ../nbs/16_training.ipynb #885aab45
+# %% ../nbs/16_training.ipynb #abb16287
 def fit(loss_fn, # batch → losses (see `terms`); a tuple of them for adversaries that take turns
         module, # what learns; a tuple, one for each loss function
         batches, # step number → batch
@@ -113,19 +124,17 @@ def fit(loss_fn, # batch → losses (see `terms`); a tuple of them for adversari
         save_every_seconds:float=120,
         resume:bool=True, # go on from the checkpoint in `run_dir`, if there is one
         bf16:bool=False, # bfloat16 autocast in the loss
-        seed:int=0,
-        callback=None # called with each new line of the log
+        seed:int=0, callback=None # called with each new line of the log
        ) -> list: # lines of the log: {"step", "lr", "seconds", and the mean of each loss}
     "Train `module` on `batches`, and leave the averaged weights in it."
-    accelerator = Accelerator()
-    pairs = list(zip(loss_fn, module)) if isinstance(loss_fn, tuple) else [(loss_fn, module)]
+    accelerator, pairs = Accelerator(), zip(loss_fn, module) if isinstance(loss_fn, tuple) else [(loss_fn, module)]
     run = Run([Learner(m, f, lr, ema, betas, accelerator) for f, m in pairs], name, run_dir, accelerator)
     if resume: run.resume()
     run.loop(batches, steps, min(warmup, steps), clip, log_every, save_every_seconds, bf16, seed, callback)
     for learner in run.learners: learner.module.load_state_dict(learner.ema.module.state_dict()); learner.module.eval()
     return run.log
 
-# %% ../nbs/16_training.ipynb #0f00990e
+# %% ../nbs/16_training.ipynb #672a94c6
 class Run:
     "The state of one `fit`: learners, step, log, and their files."
     def __init__(self, learners, name, run_dir, accelerator):
@@ -133,62 +142,70 @@ class Run:
         self.path = Path(run_dir)/f"{name}.ckpt" if run_dir is not None else None
         self.step, self.seconds, self.log = 0, 0., []
 
-    def save(self):
-        "Write the checkpoint whole, and the log beside it; only the main process does."
-        if self.path is None or not self.accelerator.is_main_process: return
-        with atomic_path(self.path, overwrite=True) as tmp:
-            torch.save(dict(step=self.step, seconds=self.seconds, log=json.dumps(self.log), learners=[l.state() for l in self.learners]), tmp)
-        with atomic_path(self.path.with_suffix(".jsonl"), overwrite=True) as tmp:
-            tmp.write_text("".join(json.dumps(line) + "\n" for line in self.log))
+# %% ../nbs/16_training.ipynb #1dc0c96d
+@patch
+def save(self:Run):
+    "Write the checkpoint whole, and the log beside it; only the main process does."
+    if self.path is None or not self.accelerator.is_main_process: return
+    with atomic_path(self.path, overwrite=True) as tmp:
+        torch.save(dict(step=self.step, seconds=self.seconds, log=json.dumps(self.log), learners=[l.state() for l in self.learners]), tmp)
+    with atomic_path(self.path.with_suffix(".jsonl"), overwrite=True) as tmp:
+        tmp.write_text("".join(json.dumps(line) + "\n" for line in self.log))
 
-    def resume(self):
-        "Take up the checkpoint, if there is one."
-        if self.path is None or not self.path.exists(): return
+@patch
+def resume(self:Run):
+    "Take up the checkpoint, if there is one."
+    if self.path is None or not self.path.exists(): return
+    try:
+        state = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
+        for learner, s in zip(self.learners, state["learners"], strict=True): learner.load(s)
+    except Exception as e:
+        raise CheckpointError(self.path, f"cannot be resumed ({e})", "Give another run folder, or remove the file") from e
+    self.step, self.seconds, self.log = state["step"], state["seconds"], json.loads(state["log"])
+
+# %% ../nbs/16_training.ipynb #e421ca87
+@patch
+def loop(self:Run, batches, steps, warmup, clip, log_every, save_every_seconds, bf16, seed, callback):
+    "The steps that are still to do."
+    acc, totals, start, saved = self.accelerator, {}, time.time() - self.seconds, time.time()
+    draw = lambda step: send_to_device(batches(step*acc.num_processes + acc.process_index), acc.device)
+    bar = tqdm(total=steps, initial=self.step, desc=self.name, mininterval=1, disable=not acc.is_main_process)
+    for learner in self.learners: learner.module.train()
+    with ThreadPoolExecutor(1) as pool, bar:
+        coming = pool.submit(draw, self.step) if self.step < steps else None
         try:
-            state = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
-            for learner, s in zip(self.learners, state["learners"], strict=True): learner.load(s)
-        except Exception as e:
-            raise CheckpointError(self.path, f"cannot be resumed ({e})", "Give another run folder, or remove the file") from e
-        self.step, self.seconds, self.log = state["step"], state["seconds"], json.loads(state["log"])
+            while self.step < steps:
+                batch = coming.result()
+                if self.step + 1 < steps: coming = pool.submit(draw, self.step + 1)
+                losses = self.turns(batch, schedule(self.step, steps, warmup), clip, bf16, seed)
+                for k, v in losses.items(): totals.setdefault(k, []).append(v)
+                self.step += 1; self.seconds = time.time() - start; bar.update()
+                if self.step % log_every == 0 or self.step == steps: self.note(totals, schedule(self.step - 1, steps, warmup), bar, callback)
+                if time.time() - saved > save_every_seconds: self.save(); saved = time.time()
+        except KeyboardInterrupt: self.save(); raise
+        if coming is not None: self.save()
 
-    def loop(self, batches, steps, warmup, clip, log_every, save_every_seconds, bf16, seed, callback):
-        "The steps that are still to do."
-        acc, totals, start, saved = self.accelerator, {}, time.time() - self.seconds, time.time()
-        draw = lambda step: send_to_device(batches(step*acc.num_processes + acc.process_index), acc.device)
-        bar = tqdm(total=steps, initial=self.step, desc=self.name, mininterval=1, disable=not acc.is_main_process)
-        for learner in self.learners: learner.module.train()
-        with ThreadPoolExecutor(1) as pool, bar:
-            coming = pool.submit(draw, self.step) if self.step < steps else None
-            try:
-                while self.step < steps:
-                    batch = coming.result()
-                    if self.step + 1 < steps: coming = pool.submit(draw, self.step + 1)
-                    losses = self.turns(batch, schedule(self.step, steps, warmup), clip, bf16, seed)
-                    for k, v in losses.items(): totals.setdefault(k, []).append(v)
-                    self.step += 1; self.seconds = time.time() - start; bar.update()
-                    if self.step % log_every == 0 or self.step == steps: self.note(totals, schedule(self.step - 1, steps, warmup), bar, callback)
-                    if time.time() - saved > save_every_seconds: self.save(); saved = time.time()
-            except KeyboardInterrupt: self.save(); raise
-            if coming is not None: self.save()
+# %% ../nbs/16_training.ipynb #d392fe44
+@patch
+def turns(self:Run, batch, rate, clip, bf16, seed) -> dict:
+    "Each learner takes its step while the others stand still."
+    seed_everything((seed*1_000_003 + self.step)*self.accelerator.num_processes + self.accelerator.process_index)
+    losses = {}
+    for learner in self.learners:
+        for other in self.learners: other.freeze(other is not learner)
+        prefix = "" if learner is self.learners[0] else f"{type(learner.module).__name__.lower()}_"
+        losses |= {prefix + k: v for k, v in learner.step(self.step, batch, rate, clip, bf16).items()}
+    for learner in self.learners: learner.freeze(False)
+    return losses
 
-    def turns(self, batch, rate, clip, bf16, seed) -> dict:
-        "Each learner takes its step while the others stand still."
-        seed_everything((seed*1_000_003 + self.step)*self.accelerator.num_processes + self.accelerator.process_index)
-        losses = {}
-        for learner in self.learners:
-            for other in self.learners: other.freeze(other is not learner)
-            prefix = "" if learner is self.learners[0] else f"{type(learner.module).__name__.lower()}_"
-            losses |= {prefix + k: v for k, v in learner.step(self.step, batch, rate, clip, bf16).items()}
-        for learner in self.learners: learner.freeze(False)
-        return losses
-
-    def note(self, totals, rate, bar, callback):
-        "Add the means since the last line to the log."
-        line = dict(step=self.step, lr=self.learners[0].lr*rate, seconds=round(self.seconds, 2))
-        line |= {k: round(torch.stack(v).mean().item(), 6) for k, v in totals.items()}
-        totals.clear(); self.log.append(line)
-        bar.set_postfix_str(f"total {line['total']:.4g}")
-        if callback: callback(line)
+@patch
+def note(self:Run, totals, rate, bar, callback):
+    "Add the means since the last line to the log."
+    line = dict(step=self.step, lr=self.learners[0].lr*rate, seconds=round(self.seconds, 2))
+    line |= {k: round(torch.stack(v).mean().item(), 6) for k, v in totals.items()}
+    totals.clear(); self.log.append(line)
+    bar.set_postfix_str(f"total {line['total']:.4g}")
+    if callback: callback(line)
 
 # %% ../nbs/16_training.ipynb #2eca0751
 def show_history(log, # lines of `fit`, or the path of its .jsonl
@@ -202,7 +219,7 @@ def show_history(log, # lines of `fit`, or the path of its .jsonl
     ax.set(yscale="log", xlabel=f"step ({log[-1]['seconds']:.0f} s in all)", ylabel="loss", title=title)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
 
-# %% ../nbs/16_training.ipynb #2d6bff09
+# %% ../nbs/16_training.ipynb #9f97f412
 import os, platform
 from typing import NamedTuple
 from safetensors.torch import load_file, save_file
@@ -210,7 +227,8 @@ from .core import CorpusError, Preset, MELS_PER_FRAME
 from .corpora import ClipDataset, batches, collate, prepare, read_manifest
 from .synthesis import FacesToVoices
 from .timbre import train_speaker_encoder
-from .vocoder import train_vocoder
+from .audio import MEL
+from .vocoder import drive, train_vocoder
 
 # %% ../nbs/16_training.ipynb #057fc163
 class Scene(NamedTuple):
@@ -275,7 +293,7 @@ def note_time(run:Path, name:str, seconds:float):
     times = json.loads(path.read_text()) if path.exists() else {}
     with atomic_path(path, overwrite=True) as tmp: tmp.write_text(json.dumps(times | {name: round(seconds, 1)}, indent=1))
 
-# %% ../nbs/16_training.ipynb #0b04a122
+# %% ../nbs/16_training.ipynb #49740e38
 def train_speaker(model, dataset, preset, first, seed):
     "GE2E over the mels of every speaker who has at least two clips; or the encoder of a first model, as it is."
     if first: return model.speaker_encoder.load_state_dict(first.speaker_encoder.state_dict())
@@ -285,13 +303,19 @@ def train_speaker(model, dataset, preset, first, seed):
     encoder, _ = train_speaker_encoder(several, preset.steps["speaker"], preset.batch["speaker"], preset.lr["speaker"], seed=seed)
     model.speaker_encoder.load_state_dict(encoder.state_dict())
 
+def train_the_vocoder(model, dataset, preset, run, first, seed):
+    "HiFi-GAN on the true mels, driven by the true pitch where the preset says so."
+    clips = [dataset[i] for i in range(len(dataset))]
+    sources = [drive(MEL.denormalize(c.mel), c.log_f0, c.voiced) for c in clips] if preset.vocoder_source else None
+    train_vocoder([c.wav for c in clips], model.vocoder, preset, run_dir=run, init=first and first.vocoder, sources=sources, seed=seed)
+
 def train_decoder(model, dataset, preset, run, seed):
     "OT-CFM on the μ of the frozen hierarchy."
     seen = scenes(model.hierarchy, dataset, seed=seed)
     fit(lambda s: model.decoder.loss(s.x1, s.mask, s.mu, s.speaker), model.decoder, scene_batches(seen, preset.batch["decoder"], seed=seed),
         preset.steps["decoder"], preset.lr["decoder"], name="decoder", run_dir=run, bf16=True, seed=seed)
 
-# %% ../nbs/16_training.ipynb #6ead679b
+# %% ../nbs/16_training.ipynb #b8b713c9
 def train_system(preset:Preset,
                  out, # folder of the run
                  data=None, # prepared clips; None: `tiny` makes its world first
@@ -315,7 +339,7 @@ def train_system(preset:Preset,
     step("hierarchy", model.hierarchy, lambda: fit(model.hierarchy.loss, model.hierarchy, batches(ds, preset.batch["hierarchy"], seed),
         preset.steps["hierarchy"], preset.lr["hierarchy"], name="hierarchy", run_dir=run, bf16=True, seed=seed))
     step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed))
-    step("vocoder", model.vocoder, lambda: train_vocoder([ds[i].wav for i in range(len(ds))], model.vocoder, preset, run_dir=run, init=first and first.vocoder, seed=seed))
+    step("vocoder", model.vocoder, lambda: train_the_vocoder(model, ds, preset, run, first, seed))
     return assemble(model, run, ds, command)
 
 # %% ../nbs/16_training.ipynb #22eb8cf9

@@ -86,7 +86,7 @@ def purity(units:torch.Tensor, labels:torch.Tensor) -> float:
     "The share of frames named right if each unit is renamed to its commonest label."
     return table(units, labels).amax(1).sum().item()/len(units)
 
-# %% ../nbs/05_units.ipynb #d11a70e7
+# %% ../nbs/05_units.ipynb #a7bc1511
 def show_units(units:torch.Tensor, # (N,)
                labels:torch.Tensor, # (N,)
                names:list, # of the labels
@@ -98,9 +98,10 @@ def show_units(units:torch.Tensor, # (N,)
     share = counts/counts.sum(1, keepdim=True).clamp(min=1)
     share = share[(counts.sum(1) > 0)]
     share = share[(share.argmax(1)*10 - share.amax(1)).argsort()]
-    fig, ax = plt.subplots(figsize=(8, 1 + .22*len(names)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, 1.1 + .15*len(names)), layout="constrained")
     image = ax.imshow(share.T, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel="unit (sorted)", title=title)
+    ax.xaxis.get_major_locator().set_params(integer=True); ax.tick_params(axis="y", labelsize=8)
     fig.colorbar(image, label="share of the unit")
     display(fig, metadata={"alt": f"Heat map of {len(share)} units against {len(names)} labels. {title}"}); plt.close(fig)
 

@@ -207,6 +207,8 @@ def test_broken_files_are_named(tmp_path):
     torch.save([1, 2], tmp_path/"list.pt")
     torch.save(dict(model={k: v for k, v in good.items() if "q_proj" not in k}), tmp_path/"missing.pt")
     torch.save(dict(model={k: v for k, v in good.items() if "encoder.layers" not in k}), tmp_path/"headless.pt")
+    torch.save(dict(model=good, cfg=dict(model=dict(layer_norm_first=False))), tmp_path/"post.pt")
     (tmp_path/"empty").mkdir()
-    for name in ("cut.pt", "text.pt", "list.pt", "missing.pt", "headless.pt", "empty", "absent.pt"):
+    for name in ("cut.pt", "text.pt", "list.pt", "missing.pt", "headless.pt", "post.pt", "empty", "absent.pt"):
         with pytest.raises(CheckpointError, match=name): load_avhubert(tmp_path/name)
+        with pytest.raises(CheckpointError, match=name): convert(tmp_path/name, tmp_path/"out")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from faces2voices.audio import MEL, energy, vowel
-from faces2voices.core import CorpusError, test_same as same
+from faces2voices.core import CorpusError, ToolMissingError, test_same as same
 from faces2voices.corpora import *
 from faces2voices.corpora import _facts
 from faces2voices.video import Face, FaceBackend, make_backend, write_video
@@ -185,8 +185,7 @@ def test_a_second_run_keeps_whole_files_and_mends_broken_ones(films, prepared):
     assert not [p for p in prepared.iterdir() if p.name.startswith(".part")]
 
 def test_backends_do_not_mix(films, prepared):
-    class Other(Eyes): name = "other"
-    with pytest.raises(CorpusError, match="'eyes', not 'other'"): prepare(folder(films), prepared, Other(), progress=False)
+    with pytest.raises(CorpusError, match="'eyes', not 'other'"): prepare(folder(films), prepared, Others(), progress=False)
 
 def test_later_calls_add_to_the_manifest(films, tmp_path):
     one, two = [e for e in folder(films) if e.name in ("ah", "silent")]
@@ -202,6 +201,12 @@ def test_two_processes_do_what_one_does(films, prepared, tmp_path):
     for name in ("ah", "silent"):
         for a, b in zip(load_clip(prepared/f"{name}.npz"), load_clip(tmp_path/f"{name}.npz")):
             if torch.is_tensor(a): same(a, b)
+
+class Others(Eyes): name = "other"
+def missing(): raise ToolMissingError("somewhere", "the detector is not installed")
+
+def test_an_error_that_stops_the_run_comes_out_of_the_processes(films, tmp_path):
+    with pytest.raises(ToolMissingError, match="the detector is not installed"): prepare(folder(films), tmp_path, missing, workers=2, progress=False)
 
 def test_grid_with_a_real_face(shared, tmp_path):
     pytest.importorskip("insightface")

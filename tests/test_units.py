@@ -10,12 +10,12 @@ from faces2voices.units import UnitQuantizer, cepstra, hubert_features, purity, 
 
 def noise(N, seed=0): return .1*torch.randn(N, generator=torch.Generator().manual_seed(seed))
 
+FORMANTS = [((750, 90), (1250, 110), (2600, 160)), ((280, 90), (2300, 110), (3000, 160)), ((310, 90), (700, 110), (2400, 160))]
+
 def four_sounds(seed, pitch=120.):
-    "Two thirds of a second each of a hiss, two vowels and near silence, in a random order, and which is which."
-    order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
-    say = [lambda n: noise(n, seed), lambda n: vowel(torch.full((n,), pitch), ((750, 90), (1250, 110), (2600, 160))),
-           lambda n: vowel(torch.full((n,), pitch), ((280, 90), (2300, 110), (3000, 160))), lambda n: 1e-4*noise(n, seed + 1)]
-    return torch.cat([say[k](320*32) for k in order]), order.repeat_interleave(32)
+    "Two thirds of a second each of a hiss and three vowels, in a random order, and which is which."
+    order, n = torch.randperm(4, generator=torch.Generator().manual_seed(seed)), 320*32
+    return torch.cat([noise(n, seed) if k == 3 else vowel(torch.full((n,), pitch), FORMANTS[k]) for k in order]) + 1e-3*noise(4*n, seed), order.repeat_interleave(32)
 
 @pytest.fixture(scope="module")
 def sounds(): return [four_sounds(seed) for seed in range(12)]
