@@ -36,7 +36,7 @@ NOTATION = [  # symbol, name in code, shape, unit and rate
     ("x₀, x₁, xₜ, uₜ, v_θ, σ_min", "x0, x1, xt, ut, v, sigma_min", "as mel", "t = 0 noise, t = 1 data"),
 ]
 
-# %% ../nbs/00_core.ipynb #fcce7b99
+# %% ../nbs/00_core.ipynb #22abbeb2
 class F2VError(Exception):
     "A failure that the user's input caused: which file, what is wrong, what to do."
     def __init__(self, path, # the file (or folder, or checkpoint) at fault
@@ -45,6 +45,7 @@ class F2VError(Exception):
                 ):
         self.path, self.reason, self.cure = path, reason, cure
         super().__init__(f"{path}: {reason}" + (f". {cure}" if cure else ""))
+    def __reduce__(self): return type(self), (self.path, self.reason, self.cure)     # errors cross process pools
 
 class MediaError(F2VError): "A file that cannot be read as video or audio, or holds too little of it."
 class NoFaceError(F2VError): "A video in which no face (or not enough of one) was found."
