@@ -67,7 +67,7 @@ def normalize(self:MelSpec, mel): "Roughly zero mean and unit variance: what the
 @patch
 def denormalize(self:MelSpec, x): "Undo `normalize`."; return x*self.std + self.mean
 
-# %% ../nbs/01_audio.ipynb #88b9d95b
+# %% ../nbs/01_audio.ipynb #25491c7f
 def show_speech(wav, # (N,) sound at 16 kHz
                 title:str="", # over the figure
                 text:str="", # what is said: becomes the text alternative of the figure
@@ -77,7 +77,7 @@ def show_speech(wav, # (N,) sound at 16 kHz
     import matplotlib.pyplot as plt
     from IPython.display import Audio, display
     wav = torch.as_tensor(wav).detach().cpu().float()
-    fig, (top, low) = plt.subplots(2, 1, figsize=(8, 3.2), sharex=True, height_ratios=[1, 2.4], layout="constrained")
+    fig, (top, low) = plt.subplots(2, 1, figsize=(8, 3.2), dpi=64, sharex=True, height_ratios=[1, 2.4], layout="constrained")
     seconds = len(wav)/SAMPLE_RATE
     top.plot(np.arange(len(wav))/SAMPLE_RATE, wav, lw=.4, color="#0072B2"); top.set(ylim=(-1, 1), yticks=[], title=title)
     low.imshow(MEL(wav[:len(wav)//160*160]), origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, 80), vmin=-11.5, vmax=1.5)

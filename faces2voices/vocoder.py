@@ -297,8 +297,9 @@ def copy_synthesis(generator, # any Generator
     source = drive(mel, *pitch(wav))[None].to(device) if generator.sources else None
     return generator.eval()(mel[None].to(device), source)[0].cpu()
 
-# %% ../nbs/14_vocoder.ipynb #2bc138bc
-def reach(generator) -> int:
+# %% ../nbs/14_vocoder.ipynb #7b783fa8
+def reach(generator # one without a source
+         ) -> int:
     "How many mel columns to each side of its own a sample depends on."
     mel = torch.zeros(1, MEL.n_mels, 129, requires_grad=True)
     generator(mel)[0, 64*MEL.hop:65*MEL.hop].sum().backward()

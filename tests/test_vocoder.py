@@ -4,11 +4,12 @@ from dataclasses import replace
 import pytest, torch
 from torch import nn
 from faces2voices.core import PAPER, TINY, CheckpointError, seed_everything, test_same as same
-from faces2voices.audio import MEL, vowel
-from faces2voices.vocoder import (Critics, Generator, copy_synthesis, critic_loss, fold, full_critics, load_hifigan, mel_loss, n_weights,
-    period_critic, plain_loss, reach, scale_critic, segment_batches, slim_critics, soften, stft_loss, train_vocoder)
+from faces2voices.audio import MEL, pitch, vowel
+from faces2voices.vocoder import (Generator, copy_synthesis, critic_loss, drive, excitation, fold, full_critics, load_hifigan, mel_loss, n_weights,
+    period_critic, reach, scale_critic, segment_batches, slim_critics, soften, stft_loss, train_vocoder)
 
-SMALL = replace(TINY, vocoder_channels=64, vocoder_kernels=(3, 7), vocoder_dilations=((1,), (3,)), steps=dict(vocoder=6), batch=dict(vocoder=2), lr=dict(vocoder=2e-3))
+SMALL = replace(TINY, vocoder_source=False, vocoder_channels=64, vocoder_kernels=(3, 7), vocoder_dilations=((1,), (3,)), steps=dict(vocoder=6), batch=dict(vocoder=2), lr=dict(vocoder=2e-3))
+DRIVEN = replace(SMALL, vocoder_source=True)
 
 @pytest.fixture
 def generator(): seed_everything(0); return Generator(SMALL).eval()
@@ -135,3 +136,58 @@ def test_init_is_where_it_starts():
     a, b = Generator(SMALL), Generator(SMALL)
     train_vocoder(sounds(), b, replace(SMALL, steps=dict(vocoder=1), lr=dict(vocoder=0.)), init=a, plain_share=1.)
     same(a.ups[0].weight, b.ups[0].weight, atol=1e-6)
+
+def glide(): return torch.linspace(math.log(100), math.log(180), 50)
+def glided(): return vowel(torch.nn.functional.interpolate(glide()[None, None].double(), scale_factor=320, mode="linear")[0, 0].exp())
+
+@pytest.mark.parametrize("L", [4, 50])
+def test_a_driven_generator_keeps_the_length(L):
+    out = Generator(DRIVEN).eval()(torch.randn(2, 80, L), torch.randn(2, 160*L)*.1)
+    assert out.shape == (2, 160*L) and out.abs().max() <= 1
+
+def test_the_source_starts_as_the_output():
+    "With silent convolutions a driven generator hands its source through."
+    g, source = Generator(DRIVEN).eval(), torch.randn(1, 1600)*.1
+    with torch.no_grad(): g.conv_post.parametrizations.weight.original0.zero_(); g.conv_post.bias.zero_()
+    with torch.inference_mode(): same(g(torch.randn(1, 80, 10), source), torch.tanh(source), atol=1e-5)
+
+def test_the_source_has_the_pitch_and_is_flat():
+    e = excitation(torch.full((100,), math.log(160.)), torch.ones(100))
+    assert e.shape == (32000,) and abs(pitch(e)[0].exp().mean() - 160) < 1
+    S = torch.fft.rfft(e).abs()[320:15000:320]          # harmonics of 160 Hz, half a hertz a bin
+    assert S.max()/S.min() < 2
+
+def test_the_unvoiced_source_is_noise():
+    e = excitation(torch.full((100,), 5.), torch.zeros(100))
+    S = torch.fft.rfft(e).abs().pow(2)[1:].reshape(16, -1).mean(1)
+    assert S.max()/S.min() < 1.5
+    same(e, excitation(torch.full((100,), 4.), torch.zeros(100)), atol=.05)
+
+def test_drive_is_near_the_mel_and_on_pitch():
+    wav = glided()
+    driven = drive(MEL(wav), glide(), torch.ones(50))
+    assert driven.shape == wav.shape and mel_loss(driven[None], wav[None]) < 1
+    assert (pitch(driven)[0] - glide())[5:-5].abs().mean() < .01
+
+def test_another_pitch_gives_another_pitch():
+    "The vocoder obeys the pitch it is given, not the one in the mel."
+    higher = drive(MEL(glided()), glide() + math.log(1.3), torch.ones(50))
+    assert ((pitch(higher)[0] - glide())[5:-5].mean() - math.log(1.3)).abs() < .02
+
+def test_sources_are_cut_where_the_sounds_are():
+    wavs = [torch.randn(20000), torch.randn(5000)]
+    b = segment_batches(wavs, 6, sources=wavs)(1)
+    same(b.source, b.wav)
+    assert segment_batches(wavs, 2)(0).source is None
+
+def test_a_driven_vocoder_is_ahead_of_a_plain_one():
+    "At the same few steps, and it speaks at the pitch of the sound."
+    wavs, preset = [glided()]*2, replace(DRIVEN, steps=dict(vocoder=40))
+    sources = [drive(MEL(w), glide(), torch.ones(50)) for w in wavs]
+    seed_everything(0)
+    plain, driven = Generator(SMALL), Generator(DRIVEN)
+    a = train_vocoder(wavs, plain, replace(SMALL, steps=dict(vocoder=40)), plain_share=1.)
+    b = train_vocoder(wavs, driven, preset, sources=sources, plain_share=1.)
+    assert b[-1]["mel"] < a[-1]["mel"]
+    with torch.inference_mode(): out = driven(MEL(wavs[0])[None], sources[0][None])[0]
+    assert (pitch(out)[0] - glide())[5:-5].abs().mean() < .03
