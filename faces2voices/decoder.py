@@ -180,13 +180,13 @@ def mel_error(x, # normalised ln mel, (B, 80, L)
     "Root-mean-square difference of mel spectrograms, in normalised units."
     return (x - y).square().mean((1, 2)).sqrt()
 
-# %% ../nbs/13_decoder.ipynb #bb82e951
+# %% ../nbs/13_decoder.ipynb #6bfd0b82
 def show_mels(mels, # name: normalised ln mel (80, L)
               alt:str="" # text alternative
              ):
     "Mel spectrograms side by side."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(mels), figsize=(2.1*len(mels), 2.3), layout="constrained", sharey=True, squeeze=False)
+    fig, axs = plt.subplots(1, len(mels), figsize=(1.8*len(mels), 2.), layout="constrained", sharey=True, squeeze=False)
     for ax, (name, mel) in zip(axs[0], mels.items()):
         ax.imshow(MEL.denormalize(mel.detach().cpu()), origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
         ax.set(title=name, xticks=[], yticks=[])

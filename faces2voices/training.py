@@ -315,14 +315,13 @@ def train_decoder(model, dataset, preset, run, seed):
     fit(lambda s: model.decoder.loss(s.x1, s.mask, s.mu, s.speaker), model.decoder, scene_batches(seen, preset.batch["decoder"], seed=seed),
         preset.steps["decoder"], preset.lr["decoder"], name="decoder", run_dir=run, bf16=True, seed=seed)
 
-# %% ../nbs/16_training.ipynb #b8b713c9
+# %% ../nbs/16_training.ipynb #6e94ca4d
 def train_system(preset:Preset,
                  out, # folder of the run
                  data=None, # prepared clips; None: `tiny` makes its world first
                  init:str|None=None, # a model whose speaker encoder is kept and whose vocoder is the start
                  only:list|None=None, # parts that may be trained now; None: all
-                 workers:int=2, # processes that make and prepare clips
-                 seed:int=0, command:str="" # the model card names it
+                 workers:int=2, seed:int=0, command:str="" # the model card names it
                 ) -> Path: # folder of the finished model
     "Train units, speaker encoder, hierarchy, decoder and vocoder, and save them as one model."
     run, model = Path(out), FacesToVoices(preset.to_json())

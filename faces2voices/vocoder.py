@@ -9,13 +9,14 @@ __all__ = ['RATES', 'RATE_KERNELS', 'conv', 'ResBlock', 'Generator', 'n_weights'
            'adversarial_loss', 'feature_loss', 'soften', 'Segments', 'segment_batches', 'Game', 'plain_loss',
            'train_vocoder', 'copy_synthesis', 'reach']
 
-# %% ../nbs/14_vocoder.ipynb #67ece11e
+# %% ../nbs/14_vocoder.ipynb #12bcae20
 import math
 from pathlib import Path
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from fastcore.basics import patch
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 from .core import CheckpointError
@@ -38,7 +39,7 @@ class ResBlock(nn.Module):
         for c1, c2 in zip(self.convs1, self.convs2): x = x + c2(F.leaky_relu(c1(F.leaky_relu(x, .1)), .1))
         return x
 
-# %% ../nbs/14_vocoder.ipynb #3a9539d3
+# %% ../nbs/14_vocoder.ipynb #a86a0f8c
 class Generator(nn.Module):
     "HiFi-GAN's generator: ln mel in, sound out. Parameter names are those of the published checkpoints."
     def __init__(self, preset, rates:tuple=RATES, rate_kernels:tuple=RATE_KERNELS):
@@ -52,22 +53,25 @@ class Generator(nn.Module):
         strides = [math.prod(rates[i + 1:]) for i in range(len(rates))] if preset.vocoder_source else []
         self.sources = nn.ModuleList(nn.Conv1d(1, c, s*2 - s%2, s, padding=(s - s%2)//2) for c, s in zip(width[1:], strides))
 
-    def forward(self, mel:torch.Tensor, # (B, 80, L) natural-log mel, not normalised
-                source=None # (B, 160 L) what `drive` makes, for a preset with `vocoder_source`
-               ) -> torch.Tensor: # (B, 160 L) sound in [−1, 1]
-        x, n = self.conv_pre(mel), len(self.resblocks)//len(self.ups)
-        for i, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, .1))
-            if self.sources: x = x + self.sources[i](source[:, None])
-            x = sum(block(x) for block in self.resblocks[n*i:n*i + n])/n
-        x = self.conv_post(F.leaky_relu(x)).float()[:, 0]
-        return torch.tanh(x + source if self.sources else x)
+# %% ../nbs/14_vocoder.ipynb #4a3f0c97
+@patch
+def forward(self:Generator, mel:torch.Tensor, # (B, 80, L) natural-log mel, not normalised
+            source=None # (B, 160 L) what `drive` makes, for a preset with `vocoder_source`
+           ) -> torch.Tensor: # (B, 160 L) sound in [−1, 1]
+    x, n = self.conv_pre(mel), len(self.resblocks)//len(self.ups)
+    for i, up in enumerate(self.ups):
+        x = up(F.leaky_relu(x, .1))
+        if self.sources: x = x + self.sources[i](source[:, None])
+        x = sum(block(x) for block in self.resblocks[n*i:n*i + n])/n
+    x = self.conv_post(F.leaky_relu(x)).float()[:, 0]
+    return torch.tanh(x + source if self.sources else x)
 
-    def remove_weight_norm(self):
-        "Fold the norms into plain weights: the same sound, a little faster."
-        for m in self.modules():
-            if hasattr(m, "parametrizations"): remove_parametrizations(m, "weight")
-        return self
+@patch
+def remove_weight_norm(self:Generator):
+    "Fold the norms into plain weights: the same sound, a little faster."
+    for m in self.modules():
+        if hasattr(m, "parametrizations"): remove_parametrizations(m, "weight")
+    return self
 
 # %% ../nbs/14_vocoder.ipynb #e3d7d454
 def n_weights(module) -> int:
@@ -210,7 +214,7 @@ def soften(mel:torch.Tensor, # (B, 80, L) ln mel
     blurred = F.conv2d(F.pad(mel[None], (2, 2, 2, 2), "reflect"), kernel, groups=len(mel))[0]
     return torch.where(hit < .5, blurred + noise*torch.randn(mel.shape, generator=rng), mel)
 
-# %% ../nbs/14_vocoder.ipynb #00a7c3b1
+# %% ../nbs/14_vocoder.ipynb #61888f7b
 class Segments(NamedTuple):
     "A batch of half seconds."
     names: list
@@ -218,6 +222,7 @@ class Segments(NamedTuple):
     wav: torch.Tensor # (B, 160 L)
     source: torch.Tensor|None = None # (B, 160 L) excitation, for a generator that takes one
 
+# %% ../nbs/14_vocoder.ipynb #dad1d34d
 def segment_batches(wavs:list, # (N,) sounds at 16 kHz
                     batch:int, length:int=8000, # samples, a multiple of 160
                     softened:bool=False, seed:int=0,

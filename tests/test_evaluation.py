@@ -105,6 +105,7 @@ def test_clips_that_were_trained_on_are_left_out():
     kept, out = ev.unseen(entries[:2])                      # one speaker: the face cannot be new
     assert [e.name for e in kept] == ["b"] and not out["faces_are_new"]
     assert len(ev.unseen(entries, "train")[0]) == 1
+    assert ev.unseen(entries[2:])[1]["faces_are_new"] is None    # a manifest without training clips cannot tell
 
 def made_clip(i, voice, text):
     "A clip whose picture is noise and whose sound is a vowel."
@@ -143,11 +144,21 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
     first = rows["original"]
     assert first["MCD, dB"] == 0 and first["units heard in speech"] == 1 and first["voice similarity"] > .999 and first["energy, r"] > .999
     assert "unit accuracy" in rows["synthesised"] and "unit accuracy" not in rows["vocoder"]
-    assert [r for r in rows if "voice similarity to the borrowed face" in rows[r]] == ["wrong face"]
+    assert [r for r in rows if "voice similarity to the borrowed face" in rows[r]] == ["original", "wrong face"]
+    assert "2 speakers" in reasons["mean F0, r"] and "mean F0, r" not in first
     card = dict(rows=rows, errors=errors, reasons=reasons, clips=3, speakers=2, seconds_of_speech=3., left_out=dict(of_split=3, sentence_trained_on=0, faces_are_new=True),
         wer_protocol="", command="faces2voices evaluate DATA", seconds=1., machine="here")
     shown = ev.show_card(json.loads(json.dumps(card)))
     assert len({line.count("|") for line in shown.splitlines() if line.startswith("|")}) == 1 and "pip install pesq" in shown
+
+def test_claims_need_two_standard_errors():
+    card = lambda borrowed, error: dict(rows={"wrong face": {"mean F0 of the borrowed face, r": borrowed, "mean F0, r": .1}}, errors={"wrong face": {"mean F0 of the borrowed face, r": error}})
+    verdict = lambda *a: {claim: holds for claim, holds, _ in ev.claims(card(*a))}
+    name = "with another face, mean pitch follows the borrowed face"
+    assert verdict(.9, .1)[name] is True and verdict(.9, .5)[name] is False and verdict(.05, 0.)[name] is False
+    assert sum(v is not None for v in verdict(.9, .1).values()) == 1
+    lips = dict(rows={"wrong lips": {"WER of the borrowed lips": .1, "WER": .9}}, errors={})   # lower is better
+    assert ev.claims(lips)[0][1] is True
 
 def test_a_corpus_of_known_sentences_is_an_error(tmp_path):
     entries = [entry("a", "s", "x", "train"), entry("b", "s", "x", "test")]
