@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb (`make readme`): prose, code and text results; links made to work from the top folder."
+"Write README.md from nbs/index.ipynb (`make readme`): prose, code and tables; links made to work from the top folder."
 import re, sys
 from pathlib import Path
 import nbformat
@@ -9,9 +9,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def readme() -> str:
     "The text of README.md."
     nb = nbformat.read(ROOT/"nbs"/"index.ipynb", 4)
+    nb.metadata.language_info = {"name": "python"}
     for cell in nb.cells:
+        if "#| echo: false" in cell.source: cell.metadata["transient"] = {"remove_source": True}
         cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
-        for out in cell.get("outputs", []): out.get("data", {}).pop("image/png", None)
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if "text/markdown" in o.get("data", {})]     # no sounds, no pictures
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({_from_root(m[1])})", text)
     return "<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
