@@ -23,7 +23,7 @@ $(VENV)/.dev: $(META) | $(BIN)/python
 	@touch $@ $(VENV)/.package
 
 demo: $(VENV)/.package
-	$(BIN)/faces2voices demo -o demo
+	$(BIN)/faces2voices synthesize data_samples/*.mp4 -o demo/$$(date +%Y%m%d-%H%M%S)
 
 lab: $(VENV)/.dev
 	$(BIN)/jupyter lab nbs/index.ipynb
