@@ -5,7 +5,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 META   := settings.ini setup.py pyproject.toml constraints.txt
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# librosa's compiled functions are written to numba's cache by one process, before two can do it at once and crash (numba issue 10128).
+WARM   := $(BIN)/python -c "import torch; from faces2voices.audio import pitch; pitch(torch.zeros(16000))"
 export OMP_NUM_THREADS ?= 2
+export PYTHONFAULTHANDLER := 1
 
 .PHONY: demo test lab readme outputs prepare clean
 
@@ -15,11 +18,13 @@ $(BIN)/python:
 $(VENV)/.package: $(META) | $(BIN)/python
 	@echo "Installing faces2voices into $(VENV) (torch is large: a few minutes) ..."
 	$(PIP) -e .
+	@$(WARM)
 	@touch $@
 
 $(VENV)/.dev: $(META) | $(BIN)/python
 	@echo "Installing faces2voices and its test tools into $(VENV) (torch is large: a few minutes) ..."
 	$(PIP) -e '.[dev]'
+	@$(WARM)
 	@touch $@ $(VENV)/.package
 
 demo: $(VENV)/.package

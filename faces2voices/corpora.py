@@ -8,7 +8,7 @@ __all__ = ['GRID_GRAMMAR', 'VIDEO_SUFFIXES', 'GRID_RECORD', 'Entry', 'read_manif
            'clip_of', 'save_clip', 'load_clip', 'prepare', 'Prepared', 'with_targets', 'ClipDataset', 'Batch',
            'mask_to', 'collate', 'show_batch', 'BucketSampler', 'batches']
 
-# %% ../nbs/04_corpora.ipynb #38045706
+# %% ../nbs/04_corpora.ipynb #f9b0a51a
 import hashlib, json, re, shutil, tempfile, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.nn.utils.rnn import pad_sequence
-from .core import SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, ToolMissingError, atomic_path
+from .core import SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, ToolMissingError, atomic_path
 from .audio import MEL, energy, fit_length, pitch
 from .video import look
 
@@ -288,7 +288,7 @@ def _try(entry, out, backend=None) -> dict:
     except (ToolMissingError, CorpusError) as e: return dict(stop=(type(e), str(e.path), e.reason, e.cure))
     except Exception as e: return dict(reason=f"{type(e).__name__}: {e}")
 
-# %% ../nbs/04_corpora.ipynb #8ae4cfd9
+# %% ../nbs/04_corpora.ipynb #677147c2
 _worker = {} # what a worker process keeps between clips
 
 def _start_worker(backend):
@@ -311,6 +311,7 @@ def _results(entries, out, backend, workers):
         backend = _built(backend)
         yield from (_try(e, out, backend) for e in entries)
     else:
+        pitch(torch.zeros(SAMPLE_RATE))     # compiles, so that no two workers write numba's cache at once (numba issue 10128)
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (backend,)) as pool: yield from pool.map(_try, entries, [out]*len(entries))
 
 # %% ../nbs/04_corpora.ipynb #c35498c9
@@ -365,7 +366,7 @@ def with_targets(clip:Clip,
     mel = clip.mel[None].to(next(speaker.parameters()).device)
     return clip._replace(voice=speaker(mel, torch.ones_like(mel[:, 0], dtype=torch.bool))[0].cpu())
 
-# %% ../nbs/04_corpora.ipynb #7353cf1f
+# %% ../nbs/04_corpora.ipynb #508e2a47
 class ClipDataset(torch.utils.data.Dataset):
     "Prepared clips, each read once and kept in memory with its targets."
     def __init__(self, clips, # a folder that `prepare` wrote, or a list of clips
@@ -381,6 +382,8 @@ class ClipDataset(torch.utils.data.Dataset):
         if self.folder is None: self.cache = {i: with_targets(f[3]) for i, f in enumerate(found)}
 
     def __len__(self): return len(self.names)
+
+    def __iter__(self): return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i:int) -> Clip:
         name = self.names[i]
