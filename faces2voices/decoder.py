@@ -94,7 +94,7 @@ class UNet(nn.Module):
             x = up(torch.cat([x, skips.pop()], 1), m, emb)
         return x
 
-# %% ../nbs/13_decoder.ipynb #e1c0cc70
+# %% ../nbs/13_decoder.ipynb #1875933c
 class Decoder(nn.Module):
     "The vector field v(x_t, t | μ, speaker) on mel spectrograms, its loss and its sampler."
     def __init__(self, preset):
@@ -103,11 +103,12 @@ class Decoder(nn.Module):
         self.time = nn.Sequential(nn.Linear(c[0], 2*c[0]), nn.Mish(), nn.Linear(2*c[0], 2*c[0]))
         self.speaker = nn.Linear(preset.speaker_dim, 2*c[0])
         self.unet = UNet(2*MEL.n_mels, c, preset.decoder_mid, 2*c[0])
-        self.last, self.out = Block(c[0], c[0]), nn.Conv1d(c[0], MEL.n_mels, 1)
-        self.gates = nn.Linear(2*c[0], 2*MEL.n_mels)
+        self.out, self.gates = nn.Conv1d(c[0], MEL.n_mels, 1), nn.Linear(2*c[0], 2*MEL.n_mels)
+        for m in self.modules():
+            if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)): nn.init.kaiming_normal_(m.weight, nonlinearity="linear")
         for p in (*self.out.parameters(), *self.gates.parameters()): nn.init.zeros_(p)
 
-# %% ../nbs/13_decoder.ipynb #a688c703
+# %% ../nbs/13_decoder.ipynb #36cddca0
 @patch
 def forward(self:Decoder, xt, # (B, 80, L), any L
             t, # (B,), or one time for all
@@ -120,7 +121,7 @@ def forward(self:Decoder, xt, # (B, 80, L), any L
     emb = F.mish(self.time(time_embedding(t.expand(len(xt)), self.time[0].in_features)) + self.speaker(speaker))
     m = F.pad(mask, (0, pad))
     h = self.unet(F.pad(torch.cat([xt, mu], 1), (0, pad))*m, m, emb)
-    v = self.out(self.last(h, m))[..., :xt.shape[-1]]
+    v = self.out(h)[..., :xt.shape[-1]]
     gate_x, gate_mu = self.gates(emb)[:, :, None].chunk(2, 1)
     return (v + gate_x*xt + gate_mu*mu)*mask
 
