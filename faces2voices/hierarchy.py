@@ -17,7 +17,7 @@ from .content import Content, ContentEncoder, content_loss
 from .timbre import FaceEncoder, FiLM, TimbreEncoder, timbre_loss
 from .prosody import ConvNorm, ExpressionEncoder, Prosody, ProsodyEncoder, prosody_loss
 
-# %% ../nbs/10_hierarchy.ipynb #8cf1c549
+# %% ../nbs/10_hierarchy.ipynb #2071e85a
 def made_batch(preset, # Preset
                batch:int=8, frames:int=16, # B, T
                seed:int=0 # of the clips; the world is always the same
@@ -27,6 +27,7 @@ def made_batch(preset, # Preset
     units = torch.randint(preset.n_units, (batch, frames//2 + 1), generator=g).repeat_interleave(4, 1)[:, :2*frames]
     who, (speed, start) = torch.randn(batch, 2, generator=g), torch.rand(2, batch, 1, generator=g)
     how = torch.sin(2*torch.pi*start + torch.arange(2*frames)*(.1 + .2*speed))                                # (B, 2T)
+    how = how - how.mean(1, keepdim=True)                                                                     # what stays is who
     patterns = lambda n, c, side: F.interpolate(torch.randn(n, c, 6, 6, generator=world), (side, side), mode="bilinear")
     lips = patterns(preset.n_units, 1, 88)[units[:, ::2]].transpose(1, 2)
     face = torch.einsum("bk,kchw->bchw", who, patterns(2, 3, 112)).tanh()
@@ -139,7 +140,7 @@ def _fed_speaker(self:Hierarchy, predicted, teacher):
     coin = torch.rand(len(predicted), 1, device=predicted.device) < .5
     return torch.where(coin, teacher.speaker, predicted)
 
-# %% ../nbs/10_hierarchy.ipynb #f5f39ed9
+# %% ../nbs/10_hierarchy.ipynb #37a5e871
 @patch
 def forward(self:Hierarchy, lips, # (B, 1, T, 88, 88)
             face,       # (B, 3, 112, 112)
@@ -153,12 +154,13 @@ def forward(self:Hierarchy, lips, # (B, 1, T, 88, 88)
     nobody = seen.new_zeros(len(seen), self.preset.speaker_dim)
     if self.flat: return Mu(self.to_mu(self.encoder(seen, face, identity, expression, mask), mask), nobody, None, None)
     content = self.content(seen, mask)
-    hidden, speaker, prosody = content.hidden + self.from_units(content.logits.softmax(-1)), nobody, None
+    hidden, speaker, fed, prosody = content.hidden + self.from_units(content.logits.softmax(-1)), nobody, nobody, None
     if self.timbre is not None:
         speaker = self.timbre(face, identity)
-        hidden = self.film(hidden, self._fed_speaker(speaker, teacher))
+        fed = self._fed_speaker(speaker, teacher)
+        hidden = self.film(hidden, fed)
     if self.prosody is not None:
-        prosody = self.prosody(hidden, expression, mask, teacher)
+        prosody = self.prosody(hidden, fed, expression, mask, teacher)
         hidden = hidden + prosody.embedding
     return Mu(self.to_mu(hidden, mask), speaker, content, prosody)
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['STRIP', 'show_contours', 'normalize_pitch', 'denormalize_pitch', 'normalize_energy', 'denormalize_energy', 'ConvNorm',
-           'VariancePredictor', 'StripEncoder', 'ExpressionEncoder', 'Prosody', 'ProsodyEncoder', 'ProsodyLoss',
-           'prosody_loss']
+           'VariancePredictor', 'StripEncoder', 'ExpressionEncoder', 'movement', 'Prosody', 'ProsodyEncoder',
+           'ProsodyLoss', 'prosody_loss']
 
-# %% ../nbs/09_prosody.ipynb #8a4dbb62
+# %% ../nbs/09_prosody.ipynb #905c0c5f
 from typing import NamedTuple
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
+from .timbre import masked_mean
 
 # %% ../nbs/09_prosody.ipynb #883fbb04
 def show_contours(log_f0, # (2T,) ln Hz
@@ -71,7 +72,7 @@ class VariancePredictor(nn.Module):
         for layer in self.layers: h = layer(h, mask)
         return self.out(h)[..., 0]
 
-# %% ../nbs/09_prosody.ipynb #c076ff03
+# %% ../nbs/09_prosody.ipynb #90a58d02
 STRIP = 24, 48 # pixels of the strip of brows and eyes, E = 1152
 
 class StripEncoder(nn.Module):
@@ -82,11 +83,11 @@ class StripEncoder(nn.Module):
         self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.ReLU()) for i, o in zip(widths, widths[1:])])
         self.out = nn.Linear(32*3*6, dim)
 
-    def forward(self, strip # (B, T, 1152) in [0, 1]
+    def forward(self, strip # (B, T, 1152) grey, mean zero
                ): # (B, T, dim)
         "Features of each frame."
         B, T, _ = strip.shape
-        return self.out(self.convs(4*(strip.reshape(B*T, 1, *STRIP) - .5)).flatten(1)).reshape(B, T, -1)
+        return self.out(self.convs(8*strip.reshape(B*T, 1, *STRIP)).flatten(1)).reshape(B, T, -1)
 
 # %% ../nbs/09_prosody.ipynb #c35145f2
 class ExpressionEncoder(nn.Module):
@@ -106,6 +107,13 @@ class ExpressionEncoder(nn.Module):
         for layer in self.time: h = layer(h, mask)
         return h
 
+# %% ../nbs/09_prosody.ipynb #19071cc4
+def movement(x,     # (B, T, C)
+             weight # (B, T) bool, or floats in [0, 1]
+            ): # (B, T, C)
+    "`x` less its weighted mean over time."
+    return x - masked_mean(x, weight)[:, None]
+
 # %% ../nbs/09_prosody.ipynb #0a8a8e91
 class Prosody(NamedTuple):
     "How it is said: three contours at 50 Hz, and what the decoder is told of them."
@@ -114,7 +122,7 @@ class Prosody(NamedTuple):
     energy: torch.Tensor       # (B, 2T) ln RMS
     embedding: torch.Tensor
 
-# %% ../nbs/09_prosody.ipynb #b022b40d
+# %% ../nbs/09_prosody.ipynb #2a6aa929
 class ProsodyEncoder(nn.Module):
     "Stage 3: fused features and expression → pitch, voicing, energy → an embedding of them."
     def __init__(self, preset # Preset
@@ -123,20 +131,26 @@ class ProsodyEncoder(nn.Module):
         dim = preset.dim
         self.expression = ExpressionEncoder(preset.expression_dim, dim, preset.dropout)
         self.pitch, self.voiced, self.energy = (VariancePredictor(dim, dropout=preset.dropout) for _ in range(3))
+        self.level = nn.Linear(preset.speaker_dim, 1)
         self.embed = nn.Conv1d(3, dim, 5, padding=2)
 
-    def forward(self, hidden, # (B, 2T, dim) content fused with the speaker
-                expression,   # (B, T, E)
-                mask,         # (B, T) bool
-                teacher=None  # has log_f0, voiced, energy (B, 2T): the true contours, embedded in place of the predicted
-               ) -> Prosody:
-        "Predict the three contours; embed them, or the teacher's."
-        mask2 = mask.repeat_interleave(2, 1)
-        h = hidden + self.expression(expression, mask).repeat_interleave(2, 1)
-        pitch, voiced_logit, energy = self.pitch(h, mask2), self.voiced(h, mask2), self.energy(h, mask2)
-        if teacher is None: contours = pitch, voiced_logit.sigmoid(), energy
-        else: contours = normalize_pitch(teacher.log_f0), teacher.voiced, normalize_energy(teacher.energy)
-        return Prosody(denormalize_pitch(pitch), voiced_logit, denormalize_energy(energy), self.embed_contours(*contours, mask2))
+# %% ../nbs/09_prosody.ipynb #15c50f3e
+@patch
+def forward(self:ProsodyEncoder, hidden, # (B, 2T, dim) content fused with the speaker
+            speaker,      # (B, speaker_dim) sets the level of the pitch
+            expression,   # (B, T, E)
+            mask,         # (B, T) bool
+            teacher=None  # has log_f0, voiced, energy (B, 2T): the true contours, embedded in place of the predicted
+           ) -> Prosody:
+    "Predict the three contours; embed them, or the teacher's."
+    mask2 = mask.repeat_interleave(2, 1)
+    h = hidden + self.expression(movement(expression, mask), mask).repeat_interleave(2, 1)
+    contour, voiced_logit, energy = self.pitch(h, mask2), self.voiced(h, mask2), self.energy(h, mask2)
+    voiced = voiced_logit.sigmoid()
+    pitch = self.level(speaker) + movement(contour[..., None], mask2*voiced.detach())[..., 0]
+    contours = pitch, voiced, energy
+    if teacher is not None: contours = normalize_pitch(teacher.log_f0), teacher.voiced, normalize_energy(teacher.energy)
+    return Prosody(denormalize_pitch(pitch), voiced_logit, denormalize_energy(energy), self.embed_contours(*contours, mask2))
 
 # %% ../nbs/09_prosody.ipynb #01476397
 @patch
