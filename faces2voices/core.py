@@ -140,13 +140,13 @@ class Sounding:
     vocoder_dilations: tuple = ((1,), (3,))
     vocoder_source: bool = True         # drive the vocoder with the harmonics of the predicted pitch
 
-# %% ../nbs/00_core.ipynb #31c7b07f
+# %% ../nbs/00_core.ipynb #79593edb
 @dataclass(frozen=True)
 class Preset(Looking, Stages, Sounding):
     "Every size and every training length of one system."
     name: str = "tiny"
     # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
-    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=1000, hierarchy=2300, decoder=2500, vocoder=1500))
+    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=400, hierarchy=2300, decoder=2500, vocoder=3000))
     batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=8))
     lr: dict = field(default_factory=lambda: dict(locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=1e-3))
 

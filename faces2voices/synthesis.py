@@ -122,7 +122,7 @@ def from_folder(cls:FacesToVoices, folder # a folder that holds config.json and 
         raise CheckpointError(folder, f"cannot be read as a faces2voices model ({str(e).splitlines()[0]})", "Was it written by another version, or cut short?") from e
     return model.eval()
 
-# %% ../nbs/15_synthesis.ipynb #e9092972
+# %% ../nbs/15_synthesis.ipynb #39d0d5cc
 @patch(cls_method=True)
 def from_pretrained(cls:FacesToVoices, name:str="talkers", # `talkers`, `grid`, a folder, or a Hugging Face Hub id such as `user/model`
                     device:str="auto", # `auto`, `cpu`, `cuda`
@@ -131,7 +131,7 @@ def from_pretrained(cls:FacesToVoices, name:str="talkers", # `talkers`, `grid`, 
     "A trained model: one of the package's own, one from a folder, or one from the Hub."
     folder = WEIGHTS/name if (WEIGHTS/name).is_dir() else Path(name)
     if not folder.is_dir():
-        if "/" not in str(name) or Path(name).is_absolute() or str(name).count("/") != 1: raise CheckpointError(name, "no such model", f"Give one of {packaged_models()}, a folder, or a Hub id like user/model")
+        if str(name).count("/") != 1: raise CheckpointError(name, "no such model", f"Give one of {packaged_models()}, a folder, or a Hub id like user/model")
         from huggingface_hub import snapshot_download
         try: folder = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "README.md"]))
         except Exception as e: raise CheckpointError(name, f"is no folder here, and the Hub did not give it ({type(e).__name__})", "Check the name and the connection") from e

@@ -293,19 +293,19 @@ def note_time(run:Path, name:str, seconds:float):
     times = json.loads(path.read_text()) if path.exists() else {}
     with atomic_path(path, overwrite=True) as tmp: tmp.write_text(json.dumps(times | {name: round(seconds, 1)}, indent=1))
 
-# %% ../nbs/16_training.ipynb #49740e38
+# %% ../nbs/16_training.ipynb #25d26d13
 def train_speaker(model, dataset, preset, first, seed):
     "GE2E over the mels of every speaker who has at least two clips; or the encoder of a first model, as it is."
     if first: return model.speaker_encoder.load_state_dict(first.speaker_encoder.state_dict())
     mels = {}
-    for clip in (dataset[i] for i in range(len(dataset))): mels.setdefault(clip.speaker, []).append(clip.mel)
+    for clip in dataset: mels.setdefault(clip.speaker, []).append(clip.mel)
     several = {k: v for k, v in mels.items() if len(v) > 1}
     encoder, _ = train_speaker_encoder(several, preset.steps["speaker"], preset.batch["speaker"], preset.lr["speaker"], seed=seed)
     model.speaker_encoder.load_state_dict(encoder.state_dict())
 
 def train_the_vocoder(model, dataset, preset, run, first, seed):
     "HiFi-GAN on the true mels, driven by the true pitch where the preset says so."
-    clips = [dataset[i] for i in range(len(dataset))]
+    clips = list(dataset)
     sources = [drive(MEL.denormalize(c.mel), c.log_f0, c.voiced) for c in clips] if preset.vocoder_source else None
     train_vocoder([c.wav for c in clips], model.vocoder, preset, run_dir=run, init=first and first.vocoder, sources=sources, seed=seed)
 
@@ -341,14 +341,14 @@ def train_system(preset:Preset,
     step("vocoder", model.vocoder, lambda: train_the_vocoder(model, ds, preset, run, first, seed))
     return assemble(model, run, ds, command)
 
-# %% ../nbs/16_training.ipynb #22eb8cf9
+# %% ../nbs/16_training.ipynb #66ff379c
 def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the model
     "Save the trained parts as one model, with what it was trained on; or say which parts are missing."
     wanted = [n for n in NEEDS if n != "locator" or model.preset.face_backend == "locator"]
     if missing := [n for n in wanted if not (run/f"{n}.safetensors").exists()]:
         print(f"still to train: {', '.join(missing)}")
         return run
-    clips = [dataset[i] for i in range(len(dataset))]
+    clips = list(dataset)
     if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([c.identity for c in clips]).mean(0))
     model.info = dict(command=command, data=f"{len(clips)} clips of {len({c.speaker for c in clips})} speakers, {sum(len(c.lips) for c in clips)/25/60:.0f} minutes",
         seconds=json.loads((run/"times.json").read_text()), machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
@@ -385,7 +385,7 @@ Speech from a silent video, for teaching and research. It knows the small gramma
 What it says is synthetic and may be wrong in every word; do not use it to put words into anyone's mouth.
 """
 
-# %% ../nbs/16_training.ipynb #b40f8b33
+# %% ../nbs/16_training.ipynb #5b91f497
 def train_the_locator(model, preset, seed):
     "Draw faces, and learn to find them."
     from faces2voices.talkers import train_locator
@@ -396,7 +396,7 @@ def make_world(model, run:Path, preset, workers:int, seed:int) -> Path: # folder
     from faces2voices.talkers import LocatorBackend, make_corpus
     if preset.face_backend != "locator": raise CheckpointError(run, f"the preset `{preset.name}` trains on real clips", "Give a folder of prepared clips: faces2voices prepare CORPUS PREPARED")
     began = time.time()
-    make_corpus(run/"clips", 240, 6, seed=seed, workers=workers)
+    make_corpus(run/"clips", 480, 3, seed=seed, workers=workers)
     done = prepare(read_manifest(run/"clips"/"manifest.jsonl"), run/"prepared", LocatorBackend(model.locator), workers)
     if done.made: note_time(run, "world", time.time() - began)
     return run/"prepared"

@@ -9,8 +9,9 @@ __all__ = ['RATES', 'RATE_KERNELS', 'conv', 'ResBlock', 'Generator', 'n_weights'
            'adversarial_loss', 'feature_loss', 'soften', 'Segments', 'segment_batches', 'Game', 'plain_loss',
            'train_vocoder', 'copy_synthesis', 'reach']
 
-# %% ../nbs/14_vocoder.ipynb #12bcae20
+# %% ../nbs/14_vocoder.ipynb #96896256
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -104,18 +105,24 @@ def excitation(log_f0, # (2T,) ln Hz
     noise = torch.randn(len(f0), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return .1*(v*harmonics/K.sqrt() + ((1 - v)*.7 + .03)*noise).float()
 
-# %% ../nbs/14_vocoder.ipynb #7467c7f8
+# %% ../nbs/14_vocoder.ipynb #c931a7a1
 def to_bins(gain:torch.Tensor # (80, L) ln gain of mel bands
            ) -> torch.Tensor: # (321, L)
     "From mel bands to FFT bins, each the mean of the bands that cover it."
-    bands = (torch.linspace(0, MEL.sr/2, MEL.n_fft//2 + 1)[:, None] - band_centres()).abs().argsort(1)[:, :2]
-    return gain[bands].mean(1)
+    return gain[_nearest_bands()].mean(1)
 
+# %% ../nbs/14_vocoder.ipynb #78ad1ebc
 def band_centres() -> torch.Tensor: # (80,) Hz
     "Centres of the mel bands."
     import librosa
     return torch.from_numpy(librosa.mel_frequencies(MEL.n_mels + 2, fmin=MEL.fmin, fmax=MEL.fmax)[1:-1]).float()
 
+@lru_cache
+def _nearest_bands() -> torch.Tensor: # (321, 2)
+    "The two bands nearest to each FFT bin."
+    return (torch.linspace(0, MEL.sr/2, MEL.n_fft//2 + 1)[:, None] - band_centres()).abs().argsort(1)[:, :2]
+
+# %% ../nbs/14_vocoder.ipynb #8f690714
 def drive(mel:torch.Tensor, # (80, L) ln mel that is wanted
           log_f0, voiced, seed:int=0 # as in `excitation`
          ) -> torch.Tensor: # (160 L,)
