@@ -85,12 +85,12 @@ def _summary(done, out, page):
     for line in [f"speech  {out}/*.wav", *([f"dubbed  {out}/*.dubbed.mp4"] if any(len(d.written) > 1 for d in good) else []), *([f"report  {page}"] if page else [])]: say.print("  " + _plain(line))
     say.print("next: open the report in a browser, or the lessons with [bold]make lab[/]")
 
-# %% ../nbs/19_cli.ipynb #dd35b5b2
+# %% ../nbs/19_cli.ipynb #8efc3dbc
 @app.command()
 def talkers(
     out: Annotated[Path, typer.Argument(help="Folder for the clips and their manifest.jsonl.")],
-    speakers: Annotated[int, typer.Option(min=1, help="How many faces with their voices.")] = 240,
-    clips: Annotated[int, typer.Option(min=1, help="Sentences of each.")] = 6,
+    speakers: Annotated[int, typer.Option(min=1, help="How many faces with their voices.")] = 480,
+    clips: Annotated[int, typer.Option(min=1, help="Sentences of each.")] = 3,
     seed: Seed = 0,
     workers: Workers = 2,
 ):
@@ -108,7 +108,7 @@ def _backend(name:str, faces, locator):
     from faces2voices.synthesis import FacesToVoices
     return FacesToVoices.from_pretrained(locator, device="cpu").eyes()
 
-# %% ../nbs/19_cli.ipynb #0501370f
+# %% ../nbs/19_cli.ipynb #85f9119e
 @app.command()
 def prepare(
     corpus: Annotated[Path, typer.Argument(help="A manifest.jsonl (or the folder of one), a GRID folder with `--grid`, or a folder of videos.")],
@@ -118,16 +118,19 @@ def prepare(
     faces: Faces = None,
     locator: Annotated[str, typer.Option(help="Model whose locator is used.")] = "talkers",
     workers: Workers = 2,
+    scheduler: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler, `tcp://HOST:8786`: its workers are used instead of processes here.", show_default=False)] = None,
 ):
-    "Cut lips, face and expression out of every clip of a corpus, and measure its pitch and energy."
+    """Cut lips, face and expression out of every clip of a corpus, and measure its pitch and energy.
+
+    Stopped or killed, it goes on where it was when the same command is given again."""
     from faces2voices import corpora
     if grid: entries = [e for s in grid.split(",") for e in corpora.grid(corpus, s)]
     else: entries = corpora.read_manifest(corpus/"manifest.jsonl" if corpus.is_dir() else corpus) if (corpus/"manifest.jsonl").exists() or corpus.is_file() else corpora.folder(corpus)
-    done = corpora.prepare(entries, out, _backend(backend, faces, locator), workers)
+    done = corpora.prepare(entries, out, _backend(backend, faces, locator), workers, scheduler)
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
     raise typer.Exit(int(done.failed > 0))
 
-# %% ../nbs/19_cli.ipynb #7c958b2c
+# %% ../nbs/19_cli.ipynb #62210eee
 @app.command()
 def train(
     data: Annotated[Optional[Path], typer.Argument(help="Prepared clips. Without it, `tiny` makes its own talkers first.")] = None,
@@ -135,14 +138,16 @@ def train(
     preset: Annotated[Preset, typer.Option(help="Sizes and lengths: `tiny` (drawn faces, 2 cores), `grid` (real faces), `paper`.")] = Preset.tiny,
     init: Annotated[Optional[str], typer.Option(help="Start the vocoder and speaker encoder from this model, for example `talkers`.")] = None,
     only: Annotated[Optional[str], typer.Option(help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only count: weights, memory, operations, and hours on some GPUs.")] = False,
     workers: Workers = 2,
     seed: Seed = 0,
 ):
     "Train a system part by part. Stopped runs go on where they were: give the same command again."
+    from faces2voices import training
     from faces2voices.core import PRESETS
-    from faces2voices.training import train_system
+    if dry_run: return say.print(training.show_costs(training.dry_run(PRESETS[preset.value])), markup=False)
     command = f"faces2voices train {data or ''} --preset {preset.value}".replace("  ", " ") + (f" --init {init}" if init else "") + (f" --seed {seed}" if seed else "")
-    folder = train_system(PRESETS[preset.value], out, data, init=init, only=only.split(",") if only else None, workers=workers, seed=seed, command=command)
+    folder = training.train_system(PRESETS[preset.value], out, data, init=init, only=only.split(",") if only else None, workers=workers, seed=seed, command=command)
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/19_cli.ipynb #97c15d14

@@ -3,8 +3,8 @@ import json, math, os, runpy, subprocess, sys
 from typing import NamedTuple
 import pytest, torch
 from torch import nn
-from faces2voices.core import CheckpointError, test_same as same
-from faces2voices.training import EMA, fit, schedule, shuffled
+from faces2voices.core import PRESETS, CheckpointError, test_same as same
+from faces2voices.training import EMA, dry_run, fit, schedule, shuffled
 
 def batch_of(step):
     g = torch.Generator().manual_seed(step)
@@ -183,3 +183,14 @@ def test_two_processes_equal_one_with_both_batches(tmp_path, monkeypatch):
                    env=env, check=True, timeout=600)
     one, two = (torch.load(tmp_path/d/"m.ckpt", weights_only=True)["learners"][0]["module"] for d in ("one", "two"))
     for k in one: same(one[k], two[k], atol=1e-6)
+
+def test_the_paper_size_is_counted_without_memory_for_it():
+    import resource
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    costs = {c.part: c for c in dry_run(PRESETS["paper"])}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000          # kB; the weights alone would be 1.5 GB
+    hierarchy = costs["hierarchy"]
+    assert hierarchy.weights - hierarchy.trained == pytest.approx(324.6, abs=.5)          # AV-HuBERT Large is frozen (its input for sound left out)
+    forward = 2*hierarchy.weights*1e6*25/1e9                                              # every weight once a frame, at least
+    assert hierarchy.gflops > forward
+    assert all(c.hours["H100"] < c.hours["A100"] < c.hours["RTX 3090"] for c in costs.values())
