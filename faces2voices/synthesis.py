@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'Speech', 'plot_speech', 'FacesToVoices', 'packaged_models', 'write_report', 'Done', 'synthesize_file']
 
-# %% ../nbs/15_synthesis.ipynb #02936029
+# %% ../nbs/15_synthesis.ipynb #8c0f0cea
 import html, io, json, time
 from base64 import b64encode
 from pathlib import Path
@@ -22,7 +22,7 @@ from .audio import MEL, save_wav, show_speech
 from .video import crops_figure, dub as dub_video, look, make_backend
 from .talkers import Locator, LocatorBackend
 from .corpora import Clip, clip_of, collate
-from .units import UnitQuantizer
+from .units import make_quantizer
 from .timbre import SpeakerEncoder
 from .hierarchy import Hierarchy
 from .decoder import Decoder
@@ -76,7 +76,7 @@ def plot_speech(speech # a `Speech`
     plt.close(fig)
     return fig
 
-# %% ../nbs/15_synthesis.ipynb #1a26775c
+# %% ../nbs/15_synthesis.ipynb #de28d5d7
 WEIGHTS = Path(__file__).parent/"weights" if "__file__" in globals() else Path("../faces2voices/weights")
 
 class FacesToVoices(nn.Module, PyTorchModelHubMixin, library_name="faces2voices", tags=["video-to-speech", "flow-matching"]):
@@ -86,7 +86,7 @@ class FacesToVoices(nn.Module, PyTorchModelHubMixin, library_name="faces2voices"
                 ):
         super().__init__()
         self.preset, self.info, self.faces_root, self.face_backend = Preset.from_json(preset), info or {}, None, None
-        self.units = UnitQuantizer(self.preset.n_units)
+        self.units = make_quantizer(self.preset)
         self.speaker_encoder = SpeakerEncoder()
         self.hierarchy = Hierarchy(self.preset)
         self.decoder = Decoder(self.preset)

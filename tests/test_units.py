@@ -5,8 +5,8 @@ import torch
 import torchaudio
 from safetensors.torch import load_file, save_file
 from faces2voices.audio import MEL, vowel
-from faces2voices.core import test_same as same
-from faces2voices.units import UnitQuantizer, cepstra, hubert_features, purity, table
+from faces2voices.core import PRESETS, CheckpointError, ToolMissingError, test_same as same
+from faces2voices.units import UnitQuantizer, cepstra, hubert_features, make_quantizer, purity, table
 
 def noise(N, seed=0): return .1*torch.randn(N, generator=torch.Generator().manual_seed(seed))
 
@@ -116,3 +116,34 @@ def test_units_of_real_speech_follow_its_words(shared):
     said = labels > 0
     mixed = labels[said][torch.randperm(int(said.sum()), generator=torch.Generator().manual_seed(0))]
     assert purity(units[said], labels[said]) > 1.6*purity(units[said], mixed)
+
+@pytest.fixture(scope="module")
+def hubert_file(tmp_path_factory):
+    "Random weights under the names of the published file, whose weight norm is that of older torch versions."
+    torch.manual_seed(0)
+    model = torchaudio.models.hubert_base().eval()
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    def name(k):
+        for new, was in old.items(): k = k.replace(new, was)
+        return k
+    path = tmp_path_factory.mktemp("hubert")/"hubert_fairseq_base_ls960.pth"
+    torch.save({name(k): v for k, v in model.state_dict().items()}, path)
+    assert any(k.endswith("weight_g") for k in torch.load(path, weights_only=True))
+    return path, model
+
+def test_published_hubert_files_are_read(hubert_file, monkeypatch):
+    path, model = hubert_file
+    monkeypatch.setenv("F2V_HUBERT", str(path))
+    wav = noise(6400)
+    q = make_quantizer(PRESETS["paper"])
+    assert q.centroids.shape == (200, 768) and not list(q.parameters())
+    same(q.features(wav), hubert_features(wav, model, 6), atol=1e-5)
+    assert q.fit([wav], 4).forward(wav).shape == (20,)
+
+def test_hubert_files_are_untrusted(tmp_path, monkeypatch):
+    for name, write in dict(text=lambda p: p.write_text("not weights"), other=lambda p: torch.save({"a": torch.zeros(2)}, p),
+                            code=lambda p: torch.save({"a": print}, p), empty=lambda p: p.write_bytes(b"")).items():
+        write(tmp_path/name); monkeypatch.setenv("F2V_HUBERT", str(tmp_path/name))
+        with pytest.raises(CheckpointError, match=name): make_quantizer(PRESETS["paper"]).features(noise(640))
+    monkeypatch.setenv("F2V_HUBERT", str(tmp_path/"nowhere"))
+    with pytest.raises(ToolMissingError, match="torchaudio.pipelines"): make_quantizer(PRESETS["paper"]).features(noise(640))
