@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GRAMMARS', 'HISS', 'METRICS', 'ROWS', 'PACKAGES', 'CLAIMS', 'tool', 'tool_version', 'stoi', 'pesq', 'dnsmos',
-           'grammar_of', 'guess_wer', 'listener', 'word_errors', 'loud', 'cepstrum', 'mcd', 'correlation',
-           'both_voiced', 'mean_f0', 'f0_error', 'energy_correlation', 'Sound', 'Take', 'voice_similarity',
-           'unit_accuracy', 'mean', 'ratio', 'over_clips', 'standard_error', 'Metric', 'wrong_face', 'wrong_lips',
-           'with_lips', 'takes', 'wanted', 'blank', 'score', 'pooled', 'unseen', 'machine', 'test_clips', 'metric_card',
-           'score_text', 'show_card', 'plot_scores', 'claims']
+           'resemblyzer', 'grammar_of', 'guess_wer', 'listener', 'word_errors', 'loud', 'cepstrum', 'mcd',
+           'correlation', 'both_voiced', 'mean_f0', 'f0_error', 'energy_correlation', 'Sound', 'Take',
+           'voice_similarity', 'unit_accuracy', 'mean', 'ratio', 'over_clips', 'standard_error', 'Metric', 'wrong_face',
+           'wrong_lips', 'with_lips', 'takes', 'wanted', 'blank', 'score', 'pooled', 'unseen', 'machine', 'test_clips',
+           'metric_card', 'score_text', 'show_card', 'plot_scores', 'claims']
 
 # %% ../nbs/17_evaluation.ipynb #76b4c706
 import os, platform, re, time
@@ -58,6 +58,15 @@ def dnsmos(wav # (N,) at 16 kHz
     "Predicted opinion scores (Microsoft's models, in the speechmos package)."
     scores = tool("speechmos.dnsmos").run(np.asarray(torch.as_tensor(wav).clamp(-1, 1)), SAMPLE_RATE)
     return {k: float(v) for k, v in scores.items()}
+
+# %% ../nbs/17_evaluation.ipynb #e9cf3162
+@lru_cache(maxsize=1)
+def _voice_encoder(): "Resemblyzer's GE2E encoder; its weights are in the package."; return tool("resemblyzer").VoiceEncoder("cpu", verbose=False)
+
+def resemblyzer(wav # (N,) at 16 kHz
+               ) -> np.ndarray: # (256,), unit norm
+    "The voice as a point on the sphere, by an encoder that had no part in training."
+    return _voice_encoder().embed_utterance(np.asarray(torch.as_tensor(wav).float()))
 
 # %% ../nbs/17_evaluation.ipynb #b512c42a
 _slots = lambda grammar: [list(words.values()) if isinstance(words, dict) else list(words) for words in grammar.values()]
@@ -144,7 +153,7 @@ def energy_correlation(a, b # (2T,) ln RMS
     "Correlation of the loudness contours, with everything under −60 dB counted as silence."
     return correlation(a.clamp(min=-7), b.clamp(min=-7))
 
-# %% ../nbs/17_evaluation.ipynb #3014e93e
+# %% ../nbs/17_evaluation.ipynb #aaeddad7
 class Sound:
     "A sound, and what is measured of it, each once."
     def __init__(self, wav): self.wav = torch.as_tensor(wav).detach().cpu().float()
@@ -156,6 +165,8 @@ class Sound:
     def energy(self): "(2T,) ln RMS."; return energy(self.wav)
     @cached_property
     def dnsmos(self): "Predicted opinion scores."; return dnsmos(self.wav)
+    @cached_property
+    def voice(self): "(256,) as an independent judge hears it."; return resemblyzer(self.wav)
 
 class Take(NamedTuple):
     "What a metric may look at."
@@ -206,7 +217,7 @@ class Metric(NamedTuple):
     measure: Callable # Take → k values, or None where it makes no sense
     quirk: str
 
-# %% ../nbs/17_evaluation.ipynb #160cbd13
+# %% ../nbs/17_evaluation.ipynb #e2f21daa
 _units = lambda t, sound: t.model.units(sound.wav).cpu()
 METRICS = [
     Metric("STOI", "↑", "pystoi", mean, lambda t: stoi(t.sound.wav, t.truth.wav), "0.00001 for less than 0.4 s of speech"),
@@ -223,6 +234,8 @@ METRICS = [
     Metric("MCD, dB", "↓", "", mean, lambda t: mcd(t.sound.mel, t.truth.mel, t.truth.energy), "frame-aligned, from 80 mel bands; other papers warp time"),
     Metric("voice similarity", "↑", "", mean, lambda t: voice_similarity(t.model, t.sound, t.truth), "the model's own speaker encoder: not an independent judge"),
     Metric("voice similarity to the borrowed face", "↑", "", mean, lambda t: t.face and voice_similarity(t.model, t.sound, t.face), "as above"),
+    Metric("voice similarity, Resemblyzer", "↑", "resemblyzer", mean, lambda t: float(t.sound.voice @ t.truth.voice), "two strangers easily have 0.6"),
+    Metric("the same to the borrowed face", "↑", "resemblyzer", mean, lambda t: t.face and float(t.sound.voice @ t.face.voice), "as above"),
     Metric("mean F0, r", "↑", "librosa", over_clips, lambda t: (mean_f0(t.sound.pitch), mean_f0(t.truth.pitch)), "over clips: between a man and a woman it is easy"),
     Metric("mean F0 of the borrowed face, r", "↑", "librosa", over_clips, lambda t: t.face and (mean_f0(t.sound.pitch), mean_f0(t.face.pitch)), "as above"),
     Metric("F0 contour, r", "↑", "librosa", mean, lambda t: correlation(*both_voiced(t.sound.pitch, t.truth.pitch)), "only where both are voiced; falls over a sentence by itself"),
@@ -319,13 +332,13 @@ def unseen(entries:list, # of Entry
     kept = [e for e in mine if e not in known_text and not (faces_new and e in known_face)]
     return kept, dict(of_split=len(mine), sentence_trained_on=len(known_text), face_trained_on=len(known_face), faces_are_new=faces_new, left=len(kept))
 
-# %% ../nbs/17_evaluation.ipynb #96ffd691
+# %% ../nbs/17_evaluation.ipynb #6a7b660d
 def machine() -> str:
     "What this runs on."
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} torch threads, {gpu}"
 
-PACKAGES = "torch torchaudio librosa pystoi pesq speechmos pocketsphinx jiwer".split()
+PACKAGES = "torch torchaudio librosa pystoi pesq speechmos resemblyzer pocketsphinx jiwer".split()
 
 def test_clips(data, # folder of prepared clips
                split:str="test", limit:int|None=None # at most so many, spread evenly

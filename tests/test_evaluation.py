@@ -205,3 +205,11 @@ def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
     rows = {r[0]: r for r in ex.ledger()}
     assert rows["WER"][3:] == ("", "25.0 % (original 10.0 %)") and rows["ESTOI"][4] == "0.50" and rows["UTMOS"][4] == ""
     assert "faces2voices evaluate X" in ex.ledger_markdown()
+
+def test_an_independent_judge_hears_who_speaks(shared):
+    pytest.importorskip("resemblyzer", reason="resemblyzer is not installed (extra `judges`)")
+    from faces2voices.audio import load_audio
+    one, other = (sorted((shared/"grid"/speaker).glob("*.mp4")) for speaker in ("s1", "s4"))
+    a, b, c = (ev.Sound(load_audio(path)).voice for path in (one[0], one[1], other[0]))
+    same(torch.tensor(float(a @ a)), torch.tensor(1.), atol=1e-4)
+    assert a @ b > a @ c
