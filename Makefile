@@ -1,5 +1,6 @@
 # make demo   speak the sample clips          make test   everything that must hold
 # make lab    open the lessons in JupyterLab  make readme README.md from nbs/index.ipynb
+# make test-fairseq   AV-HuBERT beside fairseq itself (Python 3.10, an environment of its own, 2 GB)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,10 +8,13 @@ META   := settings.ini setup.py pyproject.toml constraints.txt
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # librosa's compiled functions are written to numba's cache by one process, before two can do it at once and crash (numba issue 10128).
 WARM   := $(BIN)/python -c "import torch; from faces2voices.audio import pitch; pitch(torch.zeros(16000))"
+# fairseq's last release does not import on Python 3.11. (PYENV_VERSION lets pyenv find its own; others pass it over.)
+PYTHON310 ?= PYENV_VERSION=3.10 python3.10
+FAIRSEQ   := .venv-fairseq
 export OMP_NUM_THREADS ?= 2
 export PYTHONFAULTHANDLER := 1
 
-.PHONY: demo test lab readme outputs prepare clean
+.PHONY: demo test test-fairseq lab readme outputs prepare clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,7 +39,17 @@ lab: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests
+
+$(FAIRSEQ)/.ready: tests/fairseq/constraints.txt
+	$(PYTHON310) -m venv $(FAIRSEQ)
+	$(FAIRSEQ)/bin/python -m pip install --quiet --disable-pip-version-check 'pip<24.1'
+	$(FAIRSEQ)/bin/python -m pip install --quiet --disable-pip-version-check -c $< fairseq sentencepiece python_speech_features scipy
+	@touch $@
+
+test-fairseq: $(FAIRSEQ)/.ready $(VENV)/.dev
+	$(FAIRSEQ)/bin/python tests/fairseq/official.py $(FAIRSEQ)/files small base
+	FAIRSEQ_FILES=$(FAIRSEQ)/files $(BIN)/python -m pytest -q tests/test_avhubert.py -k fairseq
 
 readme: $(VENV)/.dev
 	$(BIN)/python tests/make_readme.py

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['AVHUBERT_SIZES', 'show_lips', 'stack_frames', 'show_stem', 'BasicBlock', 'SlimTrunk', 'run_packed', 'SlimLipEncoder',
-           'influence', 'show_influence', 'LipResNet', 'SelfAttention', 'Layer', 'torch_layer', 'Encoder', 'AVHubert',
-           'load_avhubert', 'official_weights', 'convert', 'FrozenAVHubert', 'make_lip_encoder']
+           'influence', 'show_influence', 'LipResNet', 'filter_banks', 'SelfAttention', 'Layer', 'torch_layer',
+           'Encoder', 'AVHubert', 'load_avhubert', 'official_weights', 'convert_avhubert', 'FrozenAVHubert',
+           'make_lip_encoder']
 
-# %% ../nbs/06_avhubert.ipynb #9fdeeedc
-import json, pickle, re
+# %% ../nbs/06_avhubert.ipynb #0db924be
+import json, math, pickle, re
 from collections import OrderedDict
 from pathlib import Path
 import torch
@@ -164,6 +165,25 @@ class LipResNet(nn.Module):
         frames = self.frontend3D(lips).transpose(1, 2)
         return self.trunk(frames.flatten(0, 1)).mean((-2, -1)).unflatten(0, frames.shape[:2])
 
+# %% ../nbs/06_avhubert.ipynb #3cc2dfc3
+def _triangles() -> torch.Tensor:
+    "26 mel filters over the bins of a 512-point spectrum at 16 kHz: (26, 257)."
+    mel = torch.linspace(0, 2595*math.log10(1 + 8000/700), 28, dtype=torch.double)
+    corners = (513/16000 * 700*(10**(mel/2595) - 1)).floor()
+    low, mid, high = (corners[i:i+26, None] for i in range(3))
+    bins = torch.arange(257)
+    return torch.minimum((bins - low)/(mid - low), (high - bins)/(high - mid)).clamp(min=0)
+
+# %% ../nbs/06_avhubert.ipynb #131716bc
+def filter_banks(wav # (640 T,) 16 kHz, in [-1, 1]
+                ) -> torch.Tensor:
+    "What AV-HuBERT hears: four steps of 26 log energies a frame, each frame normalised, (T, 104)."
+    x = (wav*32768).round().double()
+    steps = F.pad(torch.cat([x[:1], x[1:] - 0.97*x[:-1]]), (0, 80)).unfold(0, 400, 160)     # (4T - 1, 400)
+    power = torch.fft.rfft(steps, 512).abs().square()/512
+    banks = (power @ _triangles().T).clamp(min=torch.finfo(torch.double).eps).log()
+    return F.layer_norm(F.pad(banks, (0, 0, 0, 1)).reshape(-1, 104), (104,)).float()
+
 # %% ../nbs/06_avhubert.ipynb #3c804dc6
 class SelfAttention(nn.Module):
     "Multi-head self-attention with 64 channels a head."
@@ -222,7 +242,7 @@ class Encoder(nn.Module):
         for layer in self.layers: states.append(x := layer(x, mask))
         return states
 
-# %% ../nbs/06_avhubert.ipynb #9aa31851
+# %% ../nbs/06_avhubert.ipynb #23d956da
 class AVHubert(nn.Module):
     "AV-HuBERT without its training heads; `state_dict` names follow the official files."
     def __init__(self, dim:int=768, # D
@@ -238,7 +258,7 @@ class AVHubert(nn.Module):
 
     def forward(self, lips, # (B, 1, T, 88, 88)
                 mask, # (B, T) bool
-                audio=None, # (B, T, 104) stacked log filter banks; None: video only
+                audio=None, # (B, T, 104) from `filter_banks`; None: video only
                 layers=None # 1-based blocks to take (0: before the first); None: the last, normalised
                ):
         "Features (B, T, D), or (len(layers), B, T, D) as the blocks left them."
@@ -258,7 +278,7 @@ def fuse(self:AVHubert, lips, mask, audio=None):
 # %% ../nbs/06_avhubert.ipynb #263dbe2d
 AVHUBERT_SIZES = {"base": dict(dim=768, n_layers=12, ffn=3072), "large": dict(dim=1024, n_layers=24, ffn=4096)}
 
-# %% ../nbs/06_avhubert.ipynb #7a1ceb23
+# %% ../nbs/06_avhubert.ipynb #48fa054c
 class _Stub:
     "Stands for an object of the official files that is not needed; whatever it is given, it forgets."
     def __new__(cls, *args, **kwargs): return super().__new__(cls)
@@ -267,14 +287,13 @@ class _Stub:
 
 _STUBS = [(type(name.rpartition(".")[2], (_Stub,), {}), name) for name in (
     "fairseq.data.dictionary.Dictionary", "fairseq.data.encoders.sentencepiece_bpe.SentencepieceBPE",
-    "sentencepiece.SentencePieceProcessor")]
+    "sentencepiece.SentencePieceProcessor", "builtins.int")]
 
-# %% ../nbs/06_avhubert.ipynb #ee8e2359
-def _model_config(file:dict) -> dict:
-    "The model's part of the file's configuration, as far as there is one."
-    config = file.get("cfg")
-    model = config.get("model") if isinstance(config, dict) else None
-    return model if isinstance(model, dict) else {}
+# %% ../nbs/06_avhubert.ipynb #5534ff4b
+def _branch(tree, *keys):
+    "`tree[key][key]…`, or None where there is no such branch."
+    for key in keys: tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 def _read_pickle(path:Path) -> dict:
     "The file's own dict, read by torch's restricted unpickler."
@@ -283,41 +302,40 @@ def _read_pickle(path:Path) -> dict:
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL (\S+)|class (\S+)", str(e))
         raise CheckpointError(path, f"asks for more than weights ({name.group(0) if name else 'not a plain pickle'})", "Do not load it by other means unless you trust its author") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except Exception as e:                                              # whatever broken bytes may raise
         raise CheckpointError(path, f"is not a PyTorch checkpoint ({e})", "Was the download cut off?") from None
-    if not isinstance(file, dict) or not isinstance(file.get("model"), dict):
+    if not isinstance(_branch(file, "model"), dict):
         raise CheckpointError(path, "has no `model` entry", "An official AV-HuBERT file is expected")
-    if _model_config(file).get("layer_norm_first") is False:
+    if False in (_branch(file, "cfg", "model", *tuned, "layer_norm_first") for tuned in ((), ("w2v_args", "model"))):
         raise CheckpointError(path, "is a post-LN model", "AV-HuBERT's published models normalise first")
     return file
 
-# %% ../nbs/06_avhubert.ipynb #343c418f
-_HEADS = ("mask_emb", "label_embs_concat", "final_proj.", "decoder.")
+# %% ../nbs/06_avhubert.ipynb #11ea5d8e
+_HEADS = ("mask_emb", "label_embs_concat", "final_proj.")
 
 def _encoder_weights(weights:dict) -> dict:
-    "The encoder's tensors of either layout, in float32."
-    prefix = "encoder.w2v_model."
-    if any(k.startswith(prefix) for k in weights):
-        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items() if not k.startswith(_HEADS)}
+    "The encoder's tensors, out of a pre-trained or a fine-tuned model's."
+    tuned = {k.partition(".w2v_model.")[2]: v for k, v in weights.items() if ".w2v_model." in k}
+    return {k: v for k, v in (tuned or weights).items() if not k.startswith(_HEADS)}
 
 def _size(weights:dict) -> dict:
     "The arguments of `AVHubert` that these tensors were made for."
-    fc1 = weights["encoder.layers.0.fc1.weight"]
-    n = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("encoder.layers."))
-    return dict(dim=fc1.shape[1], n_layers=n, ffn=fc1.shape[0])
+    ffn, dim = weights["encoder.layers.0.fc1.weight"].shape
+    if sum(w.numel() for w in weights.values()) > 1e9: raise ValueError("more than a thousand million weights")
+    return dict(dim=dim, n_layers=sum(k.endswith(".fc1.weight") for k in weights), ffn=ffn)
 
-# %% ../nbs/06_avhubert.ipynb #63040687
-def load_avhubert(path # official `.pt` file, or a folder written by `convert`
+# %% ../nbs/06_avhubert.ipynb #d25cd896
+def load_avhubert(path # official `.pt` file, or a folder written by `convert_avhubert`
                  ) -> AVHubert:
     "AV-HuBERT in eval mode; no code from the file is run."
     path = Path(path)
     if not path.exists(): raise CheckpointError(path, "does not exist", "Download an AV-HuBERT checkpoint first")
-    weights = _read_folder(path) if path.is_dir() else _encoder_weights(_read_pickle(path)["model"])
+    weights = _read_folder(path) if path.is_dir() else _read_pickle(path)["model"]
     try:
+        weights = _encoder_weights(weights)
         with torch.device("meta"): net = AVHubert(**_size(weights))
         net.to_empty(device="cpu").load_state_dict(weights)
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(path, f"is not AV-HuBERT's layout ({str(e)[:300]})", "Is it another model, such as an audio-only HuBERT?") from None
     return net.eval()
 
@@ -327,10 +345,10 @@ def official_weights(net:AVHubert) -> dict:
     old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     return {next((k.replace(a, b) for a, b in old.items() if a in k), k): v for k, v in net.state_dict().items()}
 
-# %% ../nbs/06_avhubert.ipynb #f1d3921c
-def convert(path, # official `.pt` file
-            folder # a new folder: `model.safetensors` and `config.json`
-           ):
+# %% ../nbs/06_avhubert.ipynb #9a0a6517
+def convert_avhubert(path, # official `.pt` file
+                     folder # a new folder: `model.safetensors` and `config.json`
+                    ):
     "Write the encoder of an official checkpoint as safetensors, under its official names."
     net, folder = load_avhubert(path), Path(folder)
     about = dict(dim=net.dim, n_layers=net.n_layers, ffn=net.ffn, source=Path(path).name)
@@ -338,9 +356,9 @@ def convert(path, # official `.pt` file
     with atomic_path(folder/"config.json") as tmp: tmp.write_text(json.dumps(about, indent=1))
 
 def _read_folder(folder:Path) -> dict:
-    "The tensors that `convert` wrote."
+    "The tensors that `convert_avhubert` wrote."
     try: return load_file(folder/"model.safetensors")
-    except Exception as e: raise CheckpointError(folder, f"holds no readable model.safetensors ({e})", "Run `convert` again") from None
+    except Exception as e: raise CheckpointError(folder, f"holds no readable model.safetensors ({e})", "Run `convert_avhubert` again") from None
 
 # %% ../nbs/06_avhubert.ipynb #e5e60d71
 class FrozenAVHubert(nn.Module):

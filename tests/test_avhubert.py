@@ -1,12 +1,15 @@
 "Lip encoders: padding, identities, the published layout, and files that must not be trusted."
-import os, sys, types
+import os, pickle, subprocess, sys, tarfile, types
 from collections import OrderedDict
-import pytest, torch
+from pathlib import Path
+import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from faces2voices.core import CheckpointError, PAPER, TINY, seed_everything, test_same
-from faces2voices.avhubert import (AVHUBERT_SIZES, AVHubert, BasicBlock, FrozenAVHubert, SlimLipEncoder, convert, influence,
-                                   load_avhubert, make_lip_encoder, official_weights, stack_frames, torch_layer)
+from faces2voices.avhubert import (AVHUBERT_SIZES, AVHubert, BasicBlock, FrozenAVHubert, SlimLipEncoder, convert_avhubert, filter_banks,
+                                   influence, load_avhubert, make_lip_encoder, official_weights, stack_frames, torch_layer)
+
+HERE = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def _seed(): seed_everything(0)
@@ -168,12 +171,13 @@ def test_pretrained_layout_and_conversion(tmp_path, monkeypatch):
     torch.save(official_file(monkeypatch, net), tmp_path/"official.pt")
     monkeypatch.undo()
     check_same(load_avhubert(tmp_path/"official.pt"), net)
-    convert(tmp_path/"official.pt", tmp_path/"folder")
+    convert_avhubert(tmp_path/"official.pt", tmp_path/"folder")
     assert sorted(p.name for p in (tmp_path/"folder").iterdir()) == ["config.json", "model.safetensors"]
     check_same(load_avhubert(tmp_path/"folder"), net)
 
-def test_finetuned_layout(tmp_path, monkeypatch):
-    net, pre = small(), "encoder.w2v_model."
+@pytest.mark.parametrize("pre", ["encoder.w2v_model.", "w2v_encoder.w2v_model."])
+def test_finetuned_layout(tmp_path, monkeypatch, pre):
+    net = small()
     weights = {pre + k: v for k, v in official_weights(net).items()} | {"decoder.embed_tokens.weight": torch.zeros(3, 3)}
     bpe = foreign(monkeypatch, "sentencepiece.SentencePieceProcessor", proto=b"\x00\xff bytes")
     torch.save(dict(cfg={}, model=weights, task_state=dict(s2s_tokenizer=bpe)), tmp_path/"finetuned.pt")
@@ -191,7 +195,7 @@ class Evil:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_in_a_checkpoint_is_refused(tmp_path, legacy):
     torch.save(dict(model=official_weights(small()), task_state=Evil(tmp_path/"harm")), tmp_path/"evil.pt", _use_new_zipfile_serialization=not legacy)
-    for read in (load_avhubert, lambda p: convert(p, tmp_path/"out")):
+    for read in (load_avhubert, lambda p: convert_avhubert(p, tmp_path/"out")):
         with pytest.raises(CheckpointError, match="posix.system"): read(tmp_path/"evil.pt")
     assert not (tmp_path/"harm").exists() and not (tmp_path/"out").exists()
 
@@ -208,7 +212,69 @@ def test_broken_files_are_named(tmp_path):
     torch.save(dict(model={k: v for k, v in good.items() if "q_proj" not in k}), tmp_path/"missing.pt")
     torch.save(dict(model={k: v for k, v in good.items() if "encoder.layers" not in k}), tmp_path/"headless.pt")
     torch.save(dict(model=good, cfg=dict(model=dict(layer_norm_first=False))), tmp_path/"post.pt")
+    torch.save(dict(model=good, cfg=dict(model=dict(w2v_args=dict(model=dict(layer_norm_first=False))))), tmp_path/"tuned.pt")
+    torch.save(dict(model={1: 2} | good), tmp_path/"numbers.pt")
+    torch.save(dict(model=good | {"encoder.layers.999999999.x": good["layer_norm.bias"]}), tmp_path/"deep.pt")
+    torch.save(dict(model=good | {"encoder.layers.0.fc1.weight": torch.zeros(1).expand(10**6, 10**6)}), tmp_path/"wide.pt")
     (tmp_path/"empty").mkdir()
-    for name in ("cut.pt", "text.pt", "list.pt", "missing.pt", "headless.pt", "post.pt", "empty", "absent.pt"):
+    for name in ("cut.pt", "text.pt", "list.pt", "missing.pt", "headless.pt", "post.pt", "tuned.pt", "numbers.pt", "deep.pt", "wide.pt",
+                 "empty", "absent.pt"):
         with pytest.raises(CheckpointError, match=name): load_avhubert(tmp_path/name)
-        with pytest.raises(CheckpointError, match=name): convert(tmp_path/name, tmp_path/"out")
+        with pytest.raises(CheckpointError, match=name): convert_avhubert(tmp_path/name, tmp_path/"out")
+
+@pytest.mark.parametrize("seed", range(4))
+def test_broken_bytes_never_escape(tmp_path, seed):
+    torch.save(dict(model={k: v for k, v in official_weights(small()).items() if v.numel() < 300}), tmp_path/"good.pt", _use_new_zipfile_serialization=False)
+    rng, good = np.random.RandomState(seed), np.fromfile(tmp_path/"good.pt", np.uint8)
+    for _ in range(50):
+        bad = good.copy(); bad[rng.randint(0, 20_000, 3)] = rng.randint(0, 256, 3); bad.tofile(tmp_path/"bad.pt")
+        with pytest.raises(CheckpointError): load_avhubert(tmp_path/"bad.pt")
+
+# --- beside fairseq 0.12.2 (see fairseq/official.py: what comes from fairseq, what is written a second time)
+
+def python_3_10() -> bool:
+    "Whether a Python 3.10 can be run here."
+    command = os.environ.get("PYTHON310", "python3.10")
+    try: return not subprocess.run([command, "-c", ""], env=os.environ | {"PYENV_VERSION": "3.10"}, capture_output=True).returncode
+    except OSError: return False
+
+@pytest.fixture(scope="module", params=["recorded", "live"])
+def fairseq_files(request, tmp_path_factory) -> Path:
+    "Checkpoints and answers of fairseq: the recorded ones; those that FAIRSEQ_FILES names, or new ones where fairseq's environment is."
+    folder, env = tmp_path_factory.mktemp("fairseq"), HERE.parent/".venv-fairseq"
+    if request.param == "recorded":
+        with tarfile.open(HERE/"fairseq"/"recorded.tar.xz") as recording: recording.extractall(folder, filter="data")
+        return folder
+    if "FAIRSEQ_FILES" in os.environ: return Path(os.environ["FAIRSEQ_FILES"])
+    if not (env/".ready").exists():
+        found = "Python 3.10 is here, fairseq is not: `make test-fairseq` installs it" if python_3_10() else "no Python 3.10 here for `make test-fairseq`"
+        pytest.skip(f"compared with recorded answers of fairseq 0.12.2 only; {found}")
+    subprocess.run([env/"bin"/"python", HERE/"fairseq"/"official.py", folder, "small"], check=True, capture_output=True)
+    return folder
+
+def answers(file) -> dict: return {k: torch.from_numpy(v) for k, v in np.load(file).items()}
+
+@pytest.mark.parametrize("layout", ["pretrained", "ctc", "seq2seq"])
+@torch.no_grad()
+def test_every_layer_equals_fairseq(fairseq_files, layout):
+    files = sorted(fairseq_files.glob(f"*-{layout}.pt"))
+    assert files
+    for file in files:
+        net, said = load_avhubert(file), answers(fairseq_files/f"{file.stem.split('-')[0]}.npz")
+        lips, mask = said["lips"], said["mask"]
+        for audio, theirs in ((None, said["video"]), (said["audio"], said["both"])):
+            ours = torch.cat([net(lips, mask, audio, layers=range(net.n_layers + 1)), net(lips, mask, audio)[None]])
+            test_same(ours[:, mask], theirs[:, mask], atol=1e-4)
+
+def test_files_of_fairseq_are_more_than_weights_and_convert(fairseq_files, tmp_path):
+    for file in fairseq_files.glob("small-*.pt"):
+        with pytest.raises(pickle.UnpicklingError, match="fairseq.data.dictionary.Dictionary"): torch.load(file, weights_only=True)
+        convert_avhubert(file, tmp_path/file.stem)
+        read, converted = (load_avhubert(p).state_dict() for p in (file, tmp_path/file.stem))
+        for k, v in read.items(): test_same(converted[k], v)
+
+def test_filter_banks_equal_python_speech_features_beside_fairseq(fairseq_files):
+    said = answers(fairseq_files/"small.npz")
+    stacked = np.concatenate([said["banks"], np.zeros((1, 26), np.float32)]).reshape(-1, 104)
+    by_hand = (stacked - stacked.mean(1, keepdims=True))/np.sqrt(stacked.var(1, keepdims=True) + 1e-5)
+    test_same(filter_banks(said["wave"]/32768), torch.from_numpy(by_hand), atol=1e-4)
