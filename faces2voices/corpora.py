@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['GRID_GRAMMAR', 'VIDEO_SUFFIXES', 'GRID_RECORD', 'Entry', 'read_manifest', 'write_manifest', 'grid_text', 'grid_jsgf',
            'grid', 'Word', 'grid_words', 'download', 'download_grid', 'lrs3', 'voxmm', 'lrs2', 'folder', 'Clip',
-           'clip_of', 'save_clip', 'load_clip', 'prepare', 'Prepared', 'with_targets', 'ClipDataset', 'Batch',
-           'mask_to', 'collate', 'show_batch', 'BucketSampler', 'batches']
+           'clip_of', 'code_lips', 'decode_lips', 'save_clip', 'load_clip', 'prepare', 'Prepared', 'Plan', 'plan',
+           'with_targets', 'ClipDataset', 'Batch', 'mask_to', 'collate', 'show_batch', 'BucketSampler', 'batches']
 
-# %% ../nbs/04_corpora.ipynb #f9b0a51a
-import hashlib, json, re, shutil, tempfile, zipfile
-from concurrent.futures import ProcessPoolExecutor
+# %% ../nbs/04_corpora.ipynb #cf79453c
+import hashlib, json, pickle, re, shutil, tempfile, zipfile
+from contextlib import contextmanager
+from fractions import Fraction
 from functools import lru_cache
-from multiprocessing import get_context
+from http.client import HTTPException
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.nn.utils.rnn import pad_sequence
-from .core import SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, ToolMissingError, atomic_path
+from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, ToolMissingError, atomic_path
 from .audio import MEL, energy, fit_length, pitch
 from .video import look
 
@@ -53,14 +54,15 @@ def _check_names(entries, path):
     seen = set()
     if twice := next((e.name for e in entries if e.name in seen or seen.add(e.name)), None): raise CorpusError(path, f"the name {twice!r} occurs twice", "Names must be unique")
 
-# %% ../nbs/04_corpora.ipynb #898adb43
+# %% ../nbs/04_corpora.ipynb #7e568618
 def read_manifest(path # JSON lines
                  ) -> list[Entry]:
     "Read a manifest."
     path = Path(path)
     if not path.is_file(): raise CorpusError(path, "no such manifest")
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    entries = [_entry(line, i, path) for i, line in lines if line.strip()]
+    try: lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e: raise CorpusError(path, f"is not text in UTF-8 ({e.reason} at byte {e.start})") from e
+    entries = [_entry(line, i, path) for i, line in enumerate(lines, 1) if line.strip()]
     _check_names(entries, path)
     return entries
 
@@ -94,13 +96,13 @@ def grid_jsgf() -> str:
     slots = " ".join(f"({' | '.join(words.values())})" for words in GRID_GRAMMAR.values())
     return f"#JSGF V1.0;\ngrammar grid;\npublic <sentence> = {slots};\n"
 
-# %% ../nbs/04_corpora.ipynb #d8f45198
+# %% ../nbs/04_corpora.ipynb #89437882
 VIDEO_SUFFIXES = (".mp4", ".mpg", ".avi", ".mov", ".mkv", ".webm")
 
 def _videos(folder:Path) -> list[Path]:
     "The video files below a folder, in order."
     if not folder.is_dir(): raise CorpusError(folder, "no such folder")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith("."))
     if not found: raise CorpusError(folder, "holds no video", f"Looked for {' '.join(VIDEO_SUFFIXES)}")
     return found
 
@@ -114,9 +116,11 @@ def grid(root, # folder that holds s1, s2, … and perhaps align and splits
         listed = root/"splits"/f"{speaker}_{s}.txt"
         if listed.is_file(): split_of |= dict.fromkeys(listed.read_text().split(), s)
     entries = [Entry(f"{speaker}_{p.stem}", p, speaker, grid_text(p.stem), split_of.get(p.stem, "")) for p in _videos(root/speaker)]
-    return [e for e in entries if split in (None, e.split)]
+    kept = [e for e in entries if split in (None, e.split)]
+    if not kept: raise CorpusError(root/"splits"/f"{speaker}_{split}.txt", "lists no clip that is there", "One name a line, as bbaf2n")
+    return kept
 
-# %% ../nbs/04_corpora.ipynb #b52677e3
+# %% ../nbs/04_corpora.ipynb #652ef866
 class Word(NamedTuple):
     "A word and when it is said, in seconds."
     start: float
@@ -130,9 +134,10 @@ def grid_words(entry:Entry) -> list[Word]:
     found = next((p for p in places if p.is_file()), None)
     if found is None: raise CorpusError(path, "has no word times", f"Looked for {places[0]}")
     rows = [line.split() for line in found.read_text().splitlines() if line.strip()]
-    return [Word(int(a)/25000, int(b)/25000, w) for a, b, w in rows if w not in ("sil", "sp")]
+    try: return [Word(int(a)/25000, int(b)/25000, w) for a, b, w in rows if w not in ("sil", "sp")]
+    except ValueError as e: raise CorpusError(found, "is not a list of word times", "A line looks like `14250 19750 bin`") from e
 
-# %% ../nbs/04_corpora.ipynb #19a4b26e
+# %% ../nbs/04_corpora.ipynb #e262d1a1
 GRID_RECORD = "https://zenodo.org/api/records/3625687"
 
 def download(url:str, path, size:int, md5:str):
@@ -142,7 +147,7 @@ def download(url:str, path, size:int, md5:str):
     have = part.stat().st_size if part.exists() else 0
     if have < size:
         try: _fetch(url, part, have)
-        except OSError as e: raise CorpusError(url, f"cannot be fetched ({e})", "Give the same command again: it goes on where it stopped") from e
+        except (OSError, HTTPException) as e: raise CorpusError(url, f"cannot be fetched ({e!r})", "Give the same command again: it goes on where it stopped") from e
     if (have := part.stat().st_size) < size: raise CorpusError(url, f"stopped after {have} of {size} bytes", "Give the same command again: it goes on where it stopped")
     with open(part, "rb") as f: found = hashlib.file_digest(f, "md5").hexdigest()
     if found != md5: part.unlink(); raise CorpusError(url, f"has the checksum {found}, not {md5}", "Fetch it again")
@@ -155,7 +160,7 @@ def _fetch(url, part, have):
         goes_on = r.status == 206
         with open(part, "ab" if goes_on else "wb") as f, tqdm.wrapattr(f, "write", total=r.length, desc=part.stem) as out: shutil.copyfileobj(r, out, 1 << 20)
 
-# %% ../nbs/04_corpora.ipynb #95154576
+# %% ../nbs/04_corpora.ipynb #6d8335d3
 def download_grid(out, # folder
                   speakers=("s1",),
                   record:str=GRID_RECORD # the archive's list of files
@@ -164,7 +169,7 @@ def download_grid(out, # folder
     out = Path(out)
     try:
         with urlopen(record, timeout=60) as r: files = {f["key"]: f for f in json.load(r)["files"]}
-    except (OSError, ValueError, KeyError) as e: raise CorpusError(record, f"the list of files cannot be read ({e})", "Is there a connection to zenodo.org?") from e
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as e: raise CorpusError(record, f"the list of files cannot be read ({e})", "Is there a connection to zenodo.org?") from e
     for stem in ["alignments", *speakers]:
         if (out/stem).is_dir(): continue
         if (f := files.get(f"{stem}.zip")) is None: raise CorpusError(record, f"holds no {stem}.zip", f"It holds {', '.join(sorted(files))}")
@@ -180,7 +185,7 @@ def _unpack(archive:Path, folder:Path):
         Path(tmp).mkdir(exist_ok=True)
     archive.unlink()
 
-# %% ../nbs/04_corpora.ipynb #6c2c8e44
+# %% ../nbs/04_corpora.ipynb #71c68a4a
 def _flat(p:Path) -> str:
     "A relative path as a name: `id/00001.mp4` → `id_00001`."
     return re.sub(r"[^\w.+-]", "_", p.with_suffix("").as_posix()).lstrip(".+-")
@@ -188,35 +193,45 @@ def _flat(p:Path) -> str:
 def _lrs_entry(path:Path, root:Path, split:str, known:bool) -> Entry:
     "A clip with its words beside it, in the line `Text: …` of the .txt file."
     txt, name = path.with_suffix(".txt"), _flat(path.relative_to(root))
-    text = re.search(r"^Text:(.*)$", txt.read_text(encoding="utf-8"), re.M) if txt.is_file() else None
+    text = re.search(r"^Text:(.*)$", txt.read_text(encoding="utf-8", errors="replace"), re.M) if txt.is_file() else None
     return Entry(name, path, path.parent.name if known else name, text[1].strip().lower() if text else "", split)
+
+# %% ../nbs/04_corpora.ipynb #d3f4e30e
+def _by_split(root, folders, split, known) -> list[Entry]:
+    "The clips below the folder of each split: of one split, or of all that are there."
+    root = Path(root)
+    if split not in (None, *folders): raise CorpusError(root, f"has no split {split!r}", f"Choose {', '.join(folders)}")
+    there = {s: root/f for s, f in folders.items() if s == split or split is None and (root/f).is_dir()}
+    if not there: raise CorpusError(root, "is not laid out as LRS3", f"It should hold the folders {', '.join(folders.values())}")
+    return [_lrs_entry(p, root, s, known) for s, f in there.items() for p in _videos(f)]
 
 def lrs3(root, # folder that holds pretrain, trainval and test
          split:str|None=None # `pretrain`, `train` or `test`; None: all that are there
         ) -> list[Entry]:
     "LRS3-TED; the folder of a talk counts as its speaker."
-    root, folders = Path(root), dict(pretrain="pretrain", train="trainval", test="test")
-    return [_lrs_entry(p, root, s, True) for s, f in folders.items() if split == s or split is None and (root/f).is_dir() for p in _videos(root/f)]
+    return _by_split(root, dict(pretrain="pretrain", train="trainval", test="test"), split, True)
 
+# %% ../nbs/04_corpora.ipynb #b2e6356a
 def voxmm(root, # what VoxMM's `asr_preprocessor.py` wrote with its AV-ASR configuration: train and test
           split:str|None=None
          ) -> list[Entry]:
     "VoxMM in the layout of LRS3."
-    root = Path(root)
-    return [_lrs_entry(p, root, s, False) for s in ("train", "test") if split == s or split is None and (root/s).is_dir() for p in _videos(root/s)]
+    return _by_split(root, dict(train="train", test="test"), split, False)
 
-# %% ../nbs/04_corpora.ipynb #68805d6d
+# %% ../nbs/04_corpora.ipynb #5389096e
 def lrs2(root, # folder that holds mvlrs_v1 and the lists pretrain.txt, train.txt, val.txt, test.txt
          split:str|None=None # one of the lists; None: all that are there
         ) -> list[Entry]:
     "LRS2-BBC: its lists name the clips."
     root, entries = Path(root), []
+    if not (clips := root/"mvlrs_v1").is_dir(): raise CorpusError(root, "is not laid out as LRS2", "It should hold mvlrs_v1 and the lists train.txt, val.txt, test.txt")
     for s in ("pretrain", "train", "val", "test") if split is None else (split,):
-        listed, folder = root/f"{s}.txt", root/"mvlrs_v1"/("pretrain" if s == "pretrain" else "main")
-        if listed.is_file(): entries += [_lrs_entry(folder/f"{line.split()[0]}.mp4", root/"mvlrs_v1", s, False) for line in listed.read_text().splitlines() if line.strip()]
+        listed, folder = root/f"{s}.txt", clips/("pretrain" if s == "pretrain" else "main")
+        if listed.is_file(): entries += [_lrs_entry(folder/f"{line.split()[0]}.mp4", clips, s, False) for line in listed.read_text().splitlines() if line.strip()]
     if not entries: raise CorpusError(root, "lists no clips", f"Looked for {split or 'train'}.txt")
     return entries
 
+# %% ../nbs/04_corpora.ipynb #0f131d1f
 def folder(root) -> list[Entry]:
     "Every video file below a folder; the name of its own folder counts as the speaker."
     root = Path(root)
@@ -252,29 +267,53 @@ def clip_of(name:str,
     wav = fit_length(torch.as_tensor(looked.video.wav), SAMPLES_PER_FRAME*len(looked.crops.lips)).clamp(-1, 1)
     return Clip(name, speaker, text, *seen, wav, *pitch(wav), energy(wav))
 
-# %% ../nbs/04_corpora.ipynb #89d7e724
+# %% ../nbs/04_corpora.ipynb #20dd88de
+def code_lips(lips:np.ndarray # (T, 96, 96) uint8
+             ) -> np.ndarray: # (n,) uint8
+    "Lips as H.264 that loses nothing; one thread, so that the same lips give the same bytes."
+    import av
+    codec = av.CodecContext.create("libx264", "w")
+    codec.height, codec.width, codec.pix_fmt, codec.time_base = *lips.shape[1:], "gray", Fraction(1, FPS)
+    codec.options = dict(qp="0", preset="veryfast", threads="1")
+    frames = [av.VideoFrame.from_ndarray(x, format="gray") for x in lips]
+    return np.frombuffer(b"".join(bytes(p) for f in [*frames, None] for p in codec.encode(f)), np.uint8)
+
+# %% ../nbs/04_corpora.ipynb #44e247bc
+def decode_lips(coded:np.ndarray) -> np.ndarray: # (T, 96, 96) uint8
+    "The lips that `code_lips` coded."
+    import av
+    codec = av.CodecContext.create("h264", "r")
+    codec.thread_count = 1
+    packets = [*codec.parse(coded.tobytes()), *codec.parse(None), None]
+    return np.stack([f.to_ndarray()[:f.height] for p in packets for f in codec.decode(p)])   # the grey plane; below it lie empty colours
+
+# %% ../nbs/04_corpora.ipynb #83c7f2fc
 def save_clip(clip:Clip, path, backend:str="", overwrite:bool=False):
     "Write a clip as .npz, with the name of the face backend that looked at it."
     arrays = {k: v.numpy() for k, v in clip._asdict().items() if torch.is_tensor(v)}
-    arrays |= dict(expression=arrays["expression"].astype(np.float16), wav=np.round(arrays["wav"]*32767).astype(np.int16))
-    with atomic_path(path, overwrite) as tmp: np.savez(tmp, name=clip.name, speaker=clip.speaker, text=clip.text, backend=backend, **arrays)
+    arrays |= dict(lips=code_lips(arrays["lips"]), expression=arrays["expression"].astype(np.float16), wav=np.round(arrays["wav"]*32767).astype(np.int16))
+    with atomic_path(path, overwrite) as tmp: np.savez_compressed(tmp, name=clip.name, speaker=clip.speaker, text=clip.text, backend=backend, **arrays)
 
+# %% ../nbs/04_corpora.ipynb #997fb7f2
 def load_clip(path) -> Clip:
     "Read a prepared clip; nothing in the file can run code."
     try:
         with np.load(path, allow_pickle=False) as z: d = {k: z[k] for k in Clip._fields[:11]}
+        if d["lips"].ndim == 1: d["lips"] = decode_lips(d["lips"])
+        if len(d["lips"]) != len(d["expression"]): raise ValueError("its lips and its expression differ in length")
     except Exception as e: raise CorpusError(path, f"is not a prepared clip ({e})", "Remove it and run `prepare` again") from e
     words = {k: str(d.pop(k)) for k in ("name", "speaker", "text")}
     d |= dict(expression=d["expression"].astype(np.float32), wav=d["wav"].astype(np.float32)/32767)
     return Clip(**words, **{k: torch.from_numpy(v) for k, v in d.items()})
 
-# %% ../nbs/04_corpora.ipynb #a3749690
+# %% ../nbs/04_corpora.ipynb #d8db3246
 def _facts(path) -> dict:
     "Backend, length and sound of a prepared clip; empty if the file is not there or not whole."
     try:
         with np.load(path, allow_pickle=False) as z: return dict(backend=str(z["backend"]), frames=len(z["expression"]), sound=bool(len(z["voiced"])))
     except Exception: return {}
 
+# %% ../nbs/04_corpora.ipynb #2106c808
 def _prepare_one(entry, path, backend) -> dict:
     "Prepare one clip, unless its whole file is there."
     facts = _facts(path)
@@ -282,72 +321,129 @@ def _prepare_one(entry, path, backend) -> dict:
     if not facts: save_clip(clip_of(entry.name, look(entry.path, backend), entry.speaker, entry.text), path, backend.name, overwrite=True)
     return dict(kept=bool(facts)) | _facts(path)
 
-def _try(entry, out, backend=None) -> dict:
-    "Prepare one clip: facts for the manifest, or the reason why not, or what must stop the whole run."
-    try: return _prepare_one(entry, out/f"{entry.name}.npz", backend or _own_backend())
-    except (ToolMissingError, CorpusError) as e: return dict(stop=(type(e), str(e.path), e.reason, e.cure))
-    except Exception as e: return dict(reason=f"{type(e).__name__}: {e}")
-
-# %% ../nbs/04_corpora.ipynb #677147c2
-_worker = {} # what a worker process keeps between clips
-
-def _start_worker(backend):
-    "One thread a process; the face backend is built when the first clip asks for it."
+# %% ../nbs/04_corpora.ipynb #8bbbd925
+@contextmanager
+def _one_thread():
+    "Compute with one thread."
+    n = torch.get_num_threads()
     torch.set_num_threads(1)
-    _worker["make"] = backend
+    try: yield
+    finally: torch.set_num_threads(n)
 
-def _own_backend():
-    "The face backend of this process."
-    if "backend" not in _worker: _worker["backend"] = _built(_worker["make"])
-    return _worker["backend"]
-
+# %% ../nbs/04_corpora.ipynb #89763996
 def _built(backend):
     "A face backend from a backend or from a function that makes one."
     return backend() if callable(backend) else backend
 
-def _results(entries, out, backend, workers):
-    "The results of `_try` in the order of the entries, from this process or from several."
-    if workers <= 1:
-        backend = _built(backend)
-        yield from (_try(e, out, backend) for e in entries)
-    else:
-        pitch(torch.zeros(SAMPLE_RATE))     # compiles, so that no two workers write numba's cache at once (numba issue 10128)
-        with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (backend,)) as pool: yield from pool.map(_try, entries, [out]*len(entries))
+def _try(entry, out, backend) -> dict:
+    "Prepare one clip: facts for the manifest, or the reason why not; what must stop the whole run is raised."
+    try:
+        with _one_thread(): return _prepare_one(entry, out/f"{entry.name}.npz", backend)
+    except (ToolMissingError, CorpusError): raise
+    except Exception as e: return dict(reason=f"{type(e).__name__}: {e}")
 
-# %% ../nbs/04_corpora.ipynb #c35498c9
+# %% ../nbs/04_corpora.ipynb #b352c22e
+def _client(workers, scheduler):
+    "A Dask client: of the scheduler at an address, or of processes on this machine."
+    import dask
+    from distributed import Client
+    rules = {"distributed.scheduler.worker-saturation": 1., "distributed.scheduler.allowed-failures": 1}     # one task at a time; two lives
+    try:
+        with dask.config.set(rules):
+            client = Client(scheduler, timeout=20) if scheduler else Client(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs="ERROR")
+        client.wait_for_workers(1, timeout=60)
+        client.run(lambda: bool(import_module("faces2voices.corpora")))
+    except (OSError, ValueError, TimeoutError, ImportError) as e:
+        raise ToolMissingError(scheduler or "Dask", f"has no workers that can do this ({e})", "Start `dask scheduler`, and on each machine, with faces2voices installed, `dask worker ADDRESS`") from e
+    return client
+
+def _compile_once(client):
+    "Let one worker of each machine compile librosa's functions: two that write numba's cache at once crash (numba issue 10128)."
+    of_machine = {address.rsplit(":", 1)[0]: address for address in client.nthreads()}
+    client.gather([client.submit(pitch, torch.zeros(SAMPLE_RATE), workers=[a], pure=False) for a in of_machine.values()])
+
+# %% ../nbs/04_corpora.ipynb #43274f08
+_made = {} # the face backend of a worker
+
+def _task(entry, out, pickled:bytes) -> dict:
+    "`_try` in a worker, which makes its face backend once."
+    if pickled not in _made: _made.clear(); _made[pickled] = _built(pickle.loads(pickled))
+    return _try(entry, out, _made[pickled])
+
+def _by_dask(entries, out, backend, client):
+    "Names and results as they come. A clip whose worker died every time is a clip that failed."
+    import cloudpickle
+    from distributed import KilledWorker, as_completed
+    pickled = client.submit(bytes, cloudpickle.dumps(backend), pure=False)     # goes to each worker once
+    tasks = client.map(_task, entries, out=out, pickled=pickled, pure=False)
+    name = {task.key: e.name for task, e in zip(tasks, entries)}
+    for task in as_completed(tasks):
+        try: result = task.result()
+        except KilledWorker: result = dict(reason="KilledWorker: its process died again and again, for want of memory or in a crash")
+        yield name[task.key], result
+
+# %% ../nbs/04_corpora.ipynb #4f2049ef
+def _results(entries, out, backend, workers, scheduler):
+    "Name and result of each clip, from this process or from a cluster."
+    if scheduler is None and min(workers, len(entries)) < 2:
+        backend = _built(backend)
+        yield from ((e.name, _try(e, out, backend)) for e in entries)
+    else:
+        with _client(min(workers, len(entries)), scheduler) as client:
+            _compile_once(client)
+            yield from _by_dask(entries, out, backend, client)
+
+# %% ../nbs/04_corpora.ipynb #258f56eb
 def prepare(entries:list, # of Entry
             out, # folder for one .npz a clip, manifest.jsonl and failures.jsonl
             backend, # a face backend, or a function without arguments that makes one
-            workers:int=1, # processes
+            workers:int=1, # processes on this machine
+            scheduler:str|None=None, # address of a Dask scheduler, whose workers are used instead
             progress:bool=True
            ): # a `Prepared`: how many were made, kept, failed
     "Make a clip of every entry; clips that are there are kept, failures are written down and passed over."
     from tqdm.auto import tqdm
-    out = Path(out)
+    out = Path(out).resolve()
     _check_names(entries, out)
-    results = []
-    for r in tqdm(_results(entries, out, backend, workers), total=len(entries), disable=not progress, desc="prepare"):
-        if "stop" in r: kind, *why = r["stop"]; raise kind(*why)
-        results.append(r)
-    kept = sum(r.pop("kept", False) for r in results)
-    good = {e.name: e._replace(extra=e.extra | r) for e, r in zip(entries, results) if "reason" not in r}
-    bad = [dict(name=e.name, path=str(e.path)) | r for e, r in zip(entries, results) if "reason" in r]
+    entries = [e._replace(path=Path(e.path).resolve()) for e in entries]
+    found = dict(tqdm(_results(entries, out, backend, workers, scheduler), total=len(entries), disable=not progress, desc="prepare", unit="clip"))
+    kept = sum(r.pop("kept", False) for r in found.values())
+    good = {e.name: e._replace(extra=e.extra | found[e.name]) for e in entries if "reason" not in found[e.name]}
+    bad = [dict(name=e.name, path=str(e.path)) | found[e.name] for e in entries if "reason" in found[e.name]]
     _write_records(good, bad, out)
     return Prepared(len(good) - kept, kept, len(bad))
 
-# %% ../nbs/04_corpora.ipynb #062c0797
+# %% ../nbs/04_corpora.ipynb #3ab5f83c
 class Prepared(NamedTuple):
     "What `prepare` did: clips made, clips that were there, clips that failed."
     made: int
     kept: int
     failed: int
 
+# %% ../nbs/04_corpora.ipynb #d6259d58
 def _write_records(good, bad, out):
     "manifest.jsonl (with the clips of earlier calls) and failures.jsonl; an error if nothing at all went well."
+    for scrap in out.glob(".part-*"): scrap.unlink()     # of processes that were killed
     before = {e.name: e for e in read_manifest(out/"manifest.jsonl")} if (out/"manifest.jsonl").is_file() else {}
     write_manifest(list((before | good).values()), out/"manifest.jsonl", overwrite=True)
     with atomic_path(out/"failures.jsonl", overwrite=True) as tmp: tmp.write_text("".join(json.dumps(b) + "\n" for b in bad))
     if bad and not good: raise CorpusError(out, f"none of {len(bad)} clips could be prepared; the first: {bad[0]['reason']}")
+
+# %% ../nbs/04_corpora.ipynb #f717e0db
+class Plan(NamedTuple):
+    "What preparing a corpus takes."
+    cores: int
+    hours: float
+    gigabytes: float
+
+# %% ../nbs/04_corpora.ipynb #30ab672f
+def plan(video_hours:float, # length of the corpus
+         speed:float, # seconds of video that one core prepares in a second
+         size:float, # bytes that a second of video takes when prepared
+         cores=(1, 2, 16, 64, 256)
+        ) -> list[Plan]:
+    "Hours and disk for each number of cores, if all are kept busy."
+    return [Plan(n, round(video_hours/speed/n, 1), round(video_hours*3600*size/1e9)) for n in cores]
 
 # %% ../nbs/04_corpora.ipynb #c5751597
 @torch.no_grad()
