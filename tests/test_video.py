@@ -1,5 +1,7 @@
 "Reading, writing, dubbing, tracking and cropping video: every claim against an oracle."
+import gc, weakref
 from fractions import Fraction
+from itertools import islice
 import av
 import numpy as np
 import pytest
@@ -40,6 +42,14 @@ def test_timestamps_decide(tmp_path, times):
     got = V.read_video(tmp_path/"film.mp4").frames
     assert abs(len(got)/25 - (times[-1] - times[0] + np.median(np.diff(times)))) <= .06
     assert numbers(got) == newest(times, len(got))
+
+@pytest.mark.parametrize("ending, late", [("avi", 2), ("h264", 0)])
+def test_times_that_do_not_rise_are_not_believed(tmp_path, ending, late):
+    "AVI tells wrong times of frames stored out of order, a bare stream tells none: still every frame, in its place or nearly."
+    encode(tmp_path/f"film.{ending}", clock(np.arange(50)/25), np.arange(50)/25, base=25)
+    got = np.array(numbers(V.read_video(tmp_path/f"film.{ending}").frames))
+    assert 50 <= len(got) <= 50 + late and len(set(got.tolist())) >= 49 and (np.diff(got) >= 0).all()
+    assert abs(got - np.arange(len(got))).max() <= late
 
 def test_part_of_a_film(tmp_path):
     times = np.arange(90)/30
@@ -103,6 +113,94 @@ def test_same_frames_same_bytes_and_no_overwriting(tmp_path):
     with pytest.raises(F2VError, match="already exists"): V.write_video(tmp_path/"a.mp4", film)
     with pytest.raises(MediaError, match="cannot be written"): V.write_video(tmp_path/"a.nonsense", film)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
+
+# --- a film of any length
+
+def whole_and_part(path, T=60):
+    V.write_video(path, clock(np.arange(T)/25), torch.zeros(640*T))
+    return V.read_video(path).frames
+
+def test_a_stream_is_the_video(tmp_path):
+    whole = whole_and_part(tmp_path/"film.mp4")
+    test_same(np.stack(list(V.stream_frames(tmp_path/"film.mp4"))), whole)
+    test_same(np.stack(list(V.stream_frames(tmp_path/"film.mp4", max_seconds=.6, start=.4))), whole[10:25])
+
+@pytest.mark.parametrize("room, kept", [(60, 60), (59, 0)])
+def test_a_film_is_kept_only_if_it_is_short(tmp_path, monkeypatch, room, kept):
+    whole = whole_and_part(tmp_path/"film.mp4")
+    monkeypatch.setattr(V, "KEEP_BYTES", room*96*160*3)
+    film = V.Film(tmp_path/"film.mp4")
+    for _ in range(2): test_same(np.stack(list(film)), whole)
+    assert len(film.kept) == kept
+
+class Passing:
+    "Frames that can be walked through again and again, and the largest number of them that was ever alive."
+    def __init__(self, T): self.T, self.alive, self.most = T, weakref.WeakSet(), 0
+    def __iter__(self):
+        for t in range(self.T):
+            holder = V.clock_frame(t, t/25).view(Counted)
+            self.alive.add(holder); self.most = max(self.most, len(self.alive))
+            yield holder
+
+class Counted(np.ndarray):
+    "An array that a set can hold weakly."
+    __hash__ = object.__hash__
+    def __eq__(self, other): return self is other
+
+class Middle(V.FaceBackend):
+    "A face in the middle of every frame."
+    name = "middle"
+    def detect(self, frame): return [V.Face(np.array([50., 20, 110, 80]), np.array([50., 20]) + 60*V.BOX_POINTS, 1.)]
+
+def test_frames_come_and_go():
+    "Tracking holds two frames, cropping a part and a few for the best face, whatever the length."
+    film = Passing(200)
+    track = V.track_face(film, Middle())
+    assert len(track.points) == 200 and film.most <= 3
+    film.most = 0
+    for part in V.crop_in_parts(film, track.points, Middle(), seconds=.8): assert len(part.lips) == 20
+    gc.collect()
+    assert film.most <= 20 + 8 + 3
+
+@pytest.mark.parametrize("seconds", [.04, .4, 1.32, 60])
+def test_parts_joined_are_the_whole(tmp_path, seconds):
+    whole_and_part(tmp_path/"film.mp4")
+    whole = V.look(tmp_path/"film.mp4", Middle()).crops
+    parts = list(V.look_in_parts(tmp_path/"film.mp4", Middle(), seconds=seconds))
+    test_same(np.concatenate([p.lips for p in parts]), whole.lips)
+    test_same(np.concatenate([p.expression for p in parts]), whole.expression)
+    for p in parts: test_same(p.face, whole.face)
+    assert len(parts) == -(-60//round(seconds*25))
+
+def test_a_file_and_its_video_look_the_same(tmp_path):
+    whole_and_part(tmp_path/"film.mp4")
+    a, b = V.look(tmp_path/"film.mp4", Middle()), V.look(V.read_video(tmp_path/"film.mp4"), Middle())
+    for x, y in zip(a.crops, b.crops): test_same(x, y)
+    test_same(a.video.wav, b.video.wav)
+    assert a.video.path == b.video.path and "100%" in V.crops_figure(a)._suptitle.get_text()
+
+def test_frames_at_keeps_the_order(): assert [int(f) for f in V.frames_at((np.array(k) for k in range(50)), [7, 3, 7])] == [7, 3, 7]
+
+# --- bad files
+
+def test_bounds(tmp_path, monkeypatch):
+    "What a header promises is believed only so far."
+    film = clock(np.arange(20)/25)
+    encode(tmp_path/"still.mkv", film, [*np.arange(12)/25, *(3000 + np.arange(8)/25)])
+    V.write_video(tmp_path/"dot.mp4", [f[:8, :40] for f in film])
+    V.write_video(tmp_path/"film.mp4", film)
+    with pytest.raises(MediaError, match="stands still for 3000 s"): V.read_video(tmp_path/"still.mkv")
+    assert len(V.read_video(tmp_path/"still.mkv", max_seconds=.44).frames) == 11
+    with pytest.raises(MediaError, match="only 40 × 8 px"): V.read_video(tmp_path/"dot.mp4")
+    monkeypatch.setattr(V, "MAX_PIXELS", 96*160 - 1)
+    with pytest.raises(MediaError, match="160 × 96 are too large"): V.read_video(tmp_path/"film.mp4")
+
+def test_times_that_run_backwards():
+    assert list(islice(V.at_25fps([(-5., "a"), (-4.96, "b"), (-7., "c"), (-4.9, "d"), (-4.84, None)]), 9)) == ["a", "c", "c", "d"]
+
+def test_sound_that_comes_a_month_later(tmp_path):
+    encode(tmp_path/"film.mkv", clock(np.arange(20)/25), np.arange(20)/25, sound_at=2.6e6)
+    assert not V.read_video(tmp_path/"film.mkv").wav.any()
 
 def test_bad_files(tmp_path):
     import soundfile
@@ -193,6 +291,22 @@ def test_the_same_one_of_two_is_followed():
     track = V.track_face(frames, Marks())
     assert track.found.all() and (track.points[:, 2, 0] > 140).all()
 
+def test_another_person_can_be_named():
+    "Counted from the left at first sight, and followed whoever grows larger; the count waits until there are so many."
+    tracks = lambda t: (20, 30, 30 + t//2), lambda t: (150, 30, 50 - t//3)
+    places = [V.track_face(squares(60, *tracks), Marks(), person=k).points[:, 2, 0] for k in (0, 1)]
+    assert (places[0] < 80).all() and (places[1] > 140).all()
+    late = squares(60, tracks[0], lambda t: None if t < 12 else tracks[1](t))
+    assert (V.track_face(late, Marks(), person=1).points[:, 2, 0] > 140).all()
+    for k in (2, -1):
+        with pytest.raises(NoFaceError, match="no frame of 60"): V.track_face(squares(60, *tracks), Marks(), person=k)
+
+def test_a_track_says_what_it_saw():
+    whole = V.track_face(squares(50, lambda t: (40, 30, 50)), Marks())
+    assert repr(whole) == "face seen in 100% of 50 frames, longest gap 0.00 s, mean score 1.00"
+    holes = V.Track(whole.points, np.arange(50) % 25 < 15, .5)
+    assert holes.gap == .4 and "60% of 50 frames, longest gap 0.40 s, mean score 0.50" in repr(holes)
+
 def test_gaps():
     hole = lambda a, b: squares(75, lambda t: None if a <= t < b else (40 + t, 30, 50))
     short = V.track_face(hole(31, 44), Marks())
@@ -239,15 +353,39 @@ def test_lips_are_centred_and_upright():
     strip = V.brow_strip(frames, points)
     assert strip.shape == (T, 1152) and strip.dtype == np.float32 and 0 <= strip.min() and strip.max() <= 1
 
-def test_backends_that_are_not_there(tmp_path):
+def test_backends_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(ToolMissingError, match="Unpack a pack"): V.make_backend("insightface", tmp_path)
     with pytest.raises(ToolMissingError, match="drawn talkers"): V.make_backend("locator")
     with pytest.raises(ToolMissingError, match="Choose"): V.make_backend("wizard")
+    monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path/"none.task"))
     assert V.make_backend("auto", tmp_path).name == "cascade"
+    assert V.make_backend("cascade+cascade").name == "cascade+cascade"
     pytest.importorskip("insightface")
     pack = tmp_path/"models"/"broken"; pack.mkdir(parents=True)
     for name in ("a.onnx", "b.onnx"): (pack/name).write_bytes(b"nothing of use")
     with pytest.raises(ToolMissingError, match="can be loaded"): V.make_backend("insightface", tmp_path)
+
+def test_the_second_of_two_backends_tells_the_expression():
+    class Teller(Marks):
+        name = "teller"
+        def expression(self, frames, points, start=0): return np.full((len(frames), 3), start, np.float32)
+    both = V.Both(Marks(), Teller())
+    crops = V.crop(squares(140, lambda t: (40, 30, 50)), V.track_face(squares(140, lambda t: (40, 30, 50)), both).points, both)
+    assert both.name == "marks+teller" and crops.expression.shape == (140, 3) and crops.expression[:, 0].tolist() == [0]*125 + [125]*15
+
+@pytest.mark.parametrize("there, chosen", [(("insightface", "mediapipe"), "insightface"), (("mediapipe",), "mediapipe"), ((), "cascade")])
+def test_auto_takes_the_first_at_hand(tmp_path, monkeypatch, there, chosen):
+    monkeypatch.setattr(V, "find_spec", lambda name: name in there or None)
+    (tmp_path/"face.task").touch(); monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path/"face.task"))
+    pack = tmp_path/"models"/"pack"; pack.mkdir(parents=True)
+    for name in ("a.onnx", "b.onnx"): (pack/name).touch()
+    assert V._at_hand(tmp_path) == chosen
+
+def test_the_cut_around_a_face_stays_inside():
+    frame, five = np.zeros((60, 80, 3), np.uint8), 10*V.BOX_POINTS
+    for corner in [(0, 0), (70, 50), (-40, -40), (200, 200), (30, 20)]:
+        cut = V._around(frame, five + corner)
+        assert cut.ndim == 3 and cut.shape[0] <= 60 and cut.shape[1] <= 80
 
 # --- real faces
 
@@ -259,7 +397,8 @@ def insight(shared):
 def test_real_clip(shared, insight, capfd):
     assert insight.name == "insightface"
     looked = V.look(sorted((shared/"grid/s1").glob("*.mp4"))[0], insight)
-    video, track, crops = looked
+    video, track, crops = V.read_video(looked.video.path), looked.track, looked.crops
+    test_same(video.wav, looked.video.wav)
     assert video.frames.shape == (75, 288, 360, 3) and video.wav.shape == (48000,)
     assert track.found.all() and track.score > .6
     assert crops.lips.shape == (75, 96, 96) and crops.face.shape == (112, 112, 3) and crops.expression.shape == (75, 1152)
@@ -288,6 +427,60 @@ def test_two_real_faces(shared, insight):
     areas = [max(np.prod(f.box[2:] - f.box[:2]) for f in insight.detect(x[0])) for x in (a, b)]
     x = V.track_face(sides, insight).points[:, 2, 0]
     assert ((x > 360) == (areas[1] > areas[0])).all()
+
+def test_the_same_person_is_followed(shared, insight):
+    "Two speakers side by side, one of them shown ever smaller: the face at the end is still that of the person at the start."
+    from skimage.transform import resize
+    a, b = (V.read_video(sorted((shared/"grid"/s).glob("*.mp4"))[0], max_seconds=.8).frames for s in ("s1", "s4"))
+    def smaller(frame, t):
+        size = 288 - 6*t, 360 - 7*t
+        out = np.zeros_like(frame); out[:size[0], :size[1]] = 255*resize(frame, size, anti_aliasing=True)
+        return out
+    sides = np.stack([np.concatenate([smaller(x, t), y], 1) for t, (x, y) in enumerate(zip(a, b))])
+    alone = [V.look(V.Video(x, None, "alone"), insight).crops.identity for x in (a, b)]
+    for person in (0, 1):
+        track = V.track_face(sides, insight, person=person)
+        last = insight.identity(V.align_face(sides[-1], track.points[-1]))
+        assert track.found.all() and last @ alone[person] > last @ alone[1 - person] + .2
+
+# --- MediaPipe
+
+@pytest.fixture(scope="module")
+def mesh(shared):
+    pytest.importorskip("mediapipe")
+    backend = V.MediaPipeBackend(shared/"mediapipe"/"face_landmarker.task")
+    yield backend
+    backend.close()
+
+def test_mediapipe_points_agree(shared, insight, mesh):
+    for speaker in ("s1", "s4"):
+        frames = V.read_video(sorted((shared/"grid"/speaker).glob("*.mp4"))[0], max_seconds=.6).frames
+        ours, theirs = (V.track_face(frames, b).points for b in (mesh, insight))
+        eyes = np.linalg.norm(theirs[:, 1] - theirs[:, 0], axis=-1).mean()
+        assert np.linalg.norm(ours - theirs, axis=-1).mean() < .1*eyes
+        assert [f.score for f in mesh.detect(frames[0])] == [1.]
+
+def test_mediapipe_tells_an_expression(shared, insight, mesh):
+    "52 numbers in [0, 1] a frame, the same in parts; the jaw opens when the mouth is seen to; nobody in view gives a face at rest."
+    both = V.Both(insight, mesh)
+    _, track, crops = V.look(sorted((shared/"grid/s1").glob("*.mp4"))[0], both)
+    assert both.name == "insightface+mediapipe" and crops.expression.shape == (75, 52) and crops.expression.dtype == np.float32
+    assert 0 <= crops.expression.min() and crops.expression.max() <= 1 and crops.identity.shape == (128,)
+    frames = V.read_video(sorted((shared/"grid/s1").glob("*.mp4"))[0]).frames
+    test_same(mesh.expression(frames[40:50], track.points, start=40), crops.expression[40:50])
+    dark = (crops.lips[:, 38:70, 28:68] < 60).mean((1, 2))
+    assert np.corrcoef(dark, crops.expression[:, 25])[0, 1] > .5     # jawOpen
+    assert not mesh.expression(np.zeros_like(frames[:2]), track.points).any()
+    assert mesh.detect(np.zeros_like(frames[0])) == [] and mesh.identity(crops.face).shape == (0,)
+
+def test_mediapipe_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path/"face.task"))
+    with pytest.raises(ToolMissingError, match="face_landmarker.task"): V.make_backend("mediapipe")
+    pytest.importorskip("mediapipe")
+    (tmp_path/"face.task").write_text("not a model")
+    with pytest.raises(ToolMissingError, match="can be loaded"): V.make_backend("mediapipe")
+    monkeypatch.setattr(V, "find_spec", lambda name: None)
+    with pytest.raises(ToolMissingError, match="not installed"): V.make_backend("mediapipe")
 
 def test_dub_mpeg1(shared, tmp_path):
     src = sorted((shared/"grid/original/s1").glob("*.mpg"))[0]
