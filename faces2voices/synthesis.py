@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'Speech', 'plot_speech', 'FacesToVoices', 'packaged_models', 'write_report', 'Done', 'synthesize_file']
 
-# %% ../nbs/15_synthesis.ipynb #8c0f0cea
+# %% ../nbs/15_synthesis.ipynb #cc071411
 import html, io, json, time
 from base64 import b64encode
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .core import CheckpointError, F2VError, Preset, atomic_path, pick_device, test_same
 from .audio import MEL, save_wav, show_speech
-from .video import crops_figure, dub as dub_video, look, make_backend
+from .video import Both, FaceBackend, crops_figure, dub as dub_video, look, make_backend
 from .talkers import Locator, LocatorBackend
 from .corpora import Clip, clip_of, collate
 from .units import make_quantizer
@@ -162,13 +162,20 @@ def voice(self:FacesToVoices, clip:Clip, # lips, face, expression and identity o
     return Speech(wav.cpu(), mel[0].cpu(), out.content.logits[0].argmax(-1).cpu(), p.log_f0[0].cpu(), p.voiced_logit[0].sigmoid().cpu(), p.energy[0].cpu(), out.speaker[0].cpu(),
         source=clip.name, truth=MEL(clip.wav) if len(clip.wav) else None, seconds=time.perf_counter() - began)
 
-# %% ../nbs/15_synthesis.ipynb #765aca22
+# %% ../nbs/15_synthesis.ipynb #6ea4843f
 @patch
 def eyes(self:FacesToVoices):
     "The face backend of this model, made once."
     if self.face_backend is None:
-        self.face_backend = LocatorBackend(self.locator) if self.preset.face_backend == "locator" else make_backend("auto", self.faces_root)
+        self.face_backend = LocatorBackend(self.locator) if self.preset.face_backend == "locator" else self._real_eyes()
     return self.face_backend
+
+@patch
+def _real_eyes(self:FacesToVoices):
+    "Whoever finds faces here, telling the kind of expression that this model was trained on: blendshapes or a strip."
+    finder, blendshapes = make_backend("auto", self.faces_root), self.preset.expression_dim == 52
+    if blendshapes == (finder.name == "mediapipe"): return finder
+    return Both(finder, make_backend("mediapipe") if blendshapes else FaceBackend())
 
 @patch
 def forward(self:FacesToVoices, path, # any video file with one face in view

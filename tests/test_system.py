@@ -1,5 +1,6 @@
 "The whole path as a user takes it: files in, files out, through the command line, with the shipped model."
 import json, shutil
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest
@@ -161,3 +162,13 @@ def test_real_clip_without_any_face_model(tmp_path, shared):
     result = run("synthesize", shared/"grid"/GRID_CLIPS[0], "-o", tmp_path, "--model", "grid", "--faces", tmp_path/"nowhere", "--steps", 4)
     assert result.exit_code == 0, result.output
     assert "cascade" in result.output
+
+@pytest.mark.parametrize("finder, size, expected", [("insightface", 1152, "insightface"), ("insightface", 52, "insightface+mediapipe"),
+                                                    ("mediapipe", 52, "mediapipe"), ("mediapipe", 1152, "mediapipe+strip"), ("cascade", 1152, "cascade")])
+def test_a_model_sees_the_kind_of_expression_that_it_knows(monkeypatch, finder, size, expected):
+    from faces2voices import synthesis
+    from faces2voices.core import GRID
+    class Named(synthesis.FaceBackend):
+        def __init__(self, name): self.name = name
+    monkeypatch.setattr(synthesis, "make_backend", lambda name, root=None: Named(finder if name == "auto" else name))
+    assert FacesToVoices(replace(GRID, expression_dim=size).to_json()).eyes().name == expected
