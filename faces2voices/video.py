@@ -73,10 +73,10 @@ def _writing(path, overwrite):
         with atomic_path(path, overwrite) as tmp, av.open(f"file:{tmp}", "w", options=dict(fflags="+bitexact", movflags="+faststart")) as out: yield out
     except (av.FFmpegError, ValueError) as e: raise MediaError(path, f"cannot be written ({_words(e)})", "A name that ends in .mp4 always works") from e
 
-# %% ../nbs/02_video.ipynb #5b6d17ed
+# %% ../nbs/02_video.ipynb #e91f4a22
 def _add_video(out, fps, width, height, crf):
-    "An H.264 stream; one thread, so that the same frames give the same bytes."
-    stream = out.add_stream("libx264", rate=fps, width=width + width%2, height=height + height%2, pix_fmt="yuv420p", options=dict(crf=str(crf), threads="1"))
+    "An H.264 stream; one thread and no macroblock tree, so that the same frames give the same bytes."
+    stream = out.add_stream("libx264", rate=fps, width=width + width%2, height=height + height%2, pix_fmt="yuv420p", options={"crf": str(crf), "threads": "1", "x264-params": "no-mbtree=1"})
     stream.codec_context.thread_count = 1
     return stream
 
