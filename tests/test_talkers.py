@@ -1,15 +1,18 @@
 "The sound of the synthetic world, and the clips made of it. Faces have tests of their own."
-import importlib.util, json
+import importlib.util, io, json, math
+from pathlib import Path
 import numpy as np
 import pytest
 from faces2voices import talkers
-from faces2voices.audio import energy, pitch
+from faces2voices.audio import energy, load_audio, pitch
 from faces2voices.core import CorpusError, ToolMissingError, test_same
-from faces2voices.talkers import (F0, FPS, GLIDES, GRAMMAR, TRACT, VISEMES, apply_loudness, blinks, draw_voice, expression_track, formant_ratio,
-                                  head_motion, jsgf, light_and_noise, make_clip, make_corpus, make_sentence, make_talker, mouth_track, perform, speak, split_of)
+from faces2voices.talkers import (CAUSES, F0, FPS, GLIDES, GRAMMAR, TRACT, VISEMES, Nuisance, apply_loudness, blinks, dials_of, draw_face, draw_shapes, draw_voice,
+                                  expression_track, formant_ratio, head_motion, jsgf, light_and_noise, link_correlation, make_clip, make_corpus, make_sentence,
+                                  make_talker, mouth_track, perform, sketch, speak, split_of, talker_widget, voice_of, write_clip)
 
 needs_espeak = pytest.mark.skipif(importlib.util.find_spec("espeakng_loader") is None, reason="espeakng-loader is not installed")
 SENTENCE = "sophie carried twelve blue books"
+REST, FRONT = (0,)*6, (0, 0, 0, 1)
 
 def mean_f0(wav):
     log_f0, voiced = pitch(wav[:len(wav)//640*640])
@@ -31,9 +34,41 @@ def test_voices_fill_their_range_and_covary():
     assert -.8 < np.corrcoef(np.log(tract), np.log(f0))[0, 1] < -.65
 
 @needs_espeak
-@pytest.mark.parametrize("f0, tract", [(85., 1.18), (130., 1.), (240., .85)])
+@pytest.mark.parametrize("f0, tract", [(85., 1.18), (85., .9), (110., 1.05), (130., 1.), (180., 1.1), (240., .85)])
 def test_measured_pitch_is_the_pitch_asked_for(f0, tract):
     assert mean_f0(speak(SENTENCE, tract, f0).wav) == pytest.approx(f0, rel=.05)
+
+@needs_espeak
+def test_pitch_of_a_performance_follows_talker_and_arousal():
+    "Mean F0 over the voiced frames, against the talker's own times 1.25 to the power of the arousal."
+    ratios = []
+    for i in range(5):
+        talker = make_talker(100 + i)
+        said = perform(np.random.default_rng(i), talker)
+        log_f0, voiced = (x.numpy() for x in pitch(said.wav))
+        due = talker.f0*1.25**np.repeat(said.expression, 2)
+        ratios.append(np.exp(log_f0)[voiced > 0].mean()/due[voiced > 0].mean())
+    assert abs(np.mean(ratios) - 1) < .03 and np.abs(np.array(ratios) - 1).max() < .07
+
+@needs_espeak
+def test_each_word_has_its_own_pitch():
+    levels = [-1, .5, -.3, 1, 0]
+    said, plain = speak(SENTENCE, f0=130., levels=levels), speak(SENTENCE, f0=130.)
+    (a, va), (b, vb) = ((x.numpy() for x in pitch(s.wav[:len(s.wav)//640*640])) for s in (said, plain))
+    for (_, start, end), level in zip(said.words, levels):
+        here = slice(int(start*50), int(end*50))
+        assert np.exp(a[here][va[here] > 0].mean() - b[here][vb[here] > 0].mean()) == pytest.approx(1.25**level, rel=.06)
+
+@needs_espeak
+def test_brows_rise_with_the_pitch():
+    "Brows painted green, found in the pixels; the pitch found in the sound of the same arousal."
+    face = make_talker(3).face._replace(hair="bald", beard=0., moustache=0., glasses=0., hair_colour=(0., 1., 0.), skin=(.6, .5, .5), clothes=(.5,)*3, background=(.5,)*6, iris=(.3, .2, .2))
+    def height(a):
+        picture = draw_face(face, REST, a, FRONT)[:75].astype(int)
+        return -np.nonzero(picture[..., 1] - picture[..., 0] > 40)[0].mean()
+    dial = np.linspace(-1, 1, 5)
+    brows, log_f0 = [height(a) for a in dial], [math.log(mean_f0(speak(SENTENCE, f0=130., levels=[a]*5).wav)) for a in dial]
+    assert (np.diff(brows) > 1).all() and (np.diff(log_f0) > .05).all() and np.corrcoef(brows, log_f0)[0, 1] > .98
 
 @needs_espeak
 def test_levels_move_the_pitch_by_a_quarter():
@@ -85,6 +120,36 @@ def test_lips_touch_while_a_p_is_silent():
     for symbol, start, _ in said.phones:
         if symbol == "p": assert rms[int((start + .008)*16000):int((start + .03)*16000)].max() < .01
 
+@needs_espeak
+def test_closed_lips_begin_and_end_with_the_sound():
+    "Every p, b and m: the first and the last closed frame lie within a frame of the phoneme's own times."
+    seen = 0
+    for i in range(4):
+        said = perform(np.random.default_rng(i), make_talker(i), "bobby moved many purple pumpkins")
+        track = mouth_track(said.phones, len(said.expression))
+        closed = (track[:, 0] == 0) & (track[:, 5] == 1)
+        for symbol, start, end in said.phones:
+            if symbol not in ("p", "b", "m"): continue
+            middle, seen = min(int((start + end)/2*FPS), len(closed) - 1), seen + 1
+            assert closed[max(0, round(start*FPS)):max(round(start*FPS) + 1, round(end*FPS))].all() or closed[middle]
+            first = round(start*FPS) if closed[round(start*FPS)] else middle
+            last = round(end*FPS) - 1 if closed[round(end*FPS) - 1] else middle
+            assert abs(first - start*FPS) <= 1 and abs(last + 1 - end*FPS) <= 1
+    assert seen >= 32
+
+@needs_espeak
+def test_the_drawn_mouth_opens_with_the_sound():
+    "The dark between the lips, counted in the pixels, goes with the opening that the phonemes ask for, at no delay."
+    talker = make_talker(3)
+    clip = make_clip(1, talker._replace(face=talker.face._replace(beard=0., moustache=0.)), "bobby moved many purple pumpkins", nuisance=0)
+    def aperture(frame, points):
+        (x0, y0), (x1, _) = points[3:].astype(int)
+        return (frame[y0 - 12:y0 + 30, x0 + 4:x1 - 3].max(-1) < 75).sum()
+    seen = np.array([aperture(f, p) for f, p in zip(clip.frames, clip.points)])
+    due = mouth_track(clip.phones, len(seen))[:, 0]
+    match = {lag: np.corrcoef(np.roll(seen, -lag)[5:-5], due[5:-5])[0, 1] for lag in range(-4, 5)}
+    assert max(match, key=match.get) == 0 and match[0] > .7
+
 def test_mouth_is_open_in_a_vowel_and_shut_outside_the_sentence():
     track = mouth_track([("m", .4, .5), ("A:", .5, .8), ("m", .8, .9)], 40)
     assert track.shape == (40, 6) and track.dtype == np.float32
@@ -108,8 +173,20 @@ def test_loudness_is_six_decibels_each_way():
 def test_nuisances_can_be_turned_off():
     rng, frames = np.random.default_rng(0), np.full((3, 8, 8, 3), 100, np.uint8)
     np.testing.assert_array_equal(head_motion(rng, 9, 0.), np.tile([0, 0, 0, 1.], (9, 1)))
-    test_same(light_and_noise(rng, frames, 0.), frames)
-    assert np.abs(head_motion(rng, 500)[:, :2]).max() < .09 and blinks(rng, 500).max() == 1
+    test_same(light_and_noise(rng, frames, 0., 0.), frames)
+    assert np.abs(head_motion(rng, 500)[:, :2]).max() < .09 and blinks(rng, 500).max() == 1 and blinks(rng, 500, 0.).max() == 0
+    assert np.ptp(light_and_noise(rng, frames, 1., 0.)[:, 0, 0]) == 0 < np.ptp(light_and_noise(rng, frames, 0., 1.))       # light stands still, grain does not
+    assert (blinks(np.random.default_rng(0), 5000, 3.) > 0).mean() > 2*(blinks(np.random.default_rng(0), 5000, 1.) > 0).mean()
+
+@needs_espeak
+def test_each_nuisance_has_its_own_dial_and_none_is_heard():
+    clip = lambda nuisance: make_clip(1, make_talker(3), "anna", nuisance)
+    usual, still, bare = clip(1.), clip(Nuisance(motion=0)), clip(0)
+    test_same(usual.frames, clip(Nuisance()).frames)
+    for c in (still, bare): test_same(c.wav, usual.wav); assert c.factors == usual.factors
+    assert np.ptp(still.points[:, :2], axis=0).max() == 0 < np.ptp(usual.points[:, :2], axis=0).max()                      # eyes that do not wander
+    assert (still.frames != bare.frames).any()
+    test_same(bare.frames[0], draw_face(make_talker(3).face, mouth_track(bare.phones, len(bare.frames))[0], bare.expression[0], FRONT))
 
 @needs_espeak
 def test_the_same_seed_gives_the_same_bytes():
@@ -130,6 +207,51 @@ def test_the_link_changes_the_face_and_not_the_voice():
     tied, free = make_talker(4), make_talker(4, link=0.)
     assert tied[:3] == free[:3] and tied.face != free.face
 
+def test_voice_and_dials_are_inverse():
+    for formants, f0 in ((.85, 85.), (1., 143.), (1.18, 240.)): np.testing.assert_allclose(voice_of(*dials_of(formants, math.log(f0))), (formants, math.log(f0)))
+
+@pytest.mark.parametrize("link", [0., .25, .5, .75, 1.])
+def test_the_link_is_its_closed_form(link):
+    "Talkers as they are met: each feature follows its own dial by the closed form, and the other one through the voice."
+    met = [make_talker(seed, link) for seed in range(1200)]
+    log_f0, formants, brow, chin = np.array([(np.log(t.f0), 1/t.tract, t.face.brow, t.face.chin) for t in met]).T
+    r, due = np.corrcoef([log_f0, formants, brow, chin]), link_correlation(link)
+    assert r[0, 2] == pytest.approx(-due, abs=.08) and r[1, 3] == pytest.approx(-due, abs=.08)
+    assert r[0, 3] == pytest.approx(-due*r[0, 1], abs=.08) and r[0, 1] > .65
+
+def test_setting_the_pitch_does_not_move_the_chin():
+    formants, log_f0, faces = draw_shapes(1200, link=1.)
+    r = np.corrcoef([log_f0, formants, [f.brow for f in faces], [f.chin for f in faces]])
+    assert abs(r[0, 3]) < .1 and abs(r[1, 2]) < .1 and r[0, 2] < -.98 and r[1, 3] < -.98
+
+def test_the_graph_has_no_cycle_and_ends_in_sound_and_picture():
+    ends = lambda node: {node} if node not in CAUSES else set().union(*map(ends, CAUSES[node]))
+    assert [ends(s) for s in ("what", "who", "how")] == [{"sound", "picture"}]*3 and ends("chance") == {"picture"}
+
+@needs_espeak
+def test_a_drawn_face_has_its_voice():
+    (small, high), (large, low) = (sketch(d, d, text=SENTENCE) for d in (-1, 1))
+    assert mean_f0(high) == pytest.approx(math.exp(voice_of(-1, -1)[1]), rel=.05) and mean_f0(low) == pytest.approx(math.exp(voice_of(1, 1)[1]), rel=.05)
+    calm, keen = (sketch(brows=a, text=SENTENCE)[1] for a in (-1, 1))
+    assert mean_f0(keen)/mean_f0(calm) == pytest.approx(1.25**2, rel=.05) and keen.std()/calm.std() == pytest.approx(10**.6, rel=.1)
+    longer, shorter = (sketch(length=d, text=SENTENCE)[1] for d in (1, -1))
+    assert formant_ratio(longer, shorter) == pytest.approx(1.18/.85, rel=.04)
+    assert small.shape == large.shape == (160, 160, 3) and (small != large).any()
+
+@needs_espeak
+def test_the_widget_follows_its_sliders():
+    pytest.importorskip("ipywidgets")
+    import matplotlib.pyplot as plt, soundfile
+    controls, picture = talker_widget(text=SENTENCE).children
+    *dials, sound = controls.children
+    shown = lambda: (plt.imread(io.BytesIO(picture.value), format="jpeg").astype(int), soundfile.read(io.BytesIO(sound.value))[0])
+    assert [d.description for d in dials] == ["length", "weight", "brows"] and not sound.autoplay
+    _, before = shown()
+    for dial, value in zip(dials, (.5, -1., 1.)): dial.value = value
+    face, wav = shown()
+    assert np.abs(face - sketch(.5, -1., 1., text=SENTENCE)[0]).mean() < 4 < np.abs(face - sketch(text=SENTENCE)[0]).mean()
+    assert sound.autoplay and mean_f0(wav)/mean_f0(before) == pytest.approx(math.exp(.52)*1.25, rel=.06)
+
 def test_splits_keep_talkers_apart_and_do_not_move():
     assert [split_of(i) for i in (0, 5, 6, 7, 8, 14, 15)] == ["train", "train", "val", "test", "train", "val", "test"]
 
@@ -143,6 +265,28 @@ def test_corpus_is_resumed_and_guards_its_world(tmp_path):
     make_corpus(tmp_path, 1, 2, workers=1)
     assert lines() == first and a.stat().st_mtime_ns == stamp and b.is_file() and not list(tmp_path.rglob(".part-*"))
     with pytest.raises(CorpusError, match="another world"): make_corpus(tmp_path, 1, 2, seed=1, workers=1)
+
+@needs_espeak
+def test_a_corpus_knows_its_nuisances(tmp_path):
+    world = lambda: json.loads((tmp_path/"world.json").read_text())
+    make_corpus(tmp_path, 1, 1, nuisance=Nuisance(noise=0), workers=1)
+    assert world()["nuisance"] == dict(motion=1, light=1, noise=0, blinks=1) == json.loads((tmp_path/"manifest.jsonl").read_text())["nuisance"]
+    make_corpus(tmp_path, 1, 1, nuisance=Nuisance(noise=0), workers=1)
+    with pytest.raises(CorpusError, match="another world"): make_corpus(tmp_path, 1, 1, workers=1)
+
+@needs_espeak
+def test_the_sample_clips_are_what_their_command_makes(tmp_path):
+    "Factors and sound to the last bit; pixels as far as H.264 keeps them."
+    from faces2voices.video import read_video
+    samples, number = Path(__file__).parents[1]/"data_samples", 4
+    line = {x["name"]: x for x in map(json.loads, (samples/"manifest.jsonl").read_text().splitlines())}[f"t{number:04d}_000"]
+    assert json.loads((samples/"world.json").read_text()) == dict(seed=1, link=1., nuisance=1.)
+    clip = make_clip((1, number, 0), make_talker(10_000 + number))
+    assert clip.text == line["text"] and json.loads(json.dumps(clip.factors)) == {k: line[k] for k in clip.factors}
+    write_clip(clip, tmp_path/"again.mp4")
+    test_same(load_audio(tmp_path/"again.mp4"), load_audio(samples/line["path"]), atol=1e-6)
+    error = read_video(samples/line["path"]).frames.astype(float) - clip.frames
+    assert 10*np.log10(255**2/(error**2).mean()) > 33
 
 @needs_espeak
 def test_the_original_is_understood():
