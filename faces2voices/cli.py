@@ -6,13 +6,13 @@
 __all__ = ['app', 'say', 'complain', 'Device', 'Layout', 'Preset', 'Model', 'Steps', 'Guidance', 'Seed', 'Faces', 'Workers',
            'main', 'synthesize', 'talkers', 'prepare', 'train', 'evaluate', 'ablate', 'bench', 'download']
 
-# %% ../nbs/19_cli.ipynb #c2282aeb
+# %% ../nbs/19_cli.ipynb #c5623326
 import enum, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from rich.console import Console
-from .core import F2VError, atomic_path
+from .core import EULER_STEPS, F2VError, atomic_path
 
 # %% ../nbs/19_cli.ipynb #1ddaea9a
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -38,20 +38,20 @@ def _plain(text) -> str:
     from rich.markup import escape
     return escape(str(text))
 
-# %% ../nbs/19_cli.ipynb #4a2ed1e9
+# %% ../nbs/19_cli.ipynb #e751f18e
 Model = Annotated[str, typer.Option(help="`talkers` (drawn faces), `grid` (real faces), a model folder, or a Hub id.")]
-Steps = Annotated[int, typer.Option(min=1, max=1000, help="Euler steps of the flow: 4 is quick, 10 is good, more changes little.")]
+Steps = Annotated[int, typer.Option(min=1, max=1000, help="Euler steps of the flow; more add detail and, with these small models, noise.")]
 Guidance = Annotated[float, typer.Option(min=0., max=20., help="w of classifier-free guidance; 1 is plain, more follows the face more closely and sounds less natural.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Faces = Annotated[Optional[Path], typer.Option(help="Folder of insightface models (holds models/PACK/*.onnx). Default: $F2V_INSIGHTFACE, then ~/.insightface.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 
-# %% ../nbs/19_cli.ipynb #cff060a3
+# %% ../nbs/19_cli.ipynb #ddabedd0
 @app.command()
 def synthesize(
     inputs: Annotated[list[Path], typer.Argument(help="Video files, any container, one face in view.", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results; nothing in it is overwritten.")] = Path("speech"),
-    model: Model = "talkers", steps: Steps = 10, guidance: Guidance = 1., seed: Seed = 0,
+    model: Model = "talkers", steps: Steps = EULER_STEPS, guidance: Guidance = 1., seed: Seed = 0,
     dub: Annotated[bool, typer.Option(help="Also write NAME.dubbed.mp4: the original frames with the new sound.")] = True,
     report: Annotated[bool, typer.Option(help="Also write report.html: what the model saw, predicted and said.")] = True,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
@@ -153,14 +153,14 @@ def train(
     folder = training.train_system(PRESETS[preset.value], out, data, init=init, only=only.split(",") if only else None, workers=workers, seed=seed, command=command)
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
-# %% ../nbs/19_cli.ipynb #97c15d14
+# %% ../nbs/19_cli.ipynb #047c8538
 @app.command()
 def evaluate(
     data: Annotated[Path, typer.Argument(help="Prepared clips with sound and text.")],
     model: Model = "talkers",
     split: Annotated[str, typer.Option(help="Split of the manifest.")] = "test",
     limit: Annotated[Optional[int], typer.Option(help="At most so many clips.")] = None,
-    steps: Steps = 10, guidance: Guidance = 1.,
+    steps: Steps = EULER_STEPS, guidance: Guidance = 1.,
     seed: Seed = 0,
     out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Write the metric card (JSON) here.")] = None,
 ):

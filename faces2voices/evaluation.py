@@ -10,7 +10,7 @@ __all__ = ['GRAMMARS', 'HISS', 'METRICS', 'ROWS', 'PACKAGES', 'CLAIMS', 'tool', 
            'wrong_lips', 'with_lips', 'takes', 'wanted', 'blank', 'score', 'pooled', 'unseen', 'machine', 'test_clips',
            'metric_card', 'score_text', 'show_card', 'plot_scores', 'claims']
 
-# %% ../nbs/17_evaluation.ipynb #76b4c706
+# %% ../nbs/17_evaluation.ipynb #11b6bb6e
 import os, platform, re, time
 from functools import cached_property, lru_cache
 from importlib import import_module
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from .core import SAMPLE_RATE, CorpusError, ToolMissingError
+from .core import EULER_STEPS, SAMPLE_RATE, CorpusError, ToolMissingError
 from .audio import MEL, energy, griffin_lim, pitch
 from .corpora import GRID_GRAMMAR, Clip, ClipDataset, grid_jsgf, read_manifest
 from .talkers import GRAMMAR, jsgf
@@ -351,11 +351,11 @@ def test_clips(data, # folder of prepared clips
     return list(ClipDataset(data, names=set(names))), left_out
 test_clips.__test__ = False
 
-# %% ../nbs/17_evaluation.ipynb #0e3242a5
+# %% ../nbs/17_evaluation.ipynb #94e18572
 def metric_card(model, # FacesToVoices
                 data, # folder of prepared clips
                 split:str="test", limit:int|None=None, # at most so many clips
-                steps:int=10, guidance:float=1., seed:int=0, # of the flow
+                steps:int=EULER_STEPS, guidance:float=1., seed:int=0, # of the flow
                 name:str="talkers" # of the model, for the record
                ) -> dict: # what JSON can hold
     "Score a model between its bounds, and write down everything that the numbers depend on."

@@ -7,14 +7,14 @@ __all__ = ['VARIANTS', 'JUDGED', 'RESULTS', 'SWEPT', 'OTHERS', 'OURS', 'SWAPPED'
            'targets', 'ablation', 'table', 'show_ablation', 'sweep', 'nfe_study', 'guidance_study', 'interleaved',
            'empty_clip', 'speak_mel', 'bench_vocoder', 'stored_card', 'ledger', 'ledger_markdown']
 
-# %% ../nbs/18_experiments.ipynb #dce98046
+# %% ../nbs/18_experiments.ipynb #84c97dcc
 import json, statistics, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .core import GRID, TINY, CheckpointError, Preset, atomic_path, seed_everything
+from .core import EULER_STEPS, GRID, TINY, CheckpointError, Preset, atomic_path, seed_everything
 from .audio import MEL, griffin_lim, vowel
 from .corpora import Clip, ClipDataset, batches, collate
 from .timbre import SpeakerEncoder
@@ -119,7 +119,7 @@ def show_ablation(rows:list # from `ablation`
 # %% ../nbs/18_experiments.ipynb #af897d43
 RESULTS = Path(__file__).parents[1]/"nbs"/"results" if "__file__" in globals() else Path("results")
 
-# %% ../nbs/18_experiments.ipynb #5ac15d25
+# %% ../nbs/18_experiments.ipynb #3bed6837
 SWEPT = "ESTOI", "MCD, dB", "energy, r", "DNSMOS OVRL", "seconds"
 
 def sweep(model, clips:list, # of Clip, with sound
@@ -139,7 +139,7 @@ def nfe_study(model, clips, nfes=(1, 2, 4, 10, 30), seed:int=0) -> dict:
     "Scores against the number of Euler steps (evaluations of the field)."
     return sweep(model, clips, {n: dict(steps=n, seed=seed) for n in nfes})
 
-def guidance_study(model, clips, ws=(.5, 1., 1.5, 2., 3.), steps:int=10, seed:int=0) -> dict:
+def guidance_study(model, clips, ws=(.5, 1., 1.5, 2., 3.), steps:int=EULER_STEPS, seed:int=0) -> dict:
     "Scores against the weight of classifier-free guidance."
     return sweep(model, clips, {w: dict(guidance=w, steps=steps, seed=seed) for w in ws})
 
@@ -169,10 +169,10 @@ def speak_mel(model, mel, # (80, L) ln mel
     source = drive(mel, tune, torch.ones_like(tune))[None].to(model.device) if model.preset.vocoder_source else None
     return model.vocoder(mel[None].to(model.device), source)[0].cpu()
 
-# %% ../nbs/18_experiments.ipynb #08837d8e
+# %% ../nbs/18_experiments.ipynb #1123438e
 def bench_vocoder(model="talkers", # name of a model, or a FacesToVoices
                   seconds:float=3., # of speech
-                  repeats:int=5, steps:int=10) -> str:
+                  repeats:int=5, steps:int=EULER_STEPS) -> str:
     "Median times of our vocoder and of the whole system beside librosa's Griffin-Lim on the same mel, as text."
     if not isinstance(model, FacesToVoices): model = FacesToVoices.from_pretrained(model)
     n = max(1, round(seconds*25))*640

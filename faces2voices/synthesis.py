@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'Speech', 'plot_speech', 'FacesToVoices', 'packaged_models', 'write_report', 'Done', 'synthesize_file']
 
-# %% ../nbs/15_synthesis.ipynb #cc071411
+# %% ../nbs/15_synthesis.ipynb #48275243
 import html, io, json, time
 from base64 import b64encode
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from .core import CheckpointError, F2VError, Preset, atomic_path, pick_device, test_same
+from .core import EULER_STEPS, CheckpointError, F2VError, Preset, atomic_path, pick_device, test_same
 from .audio import MEL, save_wav, show_speech
 from .video import Both, FaceBackend, crops_figure, dub as dub_video, look, make_backend
 from .talkers import Locator, LocatorBackend
@@ -141,11 +141,11 @@ def from_pretrained(cls:FacesToVoices, name:str="talkers", # `talkers`, `grid`, 
 
 def packaged_models() -> list: "Names of the models that the package ships."; return sorted(p.name for p in WEIGHTS.glob("*") if (p/"config.json").exists())
 
-# %% ../nbs/15_synthesis.ipynb #8577dd7d
+# %% ../nbs/15_synthesis.ipynb #8e2362f5
 @patch
 @torch.no_grad()
 def voice(self:FacesToVoices, clip:Clip, # lips, face, expression and identity of one clip
-          steps:int=10, # Euler steps of the flow
+          steps:int=EULER_STEPS, # of the flow
           guidance:float=1., # w of classifier-free guidance; 1 is plain
           seed:int=0 # of the noise that the flow starts from
          ) -> Speech:
@@ -162,7 +162,7 @@ def voice(self:FacesToVoices, clip:Clip, # lips, face, expression and identity o
     return Speech(wav.cpu(), mel[0].cpu(), out.content.logits[0].argmax(-1).cpu(), p.log_f0[0].cpu(), p.voiced_logit[0].sigmoid().cpu(), p.energy[0].cpu(), out.speaker[0].cpu(),
         source=clip.name, truth=MEL(clip.wav) if len(clip.wav) else None, seconds=time.perf_counter() - began)
 
-# %% ../nbs/15_synthesis.ipynb #6ea4843f
+# %% ../nbs/15_synthesis.ipynb #84348e20
 @patch
 def eyes(self:FacesToVoices):
     "The face backend of this model, made once."
@@ -179,7 +179,7 @@ def _real_eyes(self:FacesToVoices):
 
 @patch
 def forward(self:FacesToVoices, path, # any video file with one face in view
-            steps:int=10, # Euler steps of the flow
+            steps:int=EULER_STEPS, # of the flow
             guidance:float=1., # w of classifier-free guidance
             seed:int=0) -> Speech:
     "Look at a video and speak it; NoFaceError or MediaError where that cannot be done."
