@@ -185,12 +185,12 @@ def bench_vocoder(model="talkers", # name of a model, or a FacesToVoices
     rows = [[name, f"{t:.3f}", f"{t/(n/16000):.3f}", f"{base/t:.2f}"] for name, t in times.items()]
     return table(["on one mel", "median, s", "real-time factor", "times as fast as Griffin-Lim"], rows) + f"\n\n{n/16000:.2f} s of sound, {repeats} interleaved rounds after a warm-up, preset {model.preset.name}, {machine()}"
 
-# %% ../nbs/18_experiments.ipynb #03824935
+# %% ../nbs/18_experiments.ipynb #4557bb74
 OTHERS = { # row → (as published, as measured by others on LRS3)
     "MOS naturalness": ("4.49 (ground truth 4.54, DiffV2S 2.97)", "2.80 (ground truth 3.07)"), "WER": ("", "30.37 % (ground truth 2.29 %)"),
     "DNSMOS OVRL": ("", "3.22 (ground truth 3.29)"), "UTMOS": ("", "3.99 (ground truth 3.57)"), "LSE-C": ("", "7.08 (ground truth 6.66)"), "LSE-D": ("", "6.66 (ground truth 6.89)"),
-    "MCD, dB": ("", "10.54"), "voice similarity": ("", "0.60 (by another encoder)")}
-OURS = "STOI", "ESTOI", "unit accuracy in speech", "energy, r", "F0 contour, r", "mean F0, r"
+    "MCD, dB": ("", "10.54"), "voice similarity, Resemblyzer": ("", "0.60 (by another encoder)")}
+OURS = "STOI", "ESTOI", "PESQ", "unit accuracy in speech", "energy, r", "F0 contour, r", "mean F0, r"
 SWAPPED = {"mean F0 of the borrowed face, r": "wrong face", "WER of the borrowed lips": "wrong lips"} # metric → row of the card
 
 def stored_card(name:str # `talkers` or `grid`
