@@ -162,7 +162,7 @@ def voice(self:FacesToVoices, clip:Clip, # lips, face, expression and identity o
     return Speech(wav.cpu(), mel[0].cpu(), out.content.logits[0].argmax(-1).cpu(), p.log_f0[0].cpu(), p.voiced_logit[0].sigmoid().cpu(), p.energy[0].cpu(), out.speaker[0].cpu(),
         source=clip.name, truth=MEL(clip.wav) if len(clip.wav) else None, seconds=time.perf_counter() - began)
 
-# %% ../nbs/15_synthesis.ipynb #84348e20
+# %% ../nbs/15_synthesis.ipynb #ee452161
 @patch
 def eyes(self:FacesToVoices):
     "The face backend of this model, made once."
@@ -177,6 +177,7 @@ def _real_eyes(self:FacesToVoices):
     if blendshapes == (finder.name == "mediapipe"): return finder
     return Both(finder, make_backend("mediapipe") if blendshapes else FaceBackend())
 
+# %% ../nbs/15_synthesis.ipynb #59662d23
 @patch
 def forward(self:FacesToVoices, path, # any video file with one face in view
             steps:int=EULER_STEPS, # of the flow
