@@ -11,7 +11,8 @@ WARM   := $(BIN)/python -c "import torch; from faces2voices.audio import pitch; 
 # fairseq's last release does not import on Python 3.11. (PYENV_VERSION lets pyenv find its own; others pass it over.)
 PYTHON310 ?= PYENV_VERSION=3.10 python3.10
 FAIRSEQ   := .venv-fairseq
-export OMP_NUM_THREADS ?= 2
+# The tensors are small: a second thread mostly waits for the first, and on a busy machine for a very long time.
+export OMP_NUM_THREADS ?= 1
 export PYTHONFAULTHANDLER := 1
 
 .PHONY: demo test test-fairseq lab readme outputs prepare clean
@@ -38,8 +39,8 @@ lab: $(VENV)/.dev
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q -rs tests
 
 $(FAIRSEQ)/.ready: tests/fairseq/constraints.txt
 	$(PYTHON310) -m venv $(FAIRSEQ)
