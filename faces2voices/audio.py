@@ -103,7 +103,7 @@ def _decode(container, path):
             if (n := n + piece.samples) > LONGEST*SAMPLE_RATE: raise MediaError(path, f"is over {LONGEST//3600} hours long", "Cut it into parts")
     yield from (piece.to_ndarray()[0] for piece in resample.resample(None))
 
-# %% ../nbs/01_audio.ipynb #87aee697
+# %% ../nbs/01_audio.ipynb #c4ef3ace
 def load_audio(path # any file with sound in it
               ) -> torch.Tensor: # (N,) float32, 16 kHz, mono
     "Read the sound of a file, mixed to mono and resampled to 16 kHz."
@@ -113,9 +113,11 @@ def load_audio(path # any file with sound in it
         with av.open(f"file:{path}", options=dict(protocol_whitelist="file")) as container:
             if not container.streams.audio: raise MediaError(path, "has no sound")
             parts = list(_decode(container, path))
-    except (av.FFmpegError, ValueError) as e: raise MediaError(path, f"its sound cannot be read ({e})") from e
+    except (av.FFmpegError, ValueError) as e: raise MediaError(path, f"its sound cannot be read ({getattr(e, 'strerror', None) or e})", "Does it play? If it does, convert it to wav") from e
     if not sum(map(len, parts)): raise MediaError(path, "its sound track is empty")
-    return torch.from_numpy(np.concatenate(parts))
+    wav = torch.from_numpy(np.concatenate(parts))
+    if not wav.isfinite().all(): raise MediaError(path, "its sound holds values that are not numbers", "Export it again")
+    return wav
 
 # %% ../nbs/01_audio.ipynb #a32518b5
 def save_wav(path, # .wav file to write; never replaces one that is there unless told

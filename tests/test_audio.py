@@ -180,3 +180,11 @@ def test_what_is_shown_has_words(monkeypatch, sound):
     assert picture.alt.endswith("4.0 s of speech. Four vowels.") and len(player.data) <= 3*SECOND*2 + 44
     show_speech(sound, play=False)
     assert len(shown) == 3
+
+def test_sound_that_is_not_numbers_is_refused(tmp_path):
+    import soundfile
+    wav = np.zeros(16000, np.float32); wav[5000] = np.nan
+    soundfile.write(tmp_path/"nan.wav", wav, 16000, subtype="FLOAT")
+    (tmp_path/"empty.wav").touch()
+    with pytest.raises(MediaError, match="nan.wav: its sound holds values that are not numbers"): load_audio(tmp_path/"nan.wav")
+    with pytest.raises(MediaError, match="empty.wav: its sound cannot be read"): load_audio(tmp_path/"empty.wav")
