@@ -105,19 +105,21 @@ def run_packed(rnn, # nn.GRU or nn.LSTM, batch_first
     with torch.autocast(frames.device.type, enabled=False): packed, _ = rnn(packed)
     return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=mask.shape[1])[0]
 
-# %% ../nbs/06_avhubert.ipynb #1f94219b
+# %% ../nbs/06_avhubert.ipynb #94f3ad36
 class SlimLipEncoder(nn.Module):
     "Lips to one vector a frame: motion stem, residual trunk, 3 × 3 layout, bidirectional GRU."
     def __init__(self, width:int=16, # channels of the stem
                  dim:int=128, # D, size of a frame's vector
                  scale:int=2, # shrink the 88 × 88 lips by this factor first
+                 rnn:int=64, # units of each direction of the GRU
                  dropout:float=0.1
                 ):
         super().__init__()
         self.dim, self.scale = dim, scale
         self.trunk = SlimTrunk(width, 88 // scale)
         self.proj = nn.Sequential(nn.Linear(8*width*9, dim), nn.LayerNorm(dim), nn.Dropout(dropout))
-        self.rnn = nn.GRU(dim, dim//2, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
+        self.rnn = nn.GRU(dim, rnn, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
+        self.out = nn.Identity() if 2*rnn == dim else nn.Linear(2*rnn, dim)
 
     def forward(self, lips, # (B, 1, T, 88, 88)
                 mask # (B, T) bool, True on real frames, padding at the end
@@ -126,7 +128,7 @@ class SlimLipEncoder(nn.Module):
         lips = (lips if self.scale == 1 else F.avg_pool3d(lips, (1, self.scale, self.scale))) * mask[:, None, :, None, None]
         seen = self.proj(self.trunk(stack_frames(lips)[mask]).flatten(1)).float()  # real frames only: (N, D)
         frames = seen.new_zeros(*mask.shape, self.dim).masked_scatter(mask[..., None], seen)
-        return frames + run_packed(self.rnn, frames, mask)
+        return frames + self.out(run_packed(self.rnn, frames, mask)) * mask[..., None]
 
 # %% ../nbs/06_avhubert.ipynb #9ea4da0b
 def influence(f, # x -> features (T', D)
@@ -380,11 +382,11 @@ class FrozenAVHubert(nn.Module):
         mixed = torch.einsum("l,lbtd->btd", self.weights.softmax(0), F.layer_norm(states, (self.dim,)))
         return mixed * mask[..., None]
 
-# %% ../nbs/06_avhubert.ipynb #5eaa6b09
+# %% ../nbs/06_avhubert.ipynb #5987f784
 def make_lip_encoder(preset:Preset,
                      weights=None # AV-HuBERT checkpoint; None: the architecture alone, to be filled from a saved system
                     ) -> nn.Module:
     "The preset's lip encoder; `.dim` is the size of its features."
-    if preset.lip_encoder == "slim": return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_scale, preset.dropout)
+    if preset.lip_encoder == "slim": return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_scale, preset.lip_rnn, preset.dropout)
     size = AVHUBERT_SIZES[preset.lip_encoder.removeprefix("avhubert-")]
     return FrozenAVHubert(AVHubert(**size) if weights is None else load_avhubert(weights))

@@ -103,7 +103,7 @@ def test_same(a, b, # tensors or arrays
     assert not (gap > atol).any(), f"largest difference {gap.max():.3g} is over {atol:.3g}"
 test_same.__test__ = False
 
-# %% ../nbs/00_core.ipynb #b59e14d8
+# %% ../nbs/00_core.ipynb #d064e3b0
 @dataclass(frozen=True)
 class Looking:
     "What a model looks at."
@@ -112,6 +112,7 @@ class Looking:
     expression_dim: int = 1152          # E; 1152 is a 24 × 48 strip of brows and eyes
     lip_encoder: str = "slim"           # `slim`, `avhubert-base`, `avhubert-large`
     lip_width: int = 16                 # channels of the slim encoder's stem
+    lip_rnn: int = 64                   # units of each direction of its GRU
     lip_scale: int = 2                  # the slim encoder shrinks the 88 × 88 lips by this factor first
 
 # %% ../nbs/00_core.ipynb #d7f8a05e
@@ -162,10 +163,10 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #bb30435b
+# %% ../nbs/00_core.ipynb #8a7fcdee
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
-    steps=TINY.steps | dict(hierarchy=3600, decoder=2500, vocoder=1000))
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_rnn=128,
+    steps=TINY.steps | dict(hierarchy=8000, decoder=4000, vocoder=2000), lr=TINY.lr | dict(hierarchy=2e-3))
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3, vocoder_source=False,

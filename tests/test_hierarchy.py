@@ -6,7 +6,7 @@ from faces2voices.core import TINY, test_same as same
 from faces2voices.corpora import Batch
 from faces2voices.hierarchy import *
 
-SMALL = replace(TINY, dim=32, n_units=8, n_blocks=2, lip_width=4, lip_scale=4, dropout=0.)
+SMALL = replace(TINY, dim=32, n_units=8, n_blocks=2, lip_width=4, lip_rnn=16, lip_scale=4, dropout=0.)
 see = lambda b: (b.lips, b.face, b.identity, b.expression, b.mask)
 VARIANTS = [(), ("masked",), ("timbre",), ("prosody",), ("timbre", "prosody"), ("hierarchy",)]
 
