@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from .core import EULER_STEPS, F2VError, atomic_path
 
-# %% ../nbs/20_cli.ipynb #1ddaea9a
+# %% ../nbs/20_cli.ipynb #7e8a98ae
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="From a silent face to its voice. Start with `faces2voices synthesize data_samples/*.mp4 -o speech`.")
 say = Console(highlight=False, soft_wrap=True)
@@ -23,6 +23,7 @@ Device = enum.StrEnum("Device", ["auto", "cpu", "cuda"]) if hasattr(enum, "StrEn
 Layout = enum.Enum("Layout", {d: d for d in ("lrs2", "lrs3", "voxmm")}, type=str)
 Preset = enum.Enum("Preset", {d: d for d in ("tiny", "grid", "paper")}, type=str)
 
+# %% ../nbs/20_cli.ipynb #d371a2db
 def main():
     "The console script: an error of the user's input is one line, not a traceback."
     try: app()
@@ -33,6 +34,7 @@ def main():
         complain.print("stopped")
         sys.exit(130)
 
+# %% ../nbs/20_cli.ipynb #5a8be928
 def _plain(text) -> str:
     "Text in which rich sees no markup (file names may hold brackets)."
     from rich.markup import escape
@@ -72,12 +74,13 @@ def synthesize(
     _summary(done, out, page if sections else None)
     raise typer.Exit(int(any(d.error for d in done)))
 
-# %% ../nbs/20_cli.ipynb #5718ebc2
+# %% ../nbs/20_cli.ipynb #cc7b495b
 def _free(path:Path) -> Path:
     "`path`, or the first of path-2, path-3 … that is not taken."
     names = (path if i == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(1, 10_000))
     return next(p for p in names if not p.exists())
 
+# %% ../nbs/20_cli.ipynb #35c00850
 def _summary(done, out, page):
     "What was written, how fast, and what to do next."
     good, speech = [d for d in done if not d.error], sum(d.speech_seconds for d in done)
@@ -133,7 +136,7 @@ def prepare(
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
     raise typer.Exit(int(done.failed > 0))
 
-# %% ../nbs/20_cli.ipynb #62210eee
+# %% ../nbs/20_cli.ipynb #2dfa775f
 @app.command()
 def train(
     data: Annotated[Optional[Path], typer.Argument(help="Prepared clips. Without it, `tiny` makes its own talkers first.")] = None,
@@ -142,6 +145,7 @@ def train(
     init: Annotated[Optional[str], typer.Option(help="Start the vocoder and speaker encoder from this model, for example `talkers`.")] = None,
     only: Annotated[Optional[str], typer.Option(help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only count: weights, memory, operations, and hours on some GPUs.")] = False,
+    board: Annotated[bool, typer.Option(help="Log for TensorBoard too; needs pip install faces2voices[board].")] = False,
     workers: Workers = 2,
     seed: Seed = 0,
 ):
@@ -150,7 +154,7 @@ def train(
     from faces2voices.core import PRESETS
     if dry_run: return say.print(training.show_costs(training.dry_run(PRESETS[preset.value])), markup=False)
     command = f"faces2voices train {data or ''} --preset {preset.value}".replace("  ", " ") + (f" --init {init}" if init else "") + (f" --seed {seed}" if seed else "")
-    folder = training.train_system(PRESETS[preset.value], out, data, init=init, only=only.split(",") if only else None, workers=workers, seed=seed, command=command)
+    folder = training.train_system(PRESETS[preset.value], out, data, init=init, only=only.split(",") if only else None, workers=workers, seed=seed, board=board, command=command)
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/20_cli.ipynb #047c8538
@@ -173,17 +177,19 @@ def evaluate(
         with atomic_path(out) as tmp: tmp.write_text(json.dumps(card, indent=1))
     say.print(show_card(card), markup=False)
 
-# %% ../nbs/20_cli.ipynb #bbb172a0
+# %% ../nbs/20_cli.ipynb #c1eb6795
 @app.command()
 def ablate(
     data: Annotated[Path, typer.Argument(help="Prepared clips.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the runs.")] = Path("runs/ablation"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the runs; give the same command again to go on.")] = Path("runs/ablation"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 800,
-    seed: Seed = 0,
+    seeds: Annotated[str, typer.Option(help="Train each variant from each of these seeds, for example `0,1,2`.")] = "0",
 ):
     "Train the hierarchy with one stage taken out at a time, and tell what was lost."
     from faces2voices.experiments import ablation, show_ablation
-    say.print(show_ablation(ablation(data, out, steps=steps, seed=seed)), markup=False)
+    try: chosen = tuple(int(s) for s in seeds.split(","))
+    except ValueError: raise typer.BadParameter("whole numbers with commas between them, as 0,1,2", param_hint="--seeds")
+    say.print(show_ablation(ablation(data, out, steps=steps, seeds=chosen)), markup=False)
 
 # %% ../nbs/20_cli.ipynb #9afea949
 @app.command()

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'JUDGED', 'RESULTS', 'SWEPT', 'OTHERS', 'OURS', 'SWAPPED', 'preset_for', 'loudness', 'judge_mu', 'judge',
-           'targets', 'ablation', 'table', 'show_ablation', 'sweep', 'nfe_study', 'guidance_study', 'interleaved',
-           'empty_clip', 'speak_mel', 'bench_vocoder', 'stored_card', 'ledger', 'ledger_markdown']
+           'targets', 'train_variant', 'ablation', 'table', 'interval', 'show_ablation', 'sweep', 'nfe_study',
+           'guidance_study', 'interleaved', 'empty_clip', 'speak_mel', 'bench_vocoder', 'stored_card', 'ledger',
+           'ledger_markdown']
 
-# %% ../nbs/18_experiments.ipynb #84c97dcc
+# %% ../nbs/18_experiments.ipynb #6e5199ed
 import json, statistics, time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 import numpy as np
 import torch
@@ -77,27 +79,35 @@ def targets(data, out, seed) -> tuple: # training set, validation set, speaker e
     part(out, "speaker", model.speaker_encoder, lambda: train_speaker(model, train, preset, None, seed))
     return train.add(model.units, model.speaker_encoder), val.add(model.units, model.speaker_encoder), model.speaker_encoder, preset
 
-# %% ../nbs/18_experiments.ipynb #1541d054
+# %% ../nbs/18_experiments.ipynb #e872b6ec
+def train_variant(name:str, # of VARIANTS
+                  clips:tuple, # what `targets` gave
+                  out:Path, steps:int, seed:int) -> dict: # one row of the ablation
+    "Train a hierarchy without one stage, and judge its μ on the validation clips."
+    train, val, speaker_encoder, preset = clips
+    seed_everything(seed)
+    hierarchy = Hierarchy(preset, VARIANTS[name])
+    log = fit(hierarchy.loss, hierarchy, batches(train, preset.batch["hierarchy"], seed), steps, preset.lr["hierarchy"],
+              name=f"{name}-{steps}-{seed}", run_dir=out, bf16=True, seed=seed)
+    return dict(judge(hierarchy, val, speaker_encoder), clips=len(val), weights=sum(p.numel() for p in hierarchy.parameters()), seconds=log[-1]["seconds"], machine=machine())
+
+# %% ../nbs/18_experiments.ipynb #2ca9bc8c
 def ablation(data, # folder of prepared clips with splits train and val
              out, # folder of the runs
              steps:int=800, # of each variant
-             seed:int=0) -> list: # one row a variant
-    "Train every variant for the same number of steps, and judge its μ on the validation clips."
+             seeds=(0,)) -> list: # one row a variant and seed
+    "Train every variant for the same number of steps from every seed; what stands in `out` is not run again."
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    path, key = out/"ablation.json", dict(data=Path(data).name, steps=steps, seed=seed)
-    rows = [r for r in json.loads(path.read_text()) if key.items() <= r.items()] if path.exists() else []
-    train, val, speaker_encoder, preset = targets(data, out, seed)
-    for name in [v for v in VARIANTS if v not in {r["without"] for r in rows}]:
-        seed_everything(seed)
-        hierarchy = Hierarchy(preset, VARIANTS[name])
-        log = fit(hierarchy.loss, hierarchy, batches(train, preset.batch["hierarchy"], seed), steps, preset.lr["hierarchy"],
-                  name=f"{name}-{steps}-{seed}", run_dir=out, bf16=True, seed=seed)
-        rows.append(dict(without=name) | key | judge(hierarchy, val, speaker_encoder) | dict(clips=len(val), weights=sum(p.numel() for p in hierarchy.parameters()),
-                    seconds=log[-1]["seconds"], machine=machine(), command=f"faces2voices ablate {key['data']} --steps {steps} --seed {seed}"))
+    path, key = out/"ablation.json", dict(data=Path(data).name, steps=steps)
+    rows, clips = json.loads(path.read_text()) if path.exists() else [], targets(data, out, 0)
+    for seed, name in product(seeds, VARIANTS):
+        row = dict(without=name, **key, seed=seed)
+        if any(row.items() <= r.items() for r in rows): continue
+        rows.append(row | train_variant(name, clips, out, steps, seed) | dict(command=f"faces2voices ablate {key['data']} --steps {steps} --seeds {seed}"))
         with atomic_path(path, overwrite=True) as tmp: tmp.write_text(json.dumps(rows, indent=1))
-    return rows
+    return [r for r in rows if key.items() <= r.items() and r["seed"] in seeds]
 
-# %% ../nbs/18_experiments.ipynb #f043be19
+# %% ../nbs/18_experiments.ipynb #056a88f1
 JUDGED = {"prior loss": "↓", "error, dB": "↓", "unit accuracy in speech": "↑", "energy, r": "↑", "voice similarity": "↑", "mean F0 in μ, R²": "↑", "mean F0 predicted, r": "↑"}
 
 def table(head:list, rows:list) -> str:
@@ -107,14 +117,21 @@ def table(head:list, rows:list) -> str:
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
     return "\n".join([lines[0], "|" + "|".join("-"*(w + 2) for w in width) + "|", *lines[1:]])
 
+def interval(values:list) -> str: # "mean ± half of the 95 % interval", by Student's t; a single value stands alone
+    "What some runs with different seeds say together."
+    from scipy.stats import sem, t
+    if None in values or not values: return None
+    return f"{np.mean(values):.3f}" + (f" ± {t.ppf(.975, len(values) - 1)*sem(values):.3f}" if len(values) > 1 else "")
+
 def show_ablation(rows:list # from `ablation`
                  ) -> str: # Markdown
-    "The ablation as a table, with its command below."
-    label = lambda r: "whole" if r["without"] == "whole" else f"without {r['without']}"
-    number = lambda v: None if v is None else f"{v:.3f}"
-    body = [[label(r), *(number(r.get(k)) for k in JUDGED), f"{r['weights']/1e6:.2f}", f"{r['seconds']:.0f}"] for r in rows]
-    end = f"\n\n{rows[0]['steps']} steps each, {rows[0]['clips']} validation clips, one seed ({rows[0]['seed']}); made by `{rows[0]['command']}` on {rows[0]['machine']}" if rows else ""
-    return table(["hierarchy", *(f"{k} {v}" for k, v in JUDGED.items()), "M weights", "s"], body) + end
+    "The ablation as a table of means and 95 % intervals over the seeds, with its command below."
+    label = lambda name: "whole" if name == "whole" else f"without {name}"
+    groups = {name: [r for r in rows if r["without"] == name] for name in VARIANTS}
+    body = [[label(name), len(rs), *(interval([r.get(k) for r in rs]) for k in JUDGED), f"{rs[0]['weights']/1e6:.2f}"] for name, rs in groups.items() if rs]
+    seeds = ",".join(str(s) for s in sorted({r["seed"] for r in rows}))
+    end = f"\n\n{rows[0]['steps']} steps each, {rows[0]['clips']} validation clips; made by `faces2voices ablate {rows[0]['data']} --steps {rows[0]['steps']} --seeds {seeds}` on {rows[0]['machine']}" if rows else ""
+    return table(["hierarchy", "seeds", *(f"{k} {v}" for k, v in JUDGED.items()), "M weights"], body) + end
 
 # %% ../nbs/18_experiments.ipynb #af897d43
 RESULTS = Path(__file__).parents[1]/"nbs"/"results" if "__file__" in globals() else Path("results")

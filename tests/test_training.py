@@ -1,10 +1,11 @@
 "The training loop: resume, averages, the guard, checkpoints, adversaries, two processes."
-import json, math, os, runpy, subprocess, sys
+import json, math, os, runpy, signal, subprocess, sys
 from typing import NamedTuple
 import pytest, torch
+from safetensors.torch import load_file
 from torch import nn
-from faces2voices.core import PRESETS, CheckpointError, test_same as same
-from faces2voices.training import EMA, dry_run, fit, schedule, shuffled
+from faces2voices.core import PRESETS, CheckpointError, ToolMissingError, test_same as same
+from faces2voices.training import EMA, Watch, dry_run, fit, open_board, schedule, shuffled
 
 def batch_of(step):
     g = torch.Generator().manual_seed(step)
@@ -21,7 +22,7 @@ def train(model, run_dir=None, steps=20, **kw):
     return fit(loss_of(model), model, batch_of, steps, 1e-2, name="net", run_dir=run_dir, log_every=5, warmup=5, **kw)
 
 def stop_at(step, error=KeyboardInterrupt):
-    def callback(line):
+    def callback(line, average):
         if line["step"] == step: raise error
     return callback
 
@@ -42,6 +43,63 @@ def test_a_crash_loses_only_the_steps_since_the_last_save(tmp_path):
     with pytest.raises(ZeroDivisionError): train(b, tmp_path, callback=stop_at(15, ZeroDivisionError), save_every_seconds=0)
     train(c, tmp_path)
     for k, v in a.state_dict().items(): same(v, c.state_dict()[k])
+
+KILLED = """
+import sys, torch
+from torch import nn
+from faces2voices.training import fit
+torch.manual_seed(int(sys.argv[2]))
+m = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(.2), nn.Linear(8, 1))
+def batch(step): return torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+def say(line, average): print(line["step"], flush=True)
+fit(lambda x: (m(x) - x.sum(1, keepdim=True)).pow(2).mean(), m, batch, 200, 1e-2, name="m", run_dir=sys.argv[1], log_every=10, save_every_seconds=0, callback=say)
+"""
+
+def test_killed_without_warning_it_ends_with_the_same_weights(tmp_path):
+    script = tmp_path/"train.py"; script.write_text(KILLED)
+    start = lambda folder, seed: subprocess.Popen([sys.executable, str(script), str(tmp_path/folder), str(seed)], stdout=subprocess.PIPE, text=True)
+    victim = start("killed", 0)
+    while int(victim.stdout.readline()) < 60: pass
+    victim.send_signal(signal.SIGKILL); victim.wait()
+    reached = torch.load(tmp_path/"killed"/"m.ckpt", weights_only=True)["step"]
+    assert 50 <= reached < 200, "killed in the middle"
+    for folder, seed in (("killed", 99), ("straight", 0)): assert start(folder, seed).wait() == 0
+    one, two = (torch.load(tmp_path/d/"m.ckpt", weights_only=True)["learners"][0] for d in ("killed", "straight"))
+    for part in ("module", "ema"):
+        for k in one[part]: same(one[part][k], two[part][k])
+
+def test_the_average_of_each_quarter_stays(tmp_path):
+    model, seen = net(0), {}
+    train(model, tmp_path, callback=lambda line, average: seen.update({line["step"]: {k: v.clone() for k, v in average.state_dict().items()}}))
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == ["net-10.safetensors", "net-15.safetensors", "net-5.safetensors"]
+    for k, v in load_file(tmp_path/"net-10.safetensors").items(): same(v, seen[10][k])
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    layers = lambda: (torch.manual_seed(0), nn.Linear(3, 1))[1]
+    a, b = layers(), layers()
+    both = lambda step: tuple(torch.cat(pair) for pair in zip(batch_of(2*step), batch_of(2*step + 1)))
+    halves = fit(loss_of(a), a, batch_of, 10, 1e-2, name="a", accumulate=2)
+    whole = fit(loss_of(b), b, both, 10, 1e-2, name="b")
+    same(a.weight, b.weight, atol=1e-6)
+    assert halves[-1]["total"] == pytest.approx(whole[-1]["total"], rel=1e-4)
+
+def test_watching_leaves_pictures_and_sounds(tmp_path):
+    watch = Watch(tmp_path, "part", lambda module: torch.zeros(80, 100), torch.ones(80, 100), every=10)
+    for step in (5, 10, 20): watch(dict(step=step, total=1.), None)
+    assert sorted(p.name for p in (tmp_path/"samples").iterdir()) == [f"part-0000{n}.{kind}" for n in (10, 20) for kind in ("png", "wav")]
+
+def test_a_board_gets_the_numbers(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install faces2voices[board]")
+    board = open_board(tmp_path)
+    Watch(tmp_path, "part", lambda module: torch.zeros(80, 100), torch.ones(80, 100), every=10, board=board)(dict(step=10, total=.5), None)
+    board.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path/"board")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("part/total")] == [(10, .5)] and events.Tags()["images"] and events.Tags()["audio"]
+
+def test_a_missing_board_names_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ToolMissingError, match="tensorboard"): open_board(tmp_path)
 
 def test_a_finished_run_is_loaded_not_trained(tmp_path):
     a, b = net(0), net(1)
@@ -122,7 +180,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError): train(net(0), tmp_path, resume=False)
     assert (tmp_path/"net.ckpt").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.ckpt", "net.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".safetensors") == ["net.ckpt", "net.jsonl"]
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     train(net(0), tmp_path)
@@ -177,9 +235,10 @@ fit(lambda x: (m(x) - x.sum(1, keepdim=True)).pow(2).mean(), m, part if world ==
 def test_two_processes_equal_one_with_both_batches(tmp_path, monkeypatch):
     script = tmp_path/"two.py"; script.write_text(TWO)
     env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path/"one")])
     runpy.run_path(str(script))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(tmp_path/"two")],
+    subprocess.run([sys.executable, "-m", *launch, str(script), str(tmp_path/"two")],
                    env=env, check=True, timeout=600)
     one, two = (torch.load(tmp_path/d/"m.ckpt", weights_only=True)["learners"][0]["module"] for d in ("one", "two"))
     for k in one: same(one[k], two[k], atol=1e-6)
