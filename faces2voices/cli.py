@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'say', 'complain', 'Device', 'Layout', 'Preset', 'Model', 'Steps', 'Guidance', 'Seed', 'Faces', 'Workers',
-           'main', 'synthesize', 'talkers', 'prepare', 'train', 'evaluate', 'ablate', 'bench', 'download']
+           'main', 'synthesize', 'talkers', 'prepare', 'train', 'adapt', 'evaluate', 'ablate', 'bench', 'download']
 
 # %% ../nbs/20_cli.ipynb #c5623326
 import enum, sys
@@ -155,6 +155,20 @@ def train(
     if dry_run: return say.print(training.show_costs(training.dry_run(PRESETS[preset.value])), markup=False)
     command = f"faces2voices train {data or ''} --preset {preset.value}".replace("  ", " ") + (f" --init {init}" if init else "") + (f" --seed {seed}" if seed else "")
     folder = training.train_system(PRESETS[preset.value], out, data, init=init, only=only.split(",") if only else None, workers=workers, seed=seed, board=board, command=command)
+    say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
+
+# %% ../nbs/20_cli.ipynb #4c5b44ad
+@app.command()
+def adapt(
+    data: Annotated[Path, typer.Argument(help="Prepared clips of somebody new.")],
+    model: Model = "grid",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run: checkpoints, logs, and the adapted model.")] = Path("runs/adapted"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each part.")] = 400,
+    seed: Seed = 0,
+):
+    "Go on from a trained model with clips of somebody new; units and the space of voices stay."
+    from faces2voices import training
+    folder = training.adapt(model, data, out, steps, seed=seed, command=f"faces2voices adapt {data} --model {model} --steps {steps}" + (f" --seed {seed}" if seed else ""))
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/20_cli.ipynb #047c8538

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'JUDGED', 'RESULTS', 'SWEPT', 'OTHERS', 'OURS', 'SWAPPED', 'preset_for', 'loudness', 'judge_mu', 'judge',
-           'targets', 'train_variant', 'ablation', 'table', 'interval', 'show_ablation', 'sweep', 'nfe_study',
-           'guidance_study', 'interleaved', 'empty_clip', 'speak_mel', 'bench_vocoder', 'stored_card', 'ledger',
-           'ledger_markdown']
+           'targets', 'train_variant', 'ablation', 'table', 'interval', 'show_ablation', 'of_speaker', 'adaptation',
+           'sweep', 'nfe_study', 'guidance_study', 'interleaved', 'empty_clip', 'speak_mel', 'bench_vocoder',
+           'stored_card', 'ledger', 'ledger_markdown']
 
-# %% ../nbs/18_experiments.ipynb #6e5199ed
+# %% ../nbs/18_experiments.ipynb #76d0e436
 import json, statistics, time
 from dataclasses import replace
 from itertools import product
@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from .core import EULER_STEPS, GRID, TINY, CheckpointError, Preset, atomic_path, seed_everything
 from .audio import MEL, griffin_lim, vowel
-from .corpora import Clip, ClipDataset, batches, collate
+from .corpora import Clip, ClipDataset, batches, collate, read_manifest
 from .timbre import SpeakerEncoder
 from .hierarchy import Hierarchy, prior_loss, probe
 from .synthesis import FacesToVoices
@@ -26,20 +26,22 @@ from .training import fit, part, shuffled, train_speaker
 from .vocoder import drive
 from .evaluation import Sound, correlation, energy_correlation, loud, machine, mcd, mean_f0, plot_scores, score_text, stoi, unit_accuracy
 
-# %% ../nbs/18_experiments.ipynb #4d1e8c63
+# %% ../nbs/18_experiments.ipynb #0e16efde
 VARIANTS = dict(whole=(), masked=("masked",), timbre=("timbre",), prosody=("prosody",), hierarchy=("hierarchy",)) # name → `without`
 
+# %% ../nbs/18_experiments.ipynb #390453ef
 def preset_for(clip:Clip) -> Preset:
     "The small preset that fits prepared clips: drawn faces without an identity vector, or real ones with."
     base = GRID if len(clip.identity) else TINY
     return replace(base, identity_dim=len(clip.identity), expression_dim=clip.expression.shape[1])
 
-# %% ../nbs/18_experiments.ipynb #ae5714b9
+# %% ../nbs/18_experiments.ipynb #4d409630
 def loudness(mel # (80, L) ln mel
             ) -> torch.Tensor: # (L,)
     "Log of the summed bands: a loudness that can be had from a mel."
     return torch.logsumexp(mel, 0)
 
+# %% ../nbs/18_experiments.ipynb #024158a1
 @torch.no_grad()
 def judge_mu(hierarchy, clip:Clip, speaker_encoder) -> dict: # name → number
     "What μ of one clip is worth; the clip carries its targets."
@@ -107,9 +109,10 @@ def ablation(data, # folder of prepared clips with splits train and val
         with atomic_path(path, overwrite=True) as tmp: tmp.write_text(json.dumps(rows, indent=1))
     return [r for r in rows if key.items() <= r.items() and r["seed"] in seeds]
 
-# %% ../nbs/18_experiments.ipynb #056a88f1
+# %% ../nbs/18_experiments.ipynb #e97de274
 JUDGED = {"prior loss": "↓", "error, dB": "↓", "unit accuracy in speech": "↑", "energy, r": "↑", "voice similarity": "↑", "mean F0 in μ, R²": "↑", "mean F0 predicted, r": "↑"}
 
+# %% ../nbs/18_experiments.ipynb #7462d724
 def table(head:list, rows:list) -> str:
     "A Markdown table whose columns line up; None is a blank."
     cells = [[("" if c is None else str(c)) for c in r] for r in [head, *rows]]
@@ -117,12 +120,14 @@ def table(head:list, rows:list) -> str:
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
     return "\n".join([lines[0], "|" + "|".join("-"*(w + 2) for w in width) + "|", *lines[1:]])
 
+# %% ../nbs/18_experiments.ipynb #b88f318c
 def interval(values:list) -> str: # "mean ± half of the 95 % interval", by Student's t; a single value stands alone
     "What some runs with different seeds say together."
     from scipy.stats import sem, t
     if None in values or not values: return None
     return f"{np.mean(values):.3f}" + (f" ± {t.ppf(.975, len(values) - 1)*sem(values):.3f}" if len(values) > 1 else "")
 
+# %% ../nbs/18_experiments.ipynb #5f33a322
 def show_ablation(rows:list # from `ablation`
                  ) -> str: # Markdown
     "The ablation as a table of means and 95 % intervals over the seeds, with its command below."
@@ -136,9 +141,34 @@ def show_ablation(rows:list # from `ablation`
 # %% ../nbs/18_experiments.ipynb #af897d43
 RESULTS = Path(__file__).parents[1]/"nbs"/"results" if "__file__" in globals() else Path("results")
 
-# %% ../nbs/18_experiments.ipynb #3bed6837
+# %% ../nbs/18_experiments.ipynb #2c460ff7
+def of_speaker(data, speaker:str, *splits) -> ClipDataset:
+    "One speaker's clips of some splits."
+    entries = read_manifest(Path(data)/"manifest.jsonl")
+    return ClipDataset(data, names={e.name for e in entries if e.speaker == speaker and e.split in splits})
+
+# %% ../nbs/18_experiments.ipynb #ffc2ffcb
+def adaptation(data, # prepared clips of both
+               out, first:str="s1", then:str="s4", # speakers
+               steps:int=1500, more:int=300, # steps on the first speaker's clips, and then on the second's
+               seed:int=0) -> list: # one row a speaker and time
+    "μ of two speakers before and after a hierarchy that knows the first is adapted to the second."
+    out, rows = Path(out), []
+    out.mkdir(parents=True, exist_ok=True)
+    train, _, voices, preset = targets(data, out, seed)
+    clips = lambda who, *splits: of_speaker(data, who, *splits).add(train.targets["units"], voices)
+    seen, held = ({who: clips(who, *splits) for who in (first, then)} for splits in (("train",), ("val", "test")))
+    hierarchy = Hierarchy(preset)
+    for when, who, n, rate in (("before", first, steps, 1.), ("after", then, more, 1/3)):
+        fit(hierarchy.loss, hierarchy, batches(seen[who], preset.batch["hierarchy"], seed), n, rate*preset.lr["hierarchy"], name=when, run_dir=out, bf16=True, seed=seed)
+        rows += [dict(when=when, speaker=who, clips=len(ds), steps=n, seed=seed, machine=machine(), **judge(hierarchy, ds, voices)) for who, ds in held.items()]
+    with atomic_path(out/"adaptation.json", overwrite=True) as tmp: tmp.write_text(json.dumps(rows, indent=1))
+    return rows
+
+# %% ../nbs/18_experiments.ipynb #bfedf5c2
 SWEPT = "ESTOI", "MCD, dB", "energy, r", "DNSMOS OVRL", "seconds"
 
+# %% ../nbs/18_experiments.ipynb #b6428228
 def sweep(model, clips:list, # of Clip, with sound
           settings:dict # name or number → keywords of `model.voice`
          ) -> dict: # the same keys → {metric: mean over clips}
@@ -152,10 +182,12 @@ def sweep(model, clips:list, # of Clip, with sound
         rows[key] = dict(zip(SWEPT, np.mean(values, 0).round(4).tolist()))
     return rows
 
+# %% ../nbs/18_experiments.ipynb #bc00ed10
 def nfe_study(model, clips, nfes=(1, 2, 4, 10, 30), seed:int=0) -> dict:
     "Scores against the number of Euler steps (evaluations of the field)."
     return sweep(model, clips, {n: dict(steps=n, seed=seed) for n in nfes})
 
+# %% ../nbs/18_experiments.ipynb #3718124b
 def guidance_study(model, clips, ws=(.5, 1., 1.5, 2., 3.), steps:int=EULER_STEPS, seed:int=0) -> dict:
     "Scores against the weight of classifier-free guidance."
     return sweep(model, clips, {w: dict(guidance=w, steps=steps, seed=seed) for w in ws})
@@ -202,7 +234,7 @@ def bench_vocoder(model="talkers", # name of a model, or a FacesToVoices
     rows = [[name, f"{t:.3f}", f"{t/(n/16000):.3f}", f"{base/t:.2f}"] for name, t in times.items()]
     return table(["on one mel", "median, s", "real-time factor", "times as fast as Griffin-Lim"], rows) + f"\n\n{n/16000:.2f} s of sound, {repeats} interleaved rounds after a warm-up, preset {model.preset.name}, {machine()}"
 
-# %% ../nbs/18_experiments.ipynb #4557bb74
+# %% ../nbs/18_experiments.ipynb #5a460bca
 OTHERS = { # row → (as published, as measured by others on LRS3)
     "MOS naturalness": ("4.49 (ground truth 4.54, DiffV2S 2.97)", "2.80 (ground truth 3.07)"), "WER": ("", "30.37 % (ground truth 2.29 %)"),
     "DNSMOS OVRL": ("", "3.22 (ground truth 3.29)"), "UTMOS": ("", "3.99 (ground truth 3.57)"), "LSE-C": ("", "7.08 (ground truth 6.66)"), "LSE-D": ("", "6.66 (ground truth 6.89)"),
@@ -210,12 +242,14 @@ OTHERS = { # row → (as published, as measured by others on LRS3)
 OURS = "STOI", "ESTOI", "PESQ", "unit accuracy in speech", "energy, r", "F0 contour, r", "mean F0, r"
 SWAPPED = {"mean F0 of the borrowed face, r": "wrong face", "WER of the borrowed lips": "wrong lips"} # metric → row of the card
 
+# %% ../nbs/18_experiments.ipynb #7df6d292
 def stored_card(name:str # `talkers` or `grid`
                ) -> dict|None:
     "The recorded metric card of a packaged model."
     path = RESULTS/f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
+# %% ../nbs/18_experiments.ipynb #c1412d6c
 def _ours(card, metric:str) -> str:
     "Our number, with that of the original sound where the judge could be wrong about it too."
     if card is None: return ""
@@ -223,13 +257,14 @@ def _ours(card, metric:str) -> str:
     bound = score_text(card, "original", metric) if value and metric in ("WER", "DNSMOS OVRL") else ""
     return value + (f" (original {bound})" if bound else "")
 
-# %% ../nbs/18_experiments.ipynb #b8871eae
+# %% ../nbs/18_experiments.ipynb #773fbda7
 def ledger() -> list: # of (measure, paper, others, ours on talkers, ours on GRID), all text
     "Every number that is claimed anywhere, each in its column."
     cards = [stored_card(name) for name in ("talkers", "grid")]
     label = lambda m: f"{m} ({SWAPPED[m]})" if m in SWAPPED else m
     return [(label(m), *OTHERS.get(m, ("", "")), *(_ours(c, m) for c in cards)) for m in (*OTHERS, *OURS, *SWAPPED)]
 
+# %% ../nbs/18_experiments.ipynb #48abaced
 def ledger_markdown() -> str:
     "The ledger as a table, with the command of each of our columns below."
     head = ["measure", "paper", "measured by others, LRS3", "ours, drawn talkers", "ours, GRID"]

@@ -1,11 +1,12 @@
 "The training loop: resume, averages, the guard, checkpoints, adversaries, two processes."
 import json, math, os, runpy, signal, subprocess, sys
+from pathlib import Path
 from typing import NamedTuple
 import pytest, torch
 from safetensors.torch import load_file
 from torch import nn
 from faces2voices.core import PRESETS, CheckpointError, ToolMissingError, test_same as same
-from faces2voices.training import EMA, Watch, dry_run, fit, open_board, schedule, shuffled
+from faces2voices.training import EMA, Watch, adapt, dry_run, fit, open_board, schedule, shuffled
 
 def batch_of(step):
     g = torch.Generator().manual_seed(step)
@@ -253,3 +254,18 @@ def test_the_paper_size_is_counted_without_memory_for_it():
     forward = 2*hierarchy.weights*1e6*25/1e9                                              # every weight once a frame, at least
     assert hierarchy.gflops > forward
     assert all(c.hours["H100"] < c.hours["A100"] < c.hours["RTX 3090"] for c in costs.values())
+
+def test_adapting_keeps_units_and_voices_and_moves_the_rest(tmp_path):
+    from faces2voices.corpora import prepare, read_manifest
+    from faces2voices.synthesis import FacesToVoices
+    talkers = FacesToVoices.from_pretrained("talkers", device="cpu")
+    entries = [e._replace(split="train") for e in read_manifest(Path(__file__).parents[1]/"data_samples"/"manifest.jsonl")[:2]]
+    prepare(entries, tmp_path/"clips", talkers.eyes())
+    adapted = FacesToVoices.from_pretrained(adapt("talkers", tmp_path/"clips", tmp_path/"run", steps=1), device="cpu")
+    moved = {name: any((a != b).any() for a, b in zip(getattr(talkers, name).state_dict().values(), getattr(adapted, name).state_dict().values()))
+             for name in ("units", "speaker_encoder", "locator", "hierarchy", "decoder", "vocoder")}
+    assert moved == dict(units=False, speaker_encoder=False, locator=False, hierarchy=True, decoder=True, vocoder=True)
+
+def test_adapting_to_nothing_is_an_error(tmp_path):
+    from faces2voices.core import CorpusError
+    with pytest.raises(CorpusError): adapt("talkers", tmp_path, tmp_path/"run", steps=1)
