@@ -8,7 +8,7 @@ __all__ = ['GRID_GRAMMAR', 'VIDEO_SUFFIXES', 'GRID_RECORD', 'Entry', 'read_manif
            'clip_of', 'code_lips', 'decode_lips', 'save_clip', 'load_clip', 'prepare', 'Prepared', 'Plan', 'plan',
            'with_targets', 'ClipDataset', 'Batch', 'mask_to', 'collate', 'show_batch', 'BucketSampler', 'batches']
 
-# %% ../nbs/04_corpora.ipynb #cf79453c
+# %% ../nbs/04_corpora.ipynb #d020aadb
 import hashlib, json, pickle, re, shutil, tempfile, zipfile
 from contextlib import contextmanager
 from fractions import Fraction
@@ -20,6 +20,7 @@ from typing import NamedTuple
 from urllib.request import Request, urlopen
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.nn.utils.rnn import pad_sequence
 from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, ToolMissingError, atomic_path
@@ -529,32 +530,60 @@ def mask_to(mask:torch.Tensor, # (B, T) bool at 25 Hz
     "The mask at a faster rate."
     return mask.repeat_interleave(times, -1)
 
-# %% ../nbs/04_corpora.ipynb #ce863320
-def _views(clips, T:int, train:bool, rng) -> torch.Tensor:
-    "Lips (B, T, 88, 88) as bytes: the centre, or a random window, perhaps mirrored."
-    lips = torch.zeros(len(clips), T, 88, 88, dtype=torch.uint8)
-    for out, c in zip(lips, clips):
-        y, x, mirror = [int(torch.randint(n, (), generator=rng)) for n in (9, 9, 2)] if train else (4, 4, 0)
-        view = c.lips[:, y:y+88, x:x+88]
-        out[:len(view)] = view.flip(-1) if mirror else view
-    return lips
+# %% ../nbs/04_corpora.ipynb #e502f4fd
+def _draw(n:int, rng) -> int: "A number in [0, n)."; return int(torch.randint(n, (), generator=rng))
 
-def _lips(clips, mask, train:bool, rng) -> torch.Tensor:
+def _window(lips, train:int, rng) -> torch.Tensor: # (T, 96, 96) bytes → (T, 88, 88)
+    "The centre; or a random window (at strength 2 also a larger or smaller one), perhaps mirrored."
+    if not train: return lips[:, 4:92, 4:92]
+    side = 80 + _draw(17, rng) if train > 1 else 88
+    y, x, mirror = _draw(97 - side, rng), _draw(97 - side, rng), _draw(2, rng)
+    view = lips[:, y:y+side, x:x+side]
+    if side != 88: view = F.interpolate(view[:, None].float(), (88, 88), mode="bilinear")[:, 0].round().byte()
+    return view.flip(-1) if mirror else view
+
+# %% ../nbs/04_corpora.ipynb #76ac4ee2
+def _lips(clips, mask, train:int, rng) -> torch.Tensor:
     "Normalised lips (B, 1, T, 88, 88), zero on the padding."
-    lips = _views(clips, mask.shape[1], train, rng).float()
+    lips = pad_sequence([_window(c.lips, train, rng) for c in clips], batch_first=True).float()
     jitter = torch.rand(2, len(clips), 1, 1, 1, generator=rng)*2 - 1 if train else torch.zeros(2, 1, 1, 1, 1)
     lips.mul_((1 + .2*jitter[0])/(255*.165)).add_((.1*jitter[1] - .421)/.165)
+    if train > 1: mask = mask & ~_hidden(mask, rng)
     return (lips if mask.all() else lips.masked_fill_(~mask[..., None, None], 0.))[:, None]
 
-# %% ../nbs/04_corpora.ipynb #7a768ff7
+# %% ../nbs/04_corpora.ipynb #e6b50b63
+def _hidden(mask, rng, longest:int=10 # frames
+           ) -> torch.Tensor: # (B, T) bool
+    "Where nothing is to be seen: one stretch of up to `longest` frames in every second."
+    at, hidden = torch.arange(mask.shape[1]), torch.zeros_like(mask)
+    for row in hidden:
+        for second in range(0, mask.shape[1], FPS):
+            start, length = second + _draw(FPS, rng), _draw(longest + 1, rng)
+            row |= (at >= start) & (at < start + length)
+    return hidden
+
+# %% ../nbs/04_corpora.ipynb #a8f9d688
+def _joined(clips:list, rng) -> list:
+    "One in two of the clips ends like another one of the same speaker."
+    def join(a, b):
+        T = min(len(a.lips), len(b.lips)); t = T//4 + _draw(max(1, T//2), rng)
+        along = lambda x, y, n: torch.cat([x[..., :n*t], y[..., n*t:n*T]], -1)
+        parts = dict(lips=torch.cat([a.lips[:t], b.lips[t:T]]), expression=torch.cat([a.expression[:t], b.expression[t:T]]))
+        rates = dict(wav=SAMPLES_PER_FRAME, mel=MELS_PER_FRAME, units=UNITS_PER_FRAME, log_f0=UNITS_PER_FRAME, voiced=UNITS_PER_FRAME, energy=UNITS_PER_FRAME)
+        return a._replace(**parts, **{k: along(getattr(a, k), getattr(b, k), n) for k, n in rates.items() if getattr(a, k) is not None})
+    partners = [[b for b in clips if b is not a and b.speaker == a.speaker and len(b.wav) and len(a.wav)] for a in clips]
+    return [join(a, bs[_draw(len(bs), rng)]) if bs and _draw(2, rng) else a for a, bs in zip(clips, partners)]
+
+# %% ../nbs/04_corpora.ipynb #f89502d8
 def collate(clips:list, # of Clip
             units=None, # a UnitQuantizer, for clips that carry no units yet
             speaker=None, # a SpeakerEncoder, the same
-            train:bool=False, # vary the lips
+            train:int=0, # how much to vary them: 1 window, mirror and light; 2 also zoom, hidden stretches, joined clips
             rng:torch.Generator|None=None # draws the variations
            ) -> Batch:
     "Pad clips to one length and normalise them."
     clips = [with_targets(c, units, speaker) for c in clips]
+    if train > 1: clips = _joined(clips, rng)
     lengths = torch.tensor([len(c.lips) for c in clips])
     mask = torch.arange(lengths.max()) < lengths[:, None]
     stack = lambda xs: torch.stack(list(xs))
@@ -607,11 +636,11 @@ class BucketSampler:
 
     def set_epoch(self, epoch:int): self.epoch = epoch
 
-# %% ../nbs/04_corpora.ipynb #a9832c8b
+# %% ../nbs/04_corpora.ipynb #e81fce33
 def batches(dataset:ClipDataset,
             batch_size:int,
             seed:int=0,
-            train:bool=True # vary the lips
+            train:int=1 # how much to vary the clips, see `collate`
            ): # a function: step number → Batch
     "A seeded, endless supply of batches."
     sampler = BucketSampler(dataset.lengths, batch_size, seed)

@@ -256,14 +256,14 @@ def note(self:Run, totals:dict, bar, callback):
     bar.set_postfix_str(f"total {line['total']:.4g}")
     if callback: callback(line, self.learners[0].ema.module)
 
-# %% ../nbs/16_training.ipynb #2eca0751
+# %% ../nbs/16_training.ipynb #f8956a92
 def show_history(log, # lines of `fit`, or the path of its .jsonl
                  title:str=""):
     "Every loss of a run over its steps, on a logarithmic axis."
     import matplotlib.pyplot as plt
     if not isinstance(log, list): log = [json.loads(line) for line in Path(log).read_text().splitlines()]
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
-    for name in log[-1].keys() - {"step", "lr", "seconds"}:
+    for name in [k for k in log[-1] if k not in ("step", "lr", "seconds")]:
         ax.plot([line["step"] for line in log], [line[name] for line in log], label=name)
     ax.set(yscale="log", xlabel=f"step ({log[-1]['seconds']:.0f} s in all)", ylabel="loss", title=title)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
@@ -289,16 +289,16 @@ class Scene(NamedTuple):
     mask: torch.Tensor    # (1, L) bool
     speaker: torch.Tensor # (256,)
 
-# %% ../nbs/16_training.ipynb #a7f831c7
+# %% ../nbs/16_training.ipynb #c1b13912
 @torch.no_grad()
-def scenes(hierarchy, dataset:ClipDataset, batch:int=16, views:int=2, seed:int=0) -> list:
+def scenes(hierarchy, dataset:ClipDataset, batch:int=16, views:int=2, vary:int=1, seed:int=0) -> list:
     "One Scene for each clip and view, from a frozen hierarchy."
     device, out = next(hierarchy.parameters()).device, []
     hierarchy.eval()
     for view in range(views):
         rng, order = torch.Generator().manual_seed(seed + view), sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
         for start in tqdm(range(0, len(order), batch), desc=f"μ of every clip, view {view + 1}"):
-            b = collate([dataset[i] for i in order[start:start + batch]], train=True, rng=rng).to(device)
+            b = collate([dataset[i] for i in order[start:start + batch]], train=vary, rng=rng).to(device)
             m = hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
             for name, x1, mu, frames, speaker in zip(b.names, b.mel, m.mu, b.mask.sum(1).tolist(), m.speaker):
                 L = MELS_PER_FRAME*frames
@@ -398,12 +398,12 @@ def watched(data) -> Batch: # of one clip
     val = ClipDataset(data, split="val")
     return collate([(val if len(val) else ClipDataset(data, split="train"))[0]])
 
-# %% ../nbs/16_training.ipynb #9a2b5a0a
+# %% ../nbs/16_training.ipynb #52af9e03
 def train_hierarchy(model, dataset, preset, run, seed, board=None):
     "All losses of the three stages and of μ, at once."
     b = watched(dataset.folder).to(model.device)
     watch = Watch(run, "hierarchy", lambda h: h(b.lips, b.face, b.identity, b.expression, b.mask).mu[0], b.mel[0], board=board)
-    fit(model.hierarchy.loss, model.hierarchy, batches(dataset, preset.batch["hierarchy"], seed), preset.steps["hierarchy"], preset.lr["hierarchy"],
+    fit(model.hierarchy.loss, model.hierarchy, batches(dataset, preset.batch["hierarchy"], seed, preset.vary), preset.steps["hierarchy"], preset.lr["hierarchy"],
         name="hierarchy", run_dir=run, bf16=True, seed=seed, callback=watch)
 
 # %% ../nbs/16_training.ipynb #cfaf1c00
@@ -423,10 +423,10 @@ def train_the_vocoder(model, dataset, preset, run, first, seed):
     sources = [drive(MEL.denormalize(c.mel), c.log_f0, c.voiced) for c in clips] if preset.vocoder_source else None
     train_vocoder([c.wav for c in clips], model.vocoder, preset, run_dir=run, init=first and first.vocoder, sources=sources, seed=seed)
 
-# %% ../nbs/16_training.ipynb #b7d74da6
+# %% ../nbs/16_training.ipynb #3fa533f6
 def train_decoder(model, dataset, preset, run, seed, board=None):
     "OT-CFM on the μ of the frozen hierarchy."
-    seen, b = scenes(model.hierarchy, dataset, seed=seed), watched(dataset.folder).to(model.device)
+    seen, b = scenes(model.hierarchy, dataset, vary=preset.vary, seed=seed), watched(dataset.folder).to(model.device)
     with torch.no_grad(): m = model.hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
     mask = b.mask.repeat_interleave(MELS_PER_FRAME, 1)[:, None]
     watch = Watch(run, "decoder", lambda d: d.sample(m.mu, mask, m.speaker)[0], b.mel[0], board=board)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from faces2voices.audio import MEL, energy, vowel
 from faces2voices.core import CorpusError, ToolMissingError, test_same as same
 from faces2voices.corpora import *
+from faces2voices.corpora import _joined
 from faces2voices.corpora import _client, _facts, _unpack
 from faces2voices.video import Face, FaceBackend, make_backend, write_video
 
@@ -424,6 +425,37 @@ def test_training_views_are_windows_of_the_clip():
     assert alike.shape == (40, 162) and (alike.amax(1) > .9999).all()
     assert 8 < (alike.argmax(1) >= 81).sum() < 32 and len(set(alike.argmax(1).tolist())) > 20
     assert .05 < batch.lips.mean((1, 2, 3, 4)).std() < .5
+
+def test_strong_variation_hides_short_stretches_and_nothing_else():
+    clips = [made_clip(str(i), 100, speaker=str(i), seed=i) for i in range(3)]
+    batch = collate(clips, train=2, rng=torch.Generator().manual_seed(0))
+    hidden = (batch.lips == 0).all((1, 3, 4))
+    assert .05 < hidden.float().mean() < .35
+    for row in hidden:
+        runs = [len(r) for r in "".join("x" if h else " " for h in row).split()]
+        assert runs and max(runs) <= 20                                                   # two stretches of ten may touch
+    plain = collate(clips)
+    for k in ("mel", "log_f0", "energy", "expression"): same(getattr(batch, k), getattr(plain, k))
+    assert batch.mask.all()
+
+def test_a_joined_clip_has_the_targets_of_both():
+    def constant(name, value, T=40):
+        c = made_clip(name, T, seed=value)
+        fill = lambda x: torch.full_like(x, value)
+        return c._replace(lips=fill(c.lips), expression=fill(c.expression), wav=fill(c.wav), log_f0=fill(c.log_f0), voiced=fill(c.voiced), energy=fill(c.energy),
+            mel=torch.full((80, 4*T), float(value)), units=torch.full((2*T,), value), voice=torch.zeros(256))
+    stranger = constant("c", 7)._replace(speaker="bob")
+    joined = _joined([constant("a", 1), constant("b", 2), stranger]*8, torch.Generator().manual_seed(0))
+    kinds = set()
+    for c in joined:
+        values = c.expression[:, 0]
+        kinds.add(tuple(values.unique().int().tolist()))
+        same(c.lips[:, 0, 0].float(), values); same(c.mel[0], values.repeat_interleave(4)); same(c.wav, values.repeat_interleave(640))
+        for k in ("log_f0", "voiced", "energy"): same(getattr(c, k), values.repeat_interleave(2))
+        same(c.units, values.repeat_interleave(2).long())
+        change = (values.diff() != 0).nonzero()
+        assert len(change) <= 1 and ("7" not in str(values.unique()) or len(values.unique()) == 1)
+    assert {(1,), (2,), (1, 2), (7,)} <= kinds
 
 def test_a_batch_is_a_function_of_its_step():
     dataset = ClipDataset([made_clip(str(i), 4 + i % 5, seed=i) for i in range(11)])
