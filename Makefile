@@ -54,6 +54,7 @@ test-fairseq: $(FAIRSEQ)/.ready $(VENV)/.dev
 
 readme: $(VENV)/.dev
 	$(BIN)/python tests/make_readme.py
+	$(BIN)/python tests/make_cards.py
 
 # Daily loop: edit a notebook, then this; commit notebooks and package together.
 prepare: $(VENV)/.dev

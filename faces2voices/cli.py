@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'say', 'complain', 'Device', 'Layout', 'Preset', 'Model', 'Steps', 'Guidance', 'Seed', 'Faces', 'Workers',
-           'main', 'synthesize', 'talkers', 'prepare', 'train', 'adapt', 'evaluate', 'ablate', 'bench', 'download']
+           'main', 'synthesize', 'talkers', 'prepare', 'train', 'adapt', 'evaluate', 'sweep', 'ablate', 'bench',
+           'download']
 
 # %% ../nbs/20_cli.ipynb #c5623326
 import enum, sys
@@ -190,6 +191,23 @@ def evaluate(
         import json
         with atomic_path(out) as tmp: tmp.write_text(json.dumps(card, indent=1))
     say.print(show_card(card), markup=False)
+
+# %% ../nbs/20_cli.ipynb #ba34b4b4
+@app.command()
+def sweep(
+    data: Annotated[Path, typer.Argument(help="Prepared clips with sound; those of the split `val` are spoken.")],
+    model: Model = "talkers",
+    limit: Annotated[int, typer.Option(min=1, help="So many clips.")] = 10,
+    seed: Seed = 0,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Write the table (JSON) here.")] = None,
+):
+    "Speak validation clips without the flow, with few and many steps of it, and with weak and strong guidance."
+    import json
+    from faces2voices.experiments import recorded_study, show_study
+    found = recorded_study(model, data, limit, seed)
+    if out:
+        with atomic_path(out) as tmp: tmp.write_text(json.dumps(found, indent=1))
+    say.print(show_study(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #c1eb6795
 @app.command()

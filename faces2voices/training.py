@@ -6,8 +6,8 @@
 __all__ = ['WINDOW', 'NEEDS', 'KEPT', 'SECONDS', 'GPUS', 'USED', 'shuffled', 'schedule', 'EMA', 'terms', 'average_gradients',
            'Recipe', 'Learner', 'report', 'fit', 'Run', 'milestones', 'show_history', 'Scene', 'scenes',
            'scene_batches', 'part', 'note_time', 'Watch', 'two_mels', 'open_board', 'watched', 'train_hierarchy',
-           'train_speaker', 'train_the_vocoder', 'train_decoder', 'training_clips', 'train_system', 'assemble',
-           'write_card', 'train_the_locator', 'make_world', 'adapt', 'one_second', 'Cost', 'cost',
+           'train_speaker', 'train_the_vocoder', 'train_decoder', 'training_clips', 'train_system', 'commit',
+           'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'one_second', 'Cost', 'cost',
            'assume_all_frames_real', 'dry_run', 'show_costs']
 
 # %% ../nbs/16_training.ipynb #787aaa54
@@ -268,11 +268,12 @@ def show_history(log, # lines of `fit`, or the path of its .jsonl
     ax.set(yscale="log", xlabel=f"step ({log[-1]['seconds']:.0f} s in all)", ylabel="loss", title=title)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
 
-# %% ../nbs/16_training.ipynb #430b595e
-import os, platform
+# %% ../nbs/16_training.ipynb #df88b348
+import os, platform, subprocess
 from dataclasses import replace
 from torch.fx.experimental import _config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
+from . import __version__
 from .core import MEL_RATE, MELS_PER_FRAME, CorpusError, Preset, ToolMissingError
 from .corpora import Batch, ClipDataset, batches, collate, prepare, read_manifest
 from .synthesis import FacesToVoices
@@ -468,7 +469,13 @@ def train_system(preset:Preset,
     step("vocoder", model.vocoder, lambda: train_the_vocoder(model, ds, preset, run, first, seed))
     return assemble(model, run, ds, command)
 
-# %% ../nbs/16_training.ipynb #66ff379c
+# %% ../nbs/16_training.ipynb #bb310151
+def commit() -> str:
+    "Of the code, where it stands in a git checkout; else the package's version."
+    found = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else f"version {__version__}"
+
+# %% ../nbs/16_training.ipynb #3150cc51
 def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the model
     "Save the trained parts as one model, with what it was trained on; or say which parts are missing."
     wanted = [n for n in NEEDS if n != "locator" or model.preset.face_backend == "locator"]
@@ -478,7 +485,7 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     clips = list(dataset)
     if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([c.identity for c in clips]).mean(0))
     model.info = dict(command=command, data=f"{len(clips)} clips of {len({c.speaker for c in clips})} speakers, {sum(len(c.lips) for c in clips)/25/60:.0f} minutes",
-        seconds=json.loads((run/"times.json").read_text()), machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+        commit=commit(), seconds=json.loads((run/"times.json").read_text()), machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     model.save_pretrained(run/"model")
     write_card(model, run/"model"/"README.md")
     return run/"model"
@@ -490,7 +497,7 @@ def write_card(model, path):
     with atomic_path(path, overwrite=True) as tmp: tmp.write_text(_CARD.format(name=p.name, n=sum(x.numel() for x in model.parameters())/1e6, backend=p.face_backend,
         times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items()), **info), encoding="utf-8")
 
-# %% ../nbs/16_training.ipynb #2c905e6f
+# %% ../nbs/16_training.ipynb #8b0ebf39
 _CARD = """---
 library_name: faces2voices
 license: apache-2.0
@@ -504,7 +511,7 @@ tags: [video-to-speech, flow-matching]
 
     {command}
 
-on {data} ({machine}); {times}.
+at commit {commit}, on {data} ({machine}); {times}.
 
 ## Use and limits
 

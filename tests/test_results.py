@@ -2,7 +2,8 @@
 import json, re
 from pathlib import Path
 import pytest
-from faces2voices.experiments import RESULTS, ledger_markdown
+from faces2voices.experiments import RESULTS, WEIGHTS, ledger_markdown, model_card
+from faces2voices.synthesis import packaged_models
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(RESULTS.glob("*.json"))
@@ -24,3 +25,9 @@ def test_no_measure_stands_in_the_readme_outside_the_ledger():
     text = (ROOT/"README.md").read_text().replace(ledger_markdown(), "")
     prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|Python 3\.\d+|[A-Za-z-]*\d+\.\d+[.-]\w*", "", text, flags=re.S)
     assert not re.findall(r"\d+\.\d+|\d+ ?%", prose)
+
+@pytest.mark.parametrize("name", packaged_models())
+def test_a_models_card_is_current(name):
+    card = (WEIGHTS/name/"README.md").read_text()
+    assert card == model_card(name), "run `make readme`"
+    for part in ("## Made by", "## Data", "## Measured", "## Use and limits"): assert card.count(part) == 1
