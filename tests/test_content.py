@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from faces2voices.core import TINY, seed_everything, test_same
+from faces2voices.core import TINY, CorpusError, seed_everything, test_same
 from faces2voices.avhubert import influence
-from faces2voices.content import (Content, ContentEncoder, ConvBlock, MaskedConvBlock, content_loss, norm_real, receptive_field,
-                                  show_receptive_field, unit_accuracy)
+from faces2voices.content import (MEASURES, Content, ContentEncoder, ConvBlock, MaskedConvBlock, content_loss, judge_content, masked_ce_study, norm_real,
+                                  padded, paired, receptive_field, see_and_hear, show_receptive_field, show_study, train_content, unit_accuracy)
 
 SMALL = replace(TINY, dim=32, n_units=11)
 
@@ -96,6 +96,81 @@ def test_it_learns_a_made_sequence():
     out = net.eval()(x, mask)
     assert unit_accuracy(out.logits, units) > 0.95 and unit_accuracy(out.masked_logits, units) > 0.8
 
+def counting(n, T, D=11):
+    "Clips whose units count up, and features that show every second one."
+    units = [(torch.arange(2*T) + i) % 11 for i in range(n)]
+    return [(F.one_hot(u[::2], D).float(), u) for u in units]
+
+def test_padded_is_the_same_clips():
+    features, units, mask = padded([*counting(1, 5), *counting(1, 3)])
+    assert features.shape == (2, 5, 11) and units[1].tolist() == [0, 1, 2, 3, 4, 5, -100, -100, -100, -100]
+    assert mask.tolist() == [[True]*5, [True]*3 + [False]*2] and not features[1, 3:].any()
+
+def trained(weight):
+    seed_everything(3)
+    return train_content(ContentEncoder(11, SMALL), counting(6, 8), SMALL, weight, steps=6, batch=4)
+
+def test_a_pair_differs_in_nothing_but_the_weight():
+    a, b, other = trained(0.), trained(0.), trained(.5)
+    for k, v in a.state_dict().items(): test_same(v, b.state_dict()[k])
+    assert not a.training and (a.masked_head.bias == 0).sum() == 0
+    seed_everything(3)
+    start = ContentEncoder(11, SMALL)
+    moved = lambda net: (net.masked_head.bias - start.masked_head.bias).abs().max()
+    assert moved(other) > 5*moved(a)                                       # λ = 0: weight decay alone
+
+def test_judge_is_cross_entropy_and_accuracy_of_each_clip():
+    net, clips = ContentEncoder(11, SMALL).eval(), counting(3, 4)
+    judged = judge_content(net, clips)
+    assert judged.shape == (3, len(MEASURES))
+    c = net(clips[1][0][None], torch.ones(1, 4, dtype=torch.bool))
+    test_same(judged[1], torch.tensor([F.cross_entropy(c.logits[0], clips[1][1]).item(), unit_accuracy(c.logits[0], clips[1][1]),
+                                       F.cross_entropy(c.masked_logits[0], clips[1][1]).item(), unit_accuracy(c.masked_logits[0], clips[1][1])]), atol=1e-5)
+
+def test_the_paired_error_has_both_kinds_of_chance():
+    clips, seeds = torch.randn(1, 400, 1).expand(5, 400, 1), torch.randn(5, 1, 1).expand(5, 400, 1)
+    mean, error = paired(clips)
+    test_same(mean, clips[0].mean(0), atol=1e-6); test_same(error, clips[0].std(0)/20, atol=1e-5)
+    test_same(paired(seeds)[1], seeds[:, 0].std(0)/5**.5, atol=1e-5)
+    both = torch.randn(2000, 4, 30, 1) + .5*torch.randn(2000, 4, 1, 1) + .2*torch.randn(2000, 1, 30, 1)
+    found = torch.stack([torch.cat(paired(d)) for d in both])
+    assert ((found[:, 0].abs() < 2*found[:, 1]).float().mean() > .9)       # two errors cover the true difference, which is zero
+
+class Lips(nn.Module):
+    def forward(self, lips, mask): return F.adaptive_avg_pool2d(lips[:, 0], 3).flatten(2)
+
+def prepared(folder, splits):
+    "A folder of short prepared clips, and a model that can look at them."
+    from types import SimpleNamespace
+    from faces2voices.corpora import Clip, Entry, save_clip, write_manifest
+    from faces2voices.units import UnitQuantizer
+    entries = []
+    for i, split in enumerate(splits):
+        g, T = torch.Generator().manual_seed(i), 6 + i % 3
+        grey = lambda *shape: torch.randint(256, shape, generator=g).byte()
+        clip = Clip(f"c{i}", "a", "", grey(T, 96, 96), grey(112, 112, 3), torch.zeros(T, 4), torch.zeros(0), .1*torch.randn(640*T, generator=g), *torch.zeros(3, 2*T))
+        save_clip(clip, folder/f"c{i}.npz")
+        entries.append(Entry(f"c{i}", folder/f"c{i}.mp4", "a", "", split, dict(frames=T, sound=True)))
+    write_manifest(entries, folder/"manifest.jsonl")
+    units = UnitQuantizer(11).fit([.1*torch.randn(6400, generator=torch.Generator().manual_seed(s)) for s in range(4)])
+    return SimpleNamespace(hierarchy=SimpleNamespace(lips=Lips()), units=units, preset=SMALL, device=torch.device("cpu"))
+
+def test_study_from_a_folder(tmp_path, capsys):
+    model = prepared(tmp_path, ["train"]*5 + ["val", "test", "test"])
+    seen = see_and_hear(model, tmp_path, "train")
+    assert len(seen) == 5 and seen[1][0].shape == (7, 9) and seen[1][1].shape == (14,)
+    assert [len(see_and_hear(model, tmp_path, "train", limit=n)) for n in (1, 2, 3, 5, 9)] == [1, 2, 3, 5, 5]
+    with pytest.raises(CorpusError, match="dev"): see_and_hear(model, tmp_path, "dev")
+    study = masked_ce_study(model, tmp_path, seeds=(0, 1), steps=3, batch=2, limit=4)
+    assert study["clips"] == [3, 3] and len(study["runs"]) == 4 and len(study["gain"]) == len(study["error"]) == 4
+    values = {(r["weight"], r["seed"]): torch.tensor(r["values"]) for r in study["runs"]}
+    gain = sum(values[.5, s] - values[0., s] for s in (0, 1))/2
+    test_same(torch.tensor(study["gain"]), gain, atol=2e-5)
+    pytest.importorskip("matplotlib").use("Agg")
+    show_study({"a": study, "b": study})
+
 def test_figure():
     matplotlib = pytest.importorskip("matplotlib"); matplotlib.use("Agg")
-    assert len(show_receptive_field(ContentEncoder(8, SMALL).eval()).axes) == 2
+    import matplotlib.pyplot as plt
+    show_receptive_field(ContentEncoder(8, SMALL).eval())
+    assert not plt.get_fignums()                                           # shown and closed

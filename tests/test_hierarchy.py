@@ -2,12 +2,14 @@
 import math
 from dataclasses import replace
 import pytest, torch, torch.nn.functional as F
-from faces2voices.core import TINY, test_same as same
-from faces2voices.corpora import Batch
+from types import SimpleNamespace
+from faces2voices.core import TINY, CorpusError, test_same as same
+from faces2voices.corpora import Batch, Clip, Entry, save_clip, write_manifest
+from faces2voices.units import UnitQuantizer, phone_reader
 from faces2voices.hierarchy import *
+from faces2voices.hierarchy import Observed
 
 SMALL = replace(TINY, dim=32, n_units=8, n_blocks=2, lip_width=4, lip_rnn=16, lip_scale=4, dropout=0.)
-see = lambda b: (b.lips, b.face, b.identity, b.expression, b.mask)
 VARIANTS = [(), ("masked",), ("timbre",), ("prosody",), ("timbre", "prosody"), ("hierarchy",)]
 
 @pytest.fixture(autouse=True)
@@ -112,7 +114,85 @@ def test_made_batch_is_a_batch_of_the_agreed_shapes():
     assert isinstance(b, Batch) and b.lips.shape == (3, 1, 7, 88, 88) and b.mel.shape == (3, 80, 28) and b.units.shape == b.energy.shape == (3, 14)
     same(made_batch(SMALL, 3, 7, seed=4).mel, made_batch(SMALL, 3, 7, seed=4).mel)
 
+def test_the_made_world_is_the_same_for_every_seed():
+    a, b = made_batch(SMALL, 4, 8, seed=1), made_batch(SMALL, 4, 8, seed=2)
+    u = next(int(u) for u in a.units.unique() if u in b.units)
+    picture = lambda x: x.lips[:, 0][x.units[:, ::2] == u][0]
+    same(picture(a), picture(b))
+    assert (a.log_f0.mean(1) - 5).abs().max() < 1.5 and (a.energy.mean(1) + 4).abs().max() < 1e-5      # how has mean zero
+
 def test_probe():
     x = torch.randn(300, 5)
     assert probe(x, x @ torch.randn(5)) > .99 and probe(x, torch.randn(300)) < .2
     assert probe(x, (x[:, 0] > 0).long()) > .9
+
+def test_a_probe_that_holds_out_groups_cannot_learn_them_by_heart():
+    group = torch.arange(40).repeat_interleave(10)
+    x, y = F.one_hot(group, 40).float(), torch.randn(40)[group]
+    assert probe(x, y) > .9 and probe(x, y, groups=group) < .1
+
+@torch.no_grad()
+def test_what_each_stage_leaves_adds_up_to_mu():
+    model, batch = Hierarchy(SMALL).eval(), made_batch(SMALL, 2, 7)
+    left, out = after_each_stage(model, batch), model(*see(batch))
+    assert list(left) == ["lips", "content", "timbre", "prosody", "μ"] and all(h.shape[:2] == (2, 14) for h in left.values())
+    same(left["μ"], (out.mu[..., ::2] + out.mu[..., 1::2]).transpose(1, 2)/2, atol=1e-6)
+    same(model.to_mu(left["prosody"], batch.mask), out.mu, atol=1e-6)
+    same(left["prosody"] - left["timbre"], out.prosody.embedding, atol=1e-5)
+
+def truth(batch):
+    "The Mu of a model that knows everything."
+    content = SimpleNamespace(logits=F.one_hot(batch.units, 8).float())
+    return Mu(batch.mel, batch.speaker, content, SimpleNamespace(log_f0=batch.log_f0, energy=batch.energy))
+
+def test_scores_of_one_who_knows_and_of_one_who_does_not():
+    batch = made_batch(SMALL, 1, 20)
+    phones = batch.units[0]//2
+    phones[:4] = -1
+    reader = phone_reader([batch.units[0]], [phones])
+    knows = clip_scores(truth(batch), batch, phones, reader)
+    same(knows, torch.tensor([36., 36., 36., 36., 1., 1.]), atol=1e-4)
+    wrong = clip_scores(truth(batch._replace(units=(batch.units + 3) % 8, log_f0=10 - batch.log_f0)), batch, phones, reader)
+    assert wrong[2] == 0 and wrong[0] < 20 and abs(wrong[4] + 1) < 1e-4 and wrong[1] == 36
+
+def test_figures_and_spread_by_hand():
+    scores = torch.tensor([[8., 10., 6., 20., .5, .9], [4., 5., 3., 10., .7, float("nan")]])
+    found = figures(scores)
+    assert found["phonemes, share of true units"] == .8 and found["phonemes, true units"] == .5 and found["units right"] == .3
+    assert found["F0 contour, r"] == .6 and found["energy, r"] == .9 and set(BARS) < set(found)
+    assert spread(scores)["phonemes, share of true units"] == 0 and spread(scores)["F0 contour, r"] > .03
+
+def test_questions_hold_out_people_and_for_a_person_takes():
+    g = torch.Generator().manual_seed(0)
+    clip = lambda who, take: Observed({"a": torch.randn(3, 4, generator=g)}, {"a": torch.randn(4, generator=g)}, torch.tensor([1, 2, 1]), torch.tensor([.1, .2, .3]),
+                                      torch.tensor([True, False, True]), 5. + who, who, take)
+    asked = questions([clip(0, 0), clip(1, 0), clip(0, 1)], "a")
+    assert {k: v[2].tolist() for k, v in asked.items()} == {"phoneme": [0]*3 + [1]*3 + [0]*3, "person": [0, 0, 1], "pitch of the voice": [0, 1, 0], "pitch movement": [0, 0, 1, 1, 0, 0]}
+    same(asked["pitch movement"][1], torch.tensor([.1, .3]*3)); same(asked["pitch of the voice"][1], torch.tensor([5., 6., 5.]))
+    assert list(asked) == list(PROBES) and all(len(x) == len(y) == len(z) for x, y, z in asked.values())
+
+def a_world(folder, speakers, splits):
+    "Noise with phones, spoken by nobody, as prepared clips."
+    entries = []
+    for i, (who, split) in enumerate(zip(speakers, splits)):
+        g, T = torch.Generator().manual_seed(i), 20
+        bytes_ = lambda *shape: torch.randint(256, shape, generator=g).byte()
+        noise = lambda *shape: torch.randn(*shape, generator=g)
+        clip = Clip(f"c{i}", who, f"say {i}", bytes_(T, 96, 96), bytes_(112, 112, 3), torch.rand(T, 1152, generator=g), torch.zeros(0), .1*noise(640*T),
+                    5 + .1*noise(2*T), torch.ones(2*T), noise(2*T))
+        save_clip(clip, folder/f"c{i}.npz")
+        phones = [["a", .1, .4], ["b", .4, .7]]
+        entries.append(Entry(f"c{i}", folder/f"c{i}.mp4", who, f"say {i}", split, dict(frames=T, sound=True, phones=phones)))
+    write_manifest(entries, folder/"manifest.jsonl")
+
+def test_judge_stages_from_a_folder(tmp_path):
+    a_world(tmp_path, ["x", "x", "y", "u", "u", "v", "v", "w", "w", "x"], ["train"]*3 + ["val"]*2 + ["test"]*5)
+    model = SimpleNamespace(hierarchy=Hierarchy(SMALL).eval(), preset=SMALL, units=UnitQuantizer(8).fit([.1*torch.randn(12800) for _ in range(3)]))
+    assert [e.name for e in unseen_entries(tmp_path, "val", "test")] == ["c3", "c4", "c5", "c6", "c7", "c8"]      # the last is of a known voice
+    with pytest.raises(CorpusError, match="dev"): unseen_entries(tmp_path, "dev")
+    record = judge_stages(model, tmp_path)
+    assert record["clips"] == 6 and record["speakers"] == 3 and set(record["figures"]) == set(record["errors"]) >= set(BARS)
+    assert [(r["stage"], r["probe"]) for r in record["probes"]] == [(s, p) for s in ("lips", "content", "timbre", "prosody", "μ") for p in PROBES]
+    with pytest.raises(CorpusError, match="phones"): known(model, tmp_path, Entry("c0", tmp_path/"c0.mp4"), ["a"])
+    pytest.importorskip("matplotlib").use("Agg")
+    show_probes(record); assert len(show_figures(record)) == len(record["figures"])

@@ -6,7 +6,7 @@ import torchaudio
 from safetensors.torch import load_file, save_file
 from faces2voices.audio import MEL, vowel
 from faces2voices.core import PRESETS, CheckpointError, ToolMissingError, test_same as same
-from faces2voices.units import UnitQuantizer, cepstra, hubert_features, make_quantizer, purity, table
+from faces2voices.units import UnitQuantizer, cepstra, hubert_features, make_quantizer, neighbours, phone_labels, phone_reader, purity, read_phones, table
 
 def noise(N, seed=0): return .1*torch.randn(N, generator=torch.Generator().manual_seed(seed))
 
@@ -94,6 +94,21 @@ def test_units_to_mel_is_the_mean_mel(sounds, quantizer):
 def test_purity_by_hand():
     assert purity(torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 0, 1, 1, 0])) == .8
     same(table(torch.tensor([0, 2, 2]), torch.tensor([1, 0, 0])), torch.tensor([[0., 1.], [0., 0.], [2., 0.]]))
+
+def test_phone_labels_by_hand():
+    same(phone_labels([("b", .02, .06), ("a", .1, .2)], 8, ["a", "b"]), torch.tensor([-1, 1, 1, -1, -1, 0, 0, 0]))
+    with pytest.raises(ValueError): phone_labels([("c", 0., .1)], 8, ["a", "b"])
+
+def test_neighbours_by_hand():
+    same(neighbours(torch.tensor([5, 6, 7]), 1), torch.tensor([[-1, 5, 6], [5, 6, 7], [6, 7, -1]]))
+
+def test_a_phone_can_be_read_from_the_units_around_it():
+    "The phone is the unit before: a reader of single units could not know it."
+    units = [torch.randint(6, (40,), generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    phones = [torch.cat([torch.tensor([-1]), u[:-1]]) for u in units]
+    reader = phone_reader(units[:15], phones[:15])
+    for u, p in zip(units[15:], phones[15:]): same(read_phones(reader, u)[1:], p[1:])
+    assert read_phones(reader, torch.tensor([99, 1])).shape == (2,)          # a unit that was never seen
 
 @pytest.mark.parametrize("T", [1, 2, 3, 75])
 def test_hubert_gives_two_features_a_frame(T):
