@@ -5,33 +5,35 @@
 # %% auto #0
 __all__ = ['STRIP', 'show_contours', 'normalize_pitch', 'denormalize_pitch', 'normalize_energy', 'denormalize_energy', 'ConvNorm',
            'VariancePredictor', 'StripEncoder', 'ExpressionEncoder', 'movement', 'Prosody', 'ProsodyEncoder',
-           'ProsodyLoss', 'prosody_loss']
+           'ProsodyLoss', 'prosody_loss', 'correlate', 'bend', 'contours_png', 'bend_widget', 'show_blendshapes']
 
-# %% ../nbs/09_prosody.ipynb #905c0c5f
+# %% ../nbs/09_prosody.ipynb #e0bc2706
 from typing import NamedTuple
+import math
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from .timbre import masked_mean
 
-# %% ../nbs/09_prosody.ipynb #883fbb04
-def show_contours(log_f0, # (2T,) ln Hz
-                  voiced, # (2T,) in [0, 1]
-                  energy, # (2T,) ln RMS
+# %% ../nbs/09_prosody.ipynb #36a426f3
+def show_contours(log_f0, voiced, energy, # (2T,) ln Hz; (2T,) in [0, 1]; (2T,) ln RMS
                   true=None, # the same three, drawn in grey below
                   expression=None, # (T,) a line at 25 fps, drawn in its own panel
                   title:str=""):
     "Pitch where voiced, and energy, over time; predicted over true."
     import matplotlib.pyplot as plt
-    rows = [(log_f0, voiced, energy, "#0072B2", "predicted")] if true is None else [(*true, "0.7", "true"), (log_f0, voiced, energy, "#D55E00", "predicted")]
-    fig, axs = plt.subplots(2 + (expression is not None), 1, figsize=(8, 3.6), sharex=True, layout="constrained")
-    for f, v, e, colour, name in rows:
-        seconds = torch.arange(len(f))/50
-        axs[0].plot(seconds, torch.where(v > .5, f.exp(), torch.nan), color=colour, lw=2, label=name if true is not None else None)
-        axs[1].plot(seconds, e, color=colour, lw=2)
+    from IPython.display import display
+    fig, axs = plt.subplots(2 + (expression is not None), 1, figsize=(8, 3.6), dpi=80, sharex=True, layout="constrained")
+    for contours, colour, name in ((true, "0.65", "true"), ((log_f0, voiced, energy), "#0072B2" if true is None else "#D55E00", "predicted")):
+        if contours is not None: _draw_contours(axs, *contours, color=colour, lw=2, label=name)
     if expression is not None: axs[2].plot(torch.arange(len(expression))/25, expression, color="#009E73"); axs[2].set_ylabel("expression")
     axs[0].set(ylabel="F0 (Hz)", title=title); axs[1].set_ylabel("energy (ln)"); axs[-1].set_xlabel("seconds")
     if true is not None: axs[0].legend(frameon=False, ncol=2, fontsize=8)
-    plt.show()
+    display(fig, metadata={"alt": f"Pitch and energy over time{'' if true is None else ', predicted over true'}{'' if expression is None else ', and the line of the brows'}. {title}"}); plt.close(fig)
+
+def _draw_contours(axs, log_f0, voiced, energy, **style):
+    seconds = torch.arange(len(log_f0))/50
+    axs[0].plot(seconds, torch.where(voiced > .5, log_f0.exp(), torch.nan), **style)
+    axs[1].plot(seconds, energy, **style)
 
 # %% ../nbs/09_prosody.ipynb #5c381508
 def normalize_pitch(log_f0): "ln Hz → about [−2, 2]: 5 is 148 Hz, 0.5 about nine semitones."; return (log_f0 - 5) / .5
@@ -42,7 +44,7 @@ def normalize_energy(energy): "ln RMS → about [−2, 2]."; return (energy + 4)
 
 def denormalize_energy(x): "Inverse of `normalize_energy`."; return x * 2 - 4
 
-# %% ../nbs/09_prosody.ipynb #f5f9bded
+# %% ../nbs/09_prosody.ipynb #1df51fa9
 class ConvNorm(nn.Module):
     "Masked 1-D convolution → ReLU → layer norm → dropout, on (B, T, C)."
     def __init__(self, in_dim:int, out_dim:int, kernel:int=3, dropout:float=.1):
@@ -50,14 +52,16 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv1d(in_dim, out_dim, kernel, padding=kernel//2)
         self.norm, self.drop = nn.LayerNorm(out_dim), nn.Dropout(dropout)
 
-    def forward(self, h, # (B, T, in_dim)
-                mask     # (B, T) bool
-               ): # (B, T, out_dim)
-        "Padding is zeroed on the way in, so that it never reaches a real frame."
-        h = self.conv((h * mask[..., None]).transpose(1, 2)).transpose(1, 2)
-        return self.drop(self.norm(F.relu(h)))
+# %% ../nbs/09_prosody.ipynb #a456f80e
+@patch
+def forward(self:ConvNorm, h, # (B, T, in_dim)
+            mask     # (B, T) bool
+           ): # (B, T, out_dim)
+    "Padding is zeroed on the way in, so that it never reaches a real frame."
+    h = self.conv((h * mask[..., None]).transpose(1, 2)).transpose(1, 2)
+    return self.drop(self.norm(F.relu(h)))
 
-# %% ../nbs/09_prosody.ipynb #710600c2
+# %% ../nbs/09_prosody.ipynb #ffa1753d
 class VariancePredictor(nn.Module):
     "FastSpeech 2's predictor: two conv–ReLU–norm layers and a linear output, one number a frame."
     def __init__(self, dim:int, width:int=128, dropout:float=.1):
@@ -65,14 +69,16 @@ class VariancePredictor(nn.Module):
         self.layers = nn.ModuleList([ConvNorm(dim, width, 3, dropout), ConvNorm(width, width, 3, dropout)])
         self.out = nn.Linear(width, 1)
 
-    def forward(self, h, # (B, T, dim)
-                mask     # (B, T) bool
-               ): # (B, T)
-        "The predicted contour."
-        for layer in self.layers: h = layer(h, mask)
-        return self.out(h)[..., 0]
+# %% ../nbs/09_prosody.ipynb #4b2629bf
+@patch
+def forward(self:VariancePredictor, h, # (B, T, dim)
+            mask     # (B, T) bool
+           ): # (B, T)
+    "The predicted contour."
+    for layer in self.layers: h = layer(h, mask)
+    return self.out(h)[..., 0]
 
-# %% ../nbs/09_prosody.ipynb #90a58d02
+# %% ../nbs/09_prosody.ipynb #ef0539b9
 STRIP = 24, 48 # pixels of the strip of brows and eyes, E = 1152
 
 class StripEncoder(nn.Module):
@@ -83,13 +89,15 @@ class StripEncoder(nn.Module):
         self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.ReLU()) for i, o in zip(widths, widths[1:])])
         self.out = nn.Linear(32*3*6, dim)
 
-    def forward(self, strip # (B, T, 1152) grey, mean zero
-               ): # (B, T, dim)
-        "Features of each frame."
-        B, T, _ = strip.shape
-        return self.out(self.convs(8*strip.reshape(B*T, 1, *STRIP)).flatten(1)).reshape(B, T, -1)
+# %% ../nbs/09_prosody.ipynb #a1948afd
+@patch
+def forward(self:StripEncoder, strip # (B, T, 1152) grey, mean zero
+           ): # (B, T, dim)
+    "Features of each frame."
+    B, T, _ = strip.shape
+    return self.out(self.convs(8*strip.reshape(B*T, 1, *STRIP)).flatten(1)).reshape(B, T, -1)
 
-# %% ../nbs/09_prosody.ipynb #c35145f2
+# %% ../nbs/09_prosody.ipynb #87257b43
 class ExpressionEncoder(nn.Module):
     "Expression → features at 25 Hz: a CNN on the strip (E = 1152) or a linear layer on blendshapes, then two temporal convolutions."
     def __init__(self, expression_dim:int, # E
@@ -99,13 +107,15 @@ class ExpressionEncoder(nn.Module):
         self.frame = StripEncoder(dim) if expression_dim == STRIP[0]*STRIP[1] else nn.Linear(expression_dim, dim)
         self.time = nn.ModuleList([ConvNorm(dim, dim, 5, dropout), ConvNorm(dim, dim, 5, dropout)])
 
-    def forward(self, expression, # (B, T, E)
-                mask              # (B, T) bool
-               ): # (B, T, dim)
-        "Each frame's expression in the light of its neighbours'."
-        h = self.frame(expression)
-        for layer in self.time: h = layer(h, mask)
-        return h
+# %% ../nbs/09_prosody.ipynb #60a73afe
+@patch
+def forward(self:ExpressionEncoder, expression, # (B, T, E)
+            mask              # (B, T) bool
+           ): # (B, T, dim)
+    "Each frame's expression in the light of its neighbours'."
+    h = self.frame(expression)
+    for layer in self.time: h = layer(h, mask)
+    return h
 
 # %% ../nbs/09_prosody.ipynb #19071cc4
 def movement(x,     # (B, T, C)
@@ -163,13 +173,14 @@ def embed_contours(self:ProsodyEncoder, pitch, # (B, 2T) normalised
     x = torch.stack([pitch*voiced, voiced, energy], 1) * mask[:, None]
     return self.embed(x).transpose(1, 2)
 
-# %% ../nbs/09_prosody.ipynb #c7b16896
+# %% ../nbs/09_prosody.ipynb #7b8f13d4
 class ProsodyLoss(NamedTuple):
     "One number a contour."
     pitch: torch.Tensor
     voicing: torch.Tensor
     energy: torch.Tensor
 
+# %% ../nbs/09_prosody.ipynb #736d8740
 def prosody_loss(prosody, # Prosody
                  batch    # has log_f0, voiced, energy (B, 2T) and mask (B, T)
                 ) -> ProsodyLoss:
@@ -180,3 +191,73 @@ def prosody_loss(prosody, # Prosody
     voicing = F.binary_cross_entropy_with_logits(prosody.voiced_logit, batch.voiced, reduction="none")
     energy = (normalize_energy(prosody.energy) - normalize_energy(batch.energy)).abs()
     return ProsodyLoss(mean(pitch, mask*batch.voiced), mean(voicing, mask), mean(energy, mask))
+
+# %% ../nbs/09_prosody.ipynb #df9f1da7
+def correlate(a, b, # (…, L)
+              weight # (…, L) bool, or floats in [0, 1]: the frames that count
+             ): # (…,)
+    "Weighted correlation over time."
+    centred = lambda x: x - (x*weight).sum(-1, keepdim=True)/weight.sum(-1, keepdim=True)
+    a, b = centred(a), centred(b)
+    dot = lambda x, y: (weight*x*y).sum(-1)
+    return dot(a, b)/(dot(a, a)*dot(b, b)).sqrt().clamp(min=1e-12)
+
+# %% ../nbs/09_prosody.ipynb #ee9e67b7
+def bend(log_f0, voiced, # (L,) ln Hz at 50 Hz; (L,) in [0, 1]
+         shift:float=0., # semitones
+         range:float=1., # factor on the movement
+         tilt:float=0.   # semitones a second; nothing in the middle
+        ): # (L,) ln Hz
+    "A contour that is moved, stretched about its mean and tilted."
+    t = torch.arange(len(log_f0))/50
+    mean = (log_f0*voiced).sum()/voiced.sum().clamp(min=1)
+    return mean + range*(log_f0 - mean) + math.log(2)/12*(shift + tilt*(t - t.mean()))
+
+# %% ../nbs/09_prosody.ipynb #29adcb02
+def contours_png(voiced, # (L,) in [0, 1]
+                 **contours # name = (L,) ln Hz
+                ) -> bytes:
+    "A picture of pitch contours where voiced."
+    import io
+    from matplotlib.figure import Figure
+    fig, file = Figure(figsize=(6, 2.2), dpi=80, layout="constrained"), io.BytesIO()
+    ax = fig.subplots()
+    for (name, x), colour in zip(contours.items(), ["0.6", "#D55E00", "#0072B2", "#009E73"]):
+        ax.plot(torch.arange(len(x))/50, torch.where(voiced > .5, x.exp(), torch.nan), lw=2, color=colour, label=name.replace("_", " "))
+    ax.set(xlabel="seconds", ylabel="F0 (Hz)"); ax.legend(frameon=False, fontsize=8, ncol=4)
+    fig.savefig(file)
+    return file.getvalue()
+
+# %% ../nbs/09_prosody.ipynb #57c47cfe
+def bend_widget(log_f0, voiced, # (L,) as in `bend`
+                speak # (L,) ln Hz → (N,) sound at 16 kHz
+               ):
+    "Sliders for shift, range and tilt, the bent contour over the old one, and its sound."
+    import io, soundfile
+    import ipywidgets as W
+    slider = lambda name, value, low, high, step: W.FloatSlider(value, min=low, max=high, step=step, description=name, continuous_update=False)
+    dials = [slider("shift", 0., -6, 6, 1), slider("range", 1., 0, 2.5, .25), slider("tilt", 0., -12, 12, 2)]
+    picture, sound = W.Image(format="png", width=480), W.Audio(format="wav", autoplay=False, loop=False)
+    def follow(change=None):
+        bent, pcm = bend(log_f0, voiced, **{d.description: d.value for d in dials}), io.BytesIO()
+        soundfile.write(pcm, speak(bent).clamp(-1, 1).numpy(), 16000, format="WAV")
+        sound.autoplay, sound.value, picture.value = change is not None, pcm.getvalue(), contours_png(voiced, before=log_f0, bent=bent)
+    for d in dials: d.observe(follow, "value")
+    follow()
+    return W.HBox([W.VBox([*dials, sound]), picture])
+
+# %% ../nbs/09_prosody.ipynb #591c827c
+def show_blendshapes(blendshapes, names, # (T, 52) and what they are called
+                     line, # (T,) what they might follow
+                     n:int=4 # how many
+                    ):
+    "The blendshapes that follow a line best, up or down, under the line."
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    follow = correlate(blendshapes.T, line, torch.ones_like(line))
+    fig, axs = plt.subplots(n + 1, 1, figsize=(8, 4), dpi=80, sharex=True, layout="constrained")
+    axs[0].plot(torch.arange(len(line))/25, line, color="0.5", lw=2); axs[0].set_title("the true line of the brows", fontsize=9, loc="left")
+    for ax, i in zip(axs[1:], follow.abs().argsort(descending=True)):
+        ax.plot(torch.arange(len(line))/25, blendshapes[:, i], color="#0072B2"); ax.set_title(f"{names[i]}, r = {follow[i]:.2f}", fontsize=9, loc="left")
+    axs[-1].set_xlabel("seconds")
+    display(fig, metadata={"alt": f"The true line of the brows, and below it the {n} blendshapes that follow it best"}); plt.close(fig)

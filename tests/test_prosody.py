@@ -1,7 +1,8 @@
 "Variance predictors and their losses: masks, normalisation, teacher forcing, and that level and movement come from where they should."
+import io, math
 from dataclasses import replace
 from typing import NamedTuple
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from faces2voices.core import TINY, test_same as same
 from faces2voices.prosody import *
 
@@ -87,3 +88,37 @@ def test_level_from_the_speaker_and_movement_from_the_brows_whatever_the_lips_sh
     same(level(still), level(out), atol=1e-4)                                         # the level is still there
     assert still.log_f0[:, 8:-8].std(1).mean() < .3*out.log_f0[:, 8:-8].std(1).mean() # the movement is not
     same(level(swapped), level(out).flip(0), atol=1e-4)                               # and goes with the voice alone
+
+def test_bending_a_contour_does_what_it_says():
+    log_f0, voiced = 5 + .2*torch.randn(60), (torch.rand(60) > .3).float()
+    mean = lambda x: (x*voiced).sum()/voiced.sum()
+    same(bend(log_f0, voiced), log_f0, atol=1e-5)
+    same(bend(log_f0, voiced, shift=7), log_f0 + 7*math.log(2)/12, atol=1e-5)
+    wide = bend(log_f0, voiced, range=1.7)
+    same(mean(wide), mean(log_f0), atol=1e-5); same(wide - mean(wide), 1.7*(log_f0 - mean(log_f0)), atol=1e-5)
+    slope = bend(torch.full((51,), 5.), torch.ones(51), tilt=3)                       # one second
+    same(slope[-1] - slope[0], torch.tensor(3*math.log(2)/12), atol=1e-5); same(slope.mean(), torch.tensor(5.), atol=1e-5)
+    assert bend(log_f0, torch.zeros(60), range=2.).isfinite().all()                   # nothing voiced
+
+def test_correlation_counts_only_what_it_is_told_to():
+    a, b, weight = torch.randn(3, 40), torch.randn(3, 40), torch.rand(3, 40) > .4
+    for i in range(3): same(correlate(a, b, weight.float())[i], torch.corrcoef(torch.stack([a[i, weight[i]], b[i, weight[i]]]))[0, 1], atol=1e-5)
+    same(correlate(a, -2*a + 3, weight.float()), -torch.ones(3), atol=1e-5)
+
+def test_the_widget_speaks_what_its_sliders_say():
+    pytest.importorskip("ipywidgets")
+    import soundfile
+    log_f0, said = 5 + .1*torch.sin(torch.arange(50)/5), []
+    def speak(bent):
+        said.append(bent)
+        return .5*torch.sin(2*math.pi*torch.cumsum(bent.exp().repeat_interleave(320)/16000, 0))
+    controls, picture = bend_widget(log_f0, torch.ones(50), speak).children
+    *dials, sound = controls.children
+    heard = lambda: soundfile.read(io.BytesIO(sound.value))[0]
+    crossings = lambda: (abs(np.diff(np.sign(heard()))) > 1).sum()
+    same(said[0], log_f0, atol=1e-6)
+    before, drawn = crossings(), picture.value
+    assert [d.description for d in dials] == ["shift", "range", "tilt"] and not sound.autoplay and drawn[:4] == b"\x89PNG"
+    for dial, value in zip(dials, (6., 0., -6.)): dial.value = value
+    same(said[-1], bend(log_f0, torch.ones(50), 6., 0., -6.), atol=1e-6)
+    assert sound.autoplay and picture.value != drawn and crossings()/before == pytest.approx(2**.5, rel=.05)

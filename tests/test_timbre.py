@@ -1,8 +1,14 @@
-"GE2E in closed form, margins, FiLM, retrieval, and what padding must not do."
-import math
+"GE2E in closed form, margins, FiLM, retrieval and line-ups, faces and the link, and what padding must not do."
+import json, math, sys
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
-from faces2voices.core import GRID, TINY, test_same as same
+from faces2voices.core import GRID, PAPER, TINY, ToolMissingError, test_same as same
+from faces2voices.audio import vowel
+from faces2voices.talkers import LINKED, make_talker
 from faces2voices.timbre import *
+from faces2voices.video import make_backend
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
@@ -90,3 +96,83 @@ def test_arcface():
     assert arcface_loss(e, w, y, 10., .3) > arcface_loss(e, w, y, 10., 0.)
     point = lambda a: torch.tensor([[math.cos(a), math.sin(a)]])
     same(arcface_loss(point(.4), torch.cat([point(0.), point(1.3)]), torch.tensor([0]), 20., .5), torch.tensor(math.log(2)), atol=1e-3)  # θ + m = α − θ
+
+def test_a_line_up_is_the_mean_over_all_line_ups():
+    ranks, n = [1, 3, 6, 2, 2, 5], 3
+    for rank, row in zip(ranks, line_up(ranks, n)):
+        sizes = [1 + sum(i < rank - 1 for i in others) for others in combinations(range(5), n - 1)]   # the first rank − 1 of the others are nearer
+        same(torch.tensor(row), torch.tensor([np.mean([s <= k for s in sizes]) for k in (1, 2, 3)]), atol=1e-9)
+    assert line_up(torch.arange(1, 41), 20)[:, 0].mean() == pytest.approx(1/20)                       # ranks of a guess
+
+def test_share_is_a_mean_with_its_interval():
+    x = np.random.default_rng(0).random(400)
+    assert share(x).mean == pytest.approx(x.mean()) and share(x).half == pytest.approx(1.96/np.sqrt(12*400), rel=.1)
+
+def test_snapshots_and_shapes_follow_the_link():
+    talkers = [make_talker(s) for s in range(40)]
+    faces = snapshots(talkers[:2], 2)
+    assert faces.shape == (2, 2, 3, 112, 112) and -1 <= faces.min() < faces.max() <= 1 and not torch.equal(faces[:, 0], faces[:, 1])
+    same(faces[1, 1], snapshot(talkers[1], 1))
+    pitches = np.log([t.f0 for t in talkers])
+    brow = list(LINKED).index("brow")                                                                 # a low voice, a heavy brow
+    follows = lambda link: np.corrcoef(pitches, shapes([make_talker(s, link) for s in range(40)])[:, 0, brow])[0, 1]
+    assert follows(1.) < -.9 and abs(follows(0.)) < .4
+
+def test_shapes_find_voices_at_full_link_and_guess_at_none():
+    def voice(seed):
+        t = make_talker(seed)
+        return [9*(t.tract - 1), 3*(np.log(t.f0) - 5), 1.]
+    known, new = list(range(200, 320)), list(range(40))
+    voices, centres = (F.normalize(F.pad(torch.tensor([voice(s) for s in seeds]).float(), (0, 253)), dim=-1) for seeds in (known, new))
+    people = People(known, new, voices, centres, centres)
+    rows = {link: seek(people, link, 120, 250, shapes, lr=3e-3) for link in (0., 1.)}
+    assert rows[1.]["top1"] > .6 and rows[0.]["top1"] < .2 and rows[1.]["cosine"] > rows[0.]["cosine"] + .1
+    assert rows[1.]["curve"] == sorted(rows[1.]["curve"]) and rows[1.]["curve"][-1] == 1
+
+def test_training_a_face_encoder_is_seeded_and_leaves_the_global_seed_alone():
+    seen, voices, state = torch.randn(6, 2, 9), F.normalize(torch.randn(6, 256), dim=-1), torch.get_rng_state()
+    one, losses = train_timbre(seen, voices, steps=40, batch=8, lr=1e-2)
+    two, _ = train_timbre(seen, voices, steps=40, batch=8, lr=1e-2)
+    assert torch.equal(state, torch.get_rng_state()) and not one.training and np.mean(losses[-5:]) < .3
+    for p, q in zip(one.parameters(), two.parameters()): same(p, q)
+
+def test_arcface_pulls_pictures_of_one_person_together():
+    people = torch.rand(4, 1, 3, 1, 1)*2 - 1
+    faces = (people + .3*torch.randn(4, 4, 3, 112, 112)).clamp(-1, 1)
+    encoder, losses = train_arcface(faces, margin=.3, dim=8, steps=25, batch=8)
+    with torch.no_grad(): near, far = same_and_other(F.normalize(encoder(faces.flatten(0, 1)), dim=-1).unflatten(0, (4, 4)))
+    assert near.shape == (24,) and far.shape == (6,) and losses[-1] < losses[0] and near.mean() < .5*far.mean()
+
+def test_angles_by_hand():
+    point = lambda *degrees: torch.stack([torch.tensor([math.cos(math.radians(a)), math.sin(math.radians(a))]) for a in degrees])
+    near, far = same_and_other(torch.stack([point(0, 10, 30), point(90, 95, 80)]))
+    same(near, torch.tensor([10., 30, 20, 5, 10, 15]), atol=1e-3)
+    same(far, torch.tensor([90.]), atol=1e-3)
+
+def test_the_width_of_an_identity_is_read_from_the_model(shared):
+    pytest.importorskip("insightface")
+    identity = make_backend("insightface", shared/"insightface").identity(((snapshot(make_talker(0), 0).permute(1, 2, 0) + 1)*127.5).byte().numpy())
+    assert identity.shape == (128,) != (PAPER.identity_dim,)
+    timbre = TimbreEncoder(replace(PAPER, identity_dim=len(identity))).eval()
+    assert timbre(None, torch.from_numpy(identity)[None]).shape == (1, 256)
+
+def test_the_real_speaker_encoder_is_the_judges():
+    pytest.importorskip("resemblyzer", reason="resemblyzer is not installed (extra `judges`)")
+    from faces2voices.evaluation import resemblyzer
+    wav = vowel(torch.full((16000,), 150.))
+    e = real_voice(wav)
+    assert e.shape == (256,) and e.min() >= 0 and e.norm() == pytest.approx(1, abs=1e-5)
+    same(e, torch.from_numpy(resemblyzer(wav)), atol=1e-5)
+
+def test_without_resemblyzer_the_error_names_the_extra(monkeypatch):
+    from faces2voices import timbre
+    timbre._resemblyzer.cache_clear()
+    monkeypatch.setitem(sys.modules, "resemblyzer", None)
+    with pytest.raises(ToolMissingError, match=r"faces2voices\[judges\]"): real_voice(torch.zeros(16000))
+
+def test_the_recorded_link_moves_the_result_as_it_should():
+    recorded = json.loads((Path(__file__).parents[1]/"nbs"/"results"/"timbre.json").read_text())
+    top1 = {(r["eyes"], r.get("link"), r.get("faces")): r["top1"] for r in recorded["rows"]}
+    few = min(n for eyes, _, n in top1 if n)
+    assert top1["snapshots", 0., few] <= .15 and top1["snapshots", 1., few] > 3*top1["snapshots", 0., few]
+    assert top1["shapes", 1., max(n for *_, n in top1 if n)] > top1["snapshots", 1., few]
