@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'pad_time', 'ot_path', 'ot_target', 'gaussian_field', 'responsibilities', 'mixture_field',
-           'mixture_sample', 'plot_field', 'plot_trajectories', 'plot_lines', 'cfm_loss', 'ToyField', 'fit_toy',
-           'field_error', 'plot_truth', 'plot_loss', 'fit_pairs', 'distance_to_blobs', 'field_explorer']
+           'mixture_sample', 'plot_field', 'plot_trajectories', 'plot_flow', 'animate_flow', 'plot_lines', 'cfm_loss',
+           'ToyField', 'fit_toy', 'field_error', 'plot_truth', 'plot_loss', 'fit_pairs', 'detour', 'plot_roads',
+           'distance_to_blobs', 'field_explorer']
 
 # %% ../nbs/11_flow.ipynb #425263f6
 import math
@@ -75,36 +76,46 @@ def mixture_sample(n, means, stds, weights, generator:torch.Generator=None):
     k = torch.multinomial(weights, n, replacement=True, generator=generator)
     return means[k] + stds[k, None]*torch.randn(n, means.shape[1], generator=generator)
 
-# %% ../nbs/11_flow.ipynb #517a063f
+# %% ../nbs/11_flow.ipynb #fda9f7ab
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"   # told apart by every kind of colour vision
 
-def _arrows(ax, field, t, lim):
-    "Arrows of `field` at time `t`, coloured by speed, on one axis."
+def _arrows(ax, field, t, lim, streams=False):
+    "Arrows (or streamlines) of `field` at time `t`, coloured by speed, on one axis."
     g = torch.linspace(-lim, lim, 15)
     x = torch.cartesian_prod(g, g)
     with torch.no_grad(): v = field(x, torch.full((len(x),), float(t)))
-    ax.quiver(*x.T, *v.T, v.norm(dim=1), cmap="cividis", scale=45, width=.006)
+    if streams:
+        u, w = v.reshape(15, 15, 2).permute(2, 1, 0).numpy()
+        ax.streamplot(g.numpy(), g.numpy(), u, w, color=(u**2 + w**2)**.5, cmap="cividis", density=.7, linewidth=.8, arrowsize=.7)
+    else: ax.quiver(*x.T, *v.T, v.norm(dim=1), cmap="cividis", scale=45, width=.006)
     ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"t = {float(t):.2f}")
 
-def _shown(fig, alt:str):
+# %% ../nbs/11_flow.ipynb #837a213a
+def _shown(fig, alt:str, picture:bool=False # JPEG: smaller where the figure is made of images
+          ):
     "Display a figure with its text alternative, once."
+    import io
     import matplotlib.pyplot as plt
-    from IPython.display import display
+    from IPython.display import Image, display
     fig.set_dpi(72)
-    display(fig, metadata={"alt": alt})
+    if picture:
+        fig.savefig(file := io.BytesIO(), format="jpeg", dpi=80)
+        display(Image(file.getvalue(), format="jpeg", alt=alt))
+    else: display(fig, metadata={"alt": alt})
     plt.close(fig)
 
-# %% ../nbs/11_flow.ipynb #0061e7cc
+# %% ../nbs/11_flow.ipynb #0974b218
 def plot_field(field, # called as field(x (B, 2), t (B,))
                ts=(0., .25, .5, .75, .99), # one panel each
                lim:float=3.5, # half the width of a panel
-               title:str=""):
+               title:str="", streams:bool=False # lines along the arrows instead
+              ):
     "A strip of arrows: how the field changes from noise (left) to data (right)."
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(ts), figsize=(2.3*len(ts), 2.6), layout="constrained", squeeze=False)
-    for ax, t in zip(axs[0], ts): _arrows(ax, field, t, lim)
+    for ax, t in zip(axs[0], ts): _arrows(ax, field, t, lim, streams)
     fig.suptitle(title)
-    return _shown(fig, f"{title} Arrows of a two-dimensional field at {len(ts)} times from noise to data.")
+    return _shown(fig, f"{title} {'Streamlines' if streams else 'Arrows'} of a two-dimensional field at {len(ts)} times from noise to data.", picture=True)
 
 # %% ../nbs/11_flow.ipynb #cb48cc36
 def plot_trajectories(trajectory, # (N + 1, B, 2), from noise to data
@@ -119,6 +130,35 @@ def plot_trajectories(trajectory, # (N + 1, B, 2), from noise to data
     for x, c in ((trajectory[0], ORANGE), (trajectory[-1], BLUE)): ax.scatter(*x.T, s=6, c=c, zorder=3)
     ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=title)
     if fig: _shown(fig, f"{title} Curves of {trajectory.shape[1]} points from noise to data.")
+
+# %% ../nbs/11_flow.ipynb #5420fdb4
+def _cloud(ax, x, data, t, lim=3.5):
+    "A cloud on its way, on one axis."
+    ax.scatter(*data.T, s=1, c="0.8"); ax.scatter(*x.T, s=5, c=BLUE)
+    ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"t = {t:.2f}")
+
+def plot_flow(trajectory, data, # (N + 1, B, 2) uniform in time, (n, 2)
+              panels:int=5):
+    "The cloud at a few times between noise and data."
+    import matplotlib.pyplot as plt
+    fig, axs = plt.subplots(1, panels, figsize=(2.2*panels, 2.5), layout="constrained")
+    for ax, t in zip(axs, torch.linspace(0, 1, panels).tolist()): _cloud(ax, trajectory[round(t*(len(trajectory) - 1))], data, t)
+    _shown(fig, f"A cloud of {trajectory.shape[1]} points at {panels} times: round at first, then drawn to the data.", picture=True)
+
+# %% ../nbs/11_flow.ipynb #bd0ae148
+def animate_flow(trajectory, data, # (N + 1, B, 2) uniform in time, (n, 2)
+                 frames:int=16):
+    "The cloud on its way, as a small moving picture."
+    import os, tempfile
+    import matplotlib.pyplot as plt
+    from IPython.display import Image, display
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    fig, ax = plt.subplots(figsize=(2.6, 2.8), dpi=72, layout="constrained")
+    def draw(i): ax.clear(); _cloud(ax, trajectory[round(i/(frames - 1)*(len(trajectory) - 1))], data, i/(frames - 1))
+    with tempfile.TemporaryDirectory() as folder:
+        FuncAnimation(fig, draw, frames).save(path := os.path.join(folder, "flow.gif"), PillowWriter(fps=8))
+        plt.close(fig)
+        display(Image(path, format="gif", alt=f"{trajectory.shape[1]} points move from a round cloud of noise to the data."))
 
 # %% ../nbs/11_flow.ipynb #5e384fa3
 def plot_lines(left, right, # (N + 1, B) each: x over time
@@ -183,7 +223,7 @@ def field_error(field, exact, # two fields
     xt = ot_path(torch.randn(data.shape, generator=generator), data, t)
     return (field(xt, t) - exact(xt, t)).square().mean().sqrt().item()
 
-# %% ../nbs/11_flow.ipynb #70565f42
+# %% ../nbs/11_flow.ipynb #b8d2e62a
 def plot_truth(exact, learned, # two fields
                trajectory, # (N + 1, B, 2) of the learned one
                data, # (n, 2)
@@ -195,7 +235,7 @@ def plot_truth(exact, learned, # two fields
         _arrows(ax, field, t, 3.5)
         ax.set_title(f"{name} field, t = {t}")
     plot_trajectories(trajectory, data, axs[2], "learned trajectories")
-    _shown(fig, "Arrows of the exact field, arrows of the learned field, and trajectories of the learned field ending on the data.")
+    _shown(fig, "Arrows of the exact field, arrows of the learned field, and trajectories of the learned field ending on the data.", picture=True)
 
 # %% ../nbs/11_flow.ipynb #da217471
 def plot_loss(losses, # name: one number a step
@@ -222,6 +262,22 @@ def fit_pairs(field, draw, # draw() gives x0 (B, D), x1 (B, D) and a condition (
         loss = (field(ot_path(x0, x1, t), t, c) - ot_target(x0, x1)).square().mean()
         opt.zero_grad(); loss.backward(); opt.step()
     return field
+
+# %% ../nbs/11_flow.ipynb #448cd71a
+def detour(trajectory # (N + 1, B, D)
+          ) -> float:
+    "By which fraction the ways of all points together are longer than the straight lines between their ends."
+    return (trajectory.diff(dim=0).norm(dim=-1).sum()/(trajectory[-1] - trajectory[0]).norm(dim=-1).sum()).item() - 1
+
+# %% ../nbs/11_flow.ipynb #b372b43b
+def plot_roads(trips, # name: (N + 1, B, 2)
+               data, # (n, 2)
+               lim:float=3.5):
+    "One panel of trajectories for each way to build the path."
+    import matplotlib.pyplot as plt
+    fig, axs = plt.subplots(1, len(trips), figsize=(3.4*len(trips), 3.6), layout="constrained")
+    for ax, (name, trip) in zip(axs, trips.items()): plot_trajectories(trip, data, ax, f"{name}: detour {detour(trip):.0%}", lim)
+    _shown(fig, "Trajectories from noise (orange) to data (blue): " + ", ".join(f"{k} with a detour of {detour(v):.0%}" for k, v in trips.items()), picture=True)
 
 # %% ../nbs/11_flow.ipynb #3bfcf4e6
 def distance_to_blobs(x, # (B, D)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'euler', 'midpoint', 'heun', 'rk4', 'plot_walks', 'plot_errors', 'time_grid', 'guide', 'guided',
-           'plot_guidance']
+           'plot_guidance', 'plot_desk', 'flow_desk']
 
-# %% ../nbs/12_solvers.ipynb #45802d85
+# %% ../nbs/12_solvers.ipynb #d3895909
 import math
 import torch
-from .flow import BLUE, GREEN, ORANGE, _shown
+from .flow import BLUE, GREEN, ORANGE, _arrows, _shown, mixture_field, plot_trajectories
 
 # %% ../nbs/12_solvers.ipynb #3d180dc3
 def euler(field, # called as field(x, t), t one number
@@ -110,3 +110,22 @@ def plot_guidance(results, # w: (B, 2)
         ax.scatter(*data.T, s=2, c="0.8"); ax.scatter(*x.T, s=4, c=BLUE)
         ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"w = {w:g}")
     _shown(fig, f"Samples (blue) over the data (grey) for guidance {', '.join(f'{w:g}' for w in results)}.")
+
+# %% ../nbs/12_solvers.ipynb #70a8b991
+def plot_desk(blobs, # means (K, 2), stds (K,), weights (K,); the condition asks for the first
+              t:float=.5, sigma_min:float=1e-4, steps:int=10, guidance:float=1.):
+    "The guided field at one time, and where a few steps through it lead."
+    import matplotlib.pyplot as plt
+    means, stds, weights = blobs
+    fields = [lambda x, t, b=b: mixture_field(x, t, *b, sigma_min) for b in ((means[:1], stds[:1], weights[:1]), blobs)]
+    field, noise = guided(*fields, guidance), torch.randn(150, 2, generator=torch.Generator().manual_seed(0))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
+    _arrows(left, field, t, 3.5)
+    plot_trajectories(euler(field, noise, time_grid(steps)), means, right, f"{steps} steps, w = {guidance:g}, σ_min = {sigma_min:g}")
+    _shown(fig, f"Left: arrows of the guided field at t = {t:g}. Right: {steps} Euler steps from noise with guidance {guidance:g}.", picture=True)
+
+def flow_desk(blobs):
+    "Sliders for time, σ_min, steps and guidance over `plot_desk`."
+    from ipywidgets import FloatLogSlider, FloatSlider, IntSlider, fixed, interact
+    return interact(plot_desk, blobs=fixed(blobs), t=FloatSlider(.5, min=0, max=.99, step=.01), steps=IntSlider(10, min=1, max=50),
+        sigma_min=FloatLogSlider(1e-4, min=-4, max=-.3), guidance=FloatSlider(1., min=0, max=5, step=.25))

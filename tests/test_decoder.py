@@ -1,13 +1,21 @@
 "Oracles of the decoder lesson: torch's own layers, the law of padding, the identities of sampling."
+import json, sys
 from dataclasses import replace
+from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
-from faces2voices.core import PAPER, TINY, test_same as same
-from faces2voices.decoder import Attention, Block, ChannelNorm, Decoder, ResBlock, UNet, mel_error, mel_noise, time_embedding
+from faces2voices.core import PAPER, TINY, CheckpointError, test_same as same
+from faces2voices.decoder import (Attention, Block, ChannelNorm, Decoder, MatchaDecoder, ResBlock, Snake, UNet, from_matcha, load_matcha, mel_error,
+                                  mel_noise, time_embedding)
 from faces2voices.flow import cfm_loss
 from faces2voices.solvers import euler, guide, rk4, time_grid
+
+sys.path.insert(0, str(Path(__file__).with_name("matcha")))
+from official import FILE, SIZES, inputs as matcha_inputs, official, weights
 
 SMALL = replace(TINY, decoder_channels=(32, 48), decoder_mid=1)
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -150,7 +158,7 @@ def test_guidance_of_the_field():
         for w in (0., 1., 2.5): same(d.field(mu, mask, speaker, w)(xt, t), guide(c, u, w), atol=1e-5)
 
 def test_state_survives_a_round_trip(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     a, (xt, t, mu, mask, speaker) = make(), inputs()
     save_file(a.state_dict(), tmp_path/"decoder.safetensors")
     b = Decoder(SMALL)
@@ -167,3 +175,48 @@ def test_it_learns_one_mel():
         opt.zero_grad(); loss.backward(); opt.step()
     x = d.eval().sample(x1[:1], speaker=speaker[:1], steps=8)
     assert mel_error(x, x1[:1]).item() < .5*mel_error(mel_noise(16, [0]), x1[:1]).item()
+
+# --- the decoder of Matcha-TTS
+
+def recorded(name):
+    "What Matcha's own module said, and the weights that it had."
+    with safe_open(FILE, "pt") as file: return file.get_tensor(name), weights(json.loads(file.metadata()["shapes"])[name])
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SIZES)
+def test_matchas_weights_give_matchas_answer(name, tmp_path):
+    "Down to padding, several levels, several transformer blocks, a speaker; through a file, under Matcha's names."
+    answer, state = recorded(name)
+    save_file(state, tmp_path/"matcha.safetensors")
+    xt, t, mu, mask, who = matcha_inputs(SIZES[name])
+    same(load_matcha(tmp_path/"matcha.safetensors", heads=SIZES[name]["num_heads"])(xt, t, mu, mask, who), answer, atol=1e-5)
+
+@torch.no_grad()
+def test_matchas_own_module_says_the_same_where_it_is_installed():
+    pytest.importorskip("matcha.models.components.decoder", reason="matcha-tts is not installed (see tests/matcha/official.py)")
+    answer, state = recorded("deep")
+    theirs = official(**SIZES["deep"])
+    theirs.load_state_dict(state)
+    xt, t, mu, mask, who = matcha_inputs(SIZES["deep"])
+    same(theirs(xt, mask, mu, t, spks=who), answer, atol=1e-5)
+
+def test_a_whole_matcha_checkpoint_is_read_and_others_are_refused(tmp_path):
+    _, state = recorded("deep")
+    torch.save(dict(state_dict={f"decoder.estimator.{k}": w for k, w in state.items()} | {"encoder.emb.weight": torch.ones(2)}), tmp_path/"whole.ckpt")
+    torch.save(state, tmp_path/"plain.pt")
+    a, b = [load_matcha(tmp_path/n, heads=3).state_dict() for n in ("whole.ckpt", "plain.pt")]
+    for k in a: same(a[k], b[k])
+    torch.save(dict(state_dict={}), tmp_path/"empty.pt"); (tmp_path/"text.pt").write_text("hello")
+    torch.save({k: w for k, w in state.items() if "mid" not in k} | {"mid_blocks.0.0.mlp.1.weight": torch.ones(2)}, tmp_path/"torn.pt")
+    for name in ("empty.pt", "text.pt", "torn.pt", "absent.pt"):
+        with pytest.raises(CheckpointError, match=name): load_matcha(tmp_path/name)
+
+def test_snake_by_hand_and_every_weight_of_matchas_layout_learns():
+    snake, x = Snake(3), torch.randn(2, 5, 3)
+    nn.init.normal_(snake.alpha); nn.init.normal_(snake.beta)
+    same(snake(x), x + (x*snake.alpha.exp()).sin()**2/snake.beta.exp(), atol=1e-5)
+    torch.manual_seed(0)
+    net = MatchaDecoder(channels=(16, 16), heads=2, head_dim=8)
+    xt, t, mu, mask, _ = matcha_inputs(SIZES["deep"])
+    net(xt, t, mu, mask).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in net.named_parameters())

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faces2voices.core import test_same as same
-from faces2voices.flow import (ToyField, cfm_loss, field_error, fit_toy, gaussian_field, mixture_field, mixture_sample,
+from faces2voices.flow import (ToyField, cfm_loss, detour, field_error, fit_toy, gaussian_field, mixture_field, mixture_sample,
                                ot_path, ot_target, pad_time, responsibilities)
 
 MEANS, STDS, WEIGHTS = torch.tensor([[2., 1.5], [-2., 1.5], [0., -2.]]), torch.tensor([.3, .5, .4]), torch.tensor([.3, .3, .4])
@@ -106,3 +106,8 @@ def test_a_small_network_learns_the_exact_field():
     fit_toy(net, lambda n: mixture_sample(n, MEANS, STDS, WEIGHTS), steps=700, batch=256)
     data = mixture_sample(5000, MEANS, STDS, WEIGHTS)
     assert field_error(net, exact, data, gen()) < .3*field_error(lambda x, t: 0*x, exact, data, gen())
+
+def test_detour_of_a_line_and_of_a_half_circle():
+    s = torch.linspace(0, math.pi, 1001)[:, None]
+    assert abs(detour(torch.stack([s, 2*s], -1))) < 1e-4
+    assert abs(detour(torch.stack([s.cos(), s.sin()], -1)) - (math.pi/2 - 1)) < 1e-3
