@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'EULER_STEPS',
-           'NOTATION', 'TINY', 'GRID', 'PAPER', 'PRESETS', 'F2VError', 'MediaError', 'NoFaceError', 'CheckpointError',
-           'CorpusError', 'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device', 'test_same', 'Looking',
-           'Stages', 'Sounding', 'Preset']
+           'NOTATION', 'TINY', 'GRID', 'PAPER', 'PRESETS', 'markdown_table', 'F2VError', 'MediaError', 'NoFaceError',
+           'CheckpointError', 'CorpusError', 'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device',
+           'test_same', 'check', 'Looking', 'Stages', 'Sounding', 'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
 import os, random, tempfile
@@ -36,6 +36,14 @@ NOTATION = [  # symbol, name in code, shape, unit and rate
     ("speech",     "speech",         "(B, 640 T)",                  "16 kHz, [−1, 1]"),
     ("x₀, x₁, xₜ, uₜ, v_θ, σ_min", "x0, x1, xt, ut, v, sigma_min", "as mel", "t = 0 noise, t = 1 data"),
 ]
+
+# %% ../nbs/00_core.ipynb #12af97b3
+def markdown_table(head:list, rows:list) -> str:
+    "A Markdown table whose columns line up; None is a blank."
+    cells = [[("" if c is None else str(c)) for c in r] for r in [head, *rows]]
+    width = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
+    return "\n".join([lines[0], "|" + "|".join("-"*(w + 2) for w in width) + "|", *lines[1:]])
 
 # %% ../nbs/00_core.ipynb #22abbeb2
 class F2VError(Exception):
@@ -103,7 +111,36 @@ def test_same(a, b, # tensors or arrays
     assert not (gap > atol).any(), f"largest difference {gap.max():.3g} is over {atol:.3g}"
 test_same.__test__ = False
 
-# %% ../nbs/00_core.ipynb #d064e3b0
+# %% ../nbs/00_core.ipynb #20d41feb
+def check(yours, expected, # numbers, arrays or tensors; or anything that `==` compares
+          hint:str="", # where to look; never the answer
+          atol:float=1e-5 # largest absolute difference allowed
+         ) -> str:
+    "Say `right`, or fail with shapes or the place and size of the largest difference, and a hint. The expected values are not shown."
+    if said := _difference(yours, expected, atol): raise AssertionError(said + (f". Hint: {hint}" if hint else ""))
+    return "right"
+
+def _difference(yours, expected, atol) -> str:
+    "What is wrong with `yours`, in words that do not give `expected` away; nothing if nothing is."
+    if (b := _numbers(expected)) is None: return "" if type(yours) is type(expected) and yours == expected else "not what is asked for"
+    if (a := _numbers(yours)) is None: return f"a number or an array of them is asked for, this is {type(yours).__name__}"
+    if a.shape != b.shape: return f"your shape is {tuple(a.shape)}, {tuple(b.shape)} is asked for"
+    if a.isnan().any(): return f"NaN{_place(a.isnan())}"
+    gap = torch.where(a == b, 0., (a - b).abs())
+    return f"the largest difference is {gap.max():.3g}{_place(gap)}" if (gap > atol).any() else ""
+
+# %% ../nbs/00_core.ipynb #f94f2f61
+def _numbers(x):
+    "A tensor of double precision (complex where it must be), or None where there are no numbers."
+    try: x = torch.as_tensor(x).detach().cpu()
+    except (TypeError, ValueError, RuntimeError): return None
+    return x.to(torch.promote_types(x.dtype, torch.float64))
+
+def _place(x) -> str:
+    "Where `x` is largest, in words; nothing for a single number."
+    return f" at position {[int(i) for i in np.unravel_index(int(x.to(torch.float64).argmax()), x.shape)]}" if x.dim() else ""
+
+# %% ../nbs/00_core.ipynb #ddb8948d
 @dataclass(frozen=True)
 class Looking:
     "What a model looks at."
@@ -113,7 +150,8 @@ class Looking:
     lip_encoder: str = "slim"           # `slim`, `avhubert-base`, `avhubert-large`
     lip_width: int = 16                 # channels of the slim encoder's stem
     lip_rnn: int = 64                   # units of each direction of its GRU
-    lip_scale: int = 2                  # the slim encoder shrinks the 88 × 88 lips by this factor first
+    lip_window: int = 88                # side of the middle of the 88 × 88 lips that it looks at
+    lip_scale: int = 2                  # it shrinks them by this factor first
 
 # %% ../nbs/00_core.ipynb #d7f8a05e
 @dataclass(frozen=True)
@@ -143,11 +181,12 @@ class Sounding:
     vocoder_dilations: tuple = ((1,), (3,))
     vocoder_source: bool = True         # drive the vocoder with the harmonics of the predicted pitch
 
-# %% ../nbs/00_core.ipynb #79593edb
+# %% ../nbs/00_core.ipynb #0b676d07
 @dataclass(frozen=True)
 class Preset(Looking, Stages, Sounding):
     "Every size and every training length of one system."
     name: str = "tiny"
+    vary: int = 1                       # how much training clips are varied: see `collate`
     # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
     steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=400, hierarchy=2300, decoder=2500, vocoder=3000))
     batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=8))
@@ -163,10 +202,10 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #8a7fcdee
+# %% ../nbs/00_core.ipynb #4af4351c
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_rnn=128,
-    steps=TINY.steps | dict(hierarchy=8000, decoder=4000, vocoder=2000), lr=TINY.lr | dict(hierarchy=2e-3))
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_rnn=128, dropout=.2, vary=2,
+    steps=TINY.steps | dict(hierarchy=6000, decoder=3000, vocoder=2000), lr=TINY.lr | dict(hierarchy=2e-3))
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3, vocoder_source=False,

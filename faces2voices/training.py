@@ -268,13 +268,13 @@ def show_history(log, # lines of `fit`, or the path of its .jsonl
     ax.set(yscale="log", xlabel=f"step ({log[-1]['seconds']:.0f} s in all)", ylabel="loss", title=title)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
 
-# %% ../nbs/16_training.ipynb #df88b348
+# %% ../nbs/16_training.ipynb #8e02f491
 import os, platform, subprocess
 from dataclasses import replace
 from torch.fx.experimental import _config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
 from . import __version__
-from .core import MEL_RATE, MELS_PER_FRAME, CorpusError, Preset, ToolMissingError
+from .core import MEL_RATE, MELS_PER_FRAME, CorpusError, Preset, ToolMissingError, markdown_table
 from .corpora import Batch, ClipDataset, batches, collate, prepare, read_manifest
 from .synthesis import FacesToVoices
 from .timbre import train_speaker_encoder
@@ -591,9 +591,9 @@ def dry_run(preset:Preset) -> list: # of Cost
     with torch.device("cpu" if preset.lip_encoder == "slim" else "meta"): model = FacesToVoices(preset.to_json())
     return [cost(model, name, run) for name, run in one_second(model).items()]
 
-# %% ../nbs/16_training.ipynb #592f98c3
+# %% ../nbs/16_training.ipynb #a2a1a999
 def show_costs(costs:list) -> str: # Markdown
     "A table of `dry_run`."
     head = ["part", "M weights", "M trained", "GB without activations", "GFLOP a second of speech", *(f"hours, one {gpu}" for gpu in GPUS)]
     rows = [[c.part, f"{c.weights:.1f}", f"{c.trained:.1f}", f"{c.gigabytes:.1f}", f"{c.gflops:.1f}", *(f"{h:.2g}" for h in c.hours.values())] for c in costs]
-    return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"]*len(head), *rows])
+    return markdown_table(head, rows)

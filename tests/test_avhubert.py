@@ -33,11 +33,19 @@ def test_stacked_2d_convolution_is_the_3d_one():
 @pytest.mark.parametrize("scale", [1, 2])
 @torch.no_grad()
 def test_slim_does_not_feel_padding(scale, training):
-    net, (lips, mask) = SlimLipEncoder(8, 32, scale, dropout=0.).train(training), batch()
+    net, (lips, mask) = SlimLipEncoder(8, 32, scale=scale, dropout=0.).train(training), batch()
     padded = net(F.pad(lips, (0, 0, 0, 0, 0, 3), value=7.), F.pad(mask, (0, 3)))
     test_same(padded[:, :9], net(lips, mask), atol=1e-4)
     assert not padded[~F.pad(mask, (0, 3))].any()
     if not training: test_same(padded[1, :5], net(lips[1:, :, :5], mask[1:, :5])[0], atol=1e-4)
+
+@torch.no_grad()
+def test_slim_looks_at_its_window_alone():
+    net, (lips, mask) = SlimLipEncoder(8, 32, window=56, scale=1).eval(), batch()
+    outside = lips.clone(); outside[..., :16, :] = outside[..., 72:, :] = outside[..., :16] = outside[..., 72:] = 3.
+    test_same(net(outside, mask), net(lips, mask))
+    inside = lips.clone(); inside[..., 16, 16] += 1
+    assert (net(inside, mask) != net(lips, mask)).any()
 
 def test_slim_sees_the_whole_clip_and_every_parameter_learns():
     net, (lips, mask) = SlimLipEncoder(8, 32), batch()
