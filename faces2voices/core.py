@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'EULER_STEPS',
-           'NOTATION', 'TINY', 'GRID', 'PAPER', 'PRESETS', 'markdown_table', 'F2VError', 'MediaError', 'NoFaceError',
-           'CheckpointError', 'CorpusError', 'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device',
-           'test_same', 'check', 'Looking', 'Stages', 'Sounding', 'Preset']
+           'TEMPERATURE', 'NOTATION', 'TINY', 'GRID', 'PAPER', 'PRESETS', 'markdown_table', 'F2VError', 'MediaError',
+           'NoFaceError', 'CheckpointError', 'CorpusError', 'ToolMissingError', 'atomic_path', 'seed_everything',
+           'pick_device', 'test_same', 'check', 'Looking', 'Stages', 'Sounding', 'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
 import os, random, tempfile
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/00_core.ipynb #37d0d1bb
+# %% ../nbs/00_core.ipynb #48f928f7
 FPS, UNIT_RATE, MEL_RATE, SAMPLE_RATE = 25, 50, 100, 16000
 UNITS_PER_FRAME, MELS_PER_FRAME, SAMPLES_PER_FRAME = 2, 4, 640
-EULER_STEPS = 2   # of the flow at synthesis, unless told; chosen on validation clips in lesson 18
+EULER_STEPS, TEMPERATURE = 2, .3   # of the flow at synthesis, unless told; chosen on validation clips in lessons 13 and 18
 
 # %% ../nbs/00_core.ipynb #14266f8c
 NOTATION = [  # symbol, name in code, shape, unit and rate
@@ -202,10 +202,10 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #4af4351c
+# %% ../nbs/00_core.ipynb #f36cdbd1
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_rnn=128, dropout=.2, vary=2,
-    steps=TINY.steps | dict(hierarchy=6000, decoder=3000, vocoder=2000), lr=TINY.lr | dict(hierarchy=2e-3))
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_rnn=128, lip_window=56, lip_scale=1,
+    steps=TINY.steps | dict(hierarchy=2800, decoder=2000, vocoder=1000), lr=TINY.lr | dict(hierarchy=2e-3))
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3, vocoder_source=False,

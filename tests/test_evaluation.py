@@ -1,11 +1,13 @@
 "Metrics against closed forms and identities; a model without training through the whole card; the tables."
-import json, math
+import itertools, json, math, sys, types, wave
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchaudio
 from faces2voices import evaluation as ev, experiments as ex
 from faces2voices.audio import MEL, energy, pitch, vowel
-from faces2voices.core import TINY, CorpusError, ToolMissingError, test_same as same
+from faces2voices.core import TINY, CheckpointError, CorpusError, F2VError, ToolMissingError, test_same as same
 from faces2voices.corpora import Clip, Entry, prepare, write_manifest
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,41 @@ def test_pitch_scores():
     assert math.isclose(ev.mean_f0(b), (b[0][:40]).mean().item(), rel_tol=1e-6)
     assert math.isnan(ev.mean_f0((f0, torch.zeros(60))))
 
+LOW_PASS = lambda wav, hz: torchaudio.functional.lowpass_biquad(torchaudio.functional.lowpass_biquad(wav, 16000, hz), 16000, hz)
+DAMAGE = dict(noise=(noisy, (20, 10, 0)), low_pass=(LOW_PASS, (4000, 2000, 800)), delay=(lambda wav, n: F.pad(wav, (n, 0))[:len(wav)], (160, 640, 2560)))
+HEARS = dict(   # metric → the damages under which it must get worse step by step; a perfect copy must have the best score there is
+    STOI=("noise", "delay"), ESTOI=("noise", "low_pass", "delay"), PESQ=("noise", "low_pass", "delay"), WER=("noise",), **{"units heard in speech": ("noise", "low_pass", "delay"),
+    "MCD, dB": ("noise", "low_pass", "delay"), "voice similarity, Resemblyzer": ("noise", "low_pass"), "F0 error, cents": ("noise", "delay"), "F0 contour, r": ("noise", "delay"), "energy, r": ("noise", "low_pass", "delay")})
+PERFECT = dict(PESQ=4.644, WER=0) | {"MCD, dB": 0, "F0 error, cents": 0}     # the others: 1
+
+@pytest.fixture(scope="module")
+def spoken():
+    pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed (extra `talkers`)")
+    from faces2voices.talkers import speak
+    text = "william painted eight quiet houses"
+    wav = torch.from_numpy(speak(text, f0=120).wav)
+    return text, wav[:len(wav)//640*640]
+
+@pytest.fixture(scope="module")
+def damaged(spoken): return {name: [ev.Sound(spoken[1]), *(ev.Sound(damage(spoken[1], x)) for x in degrees)] for name, (damage, degrees) in DAMAGE.items()}
+
+@pytest.mark.parametrize("metric", HEARS)
+def test_perfect_is_best_and_known_damage_is_heard_step_by_step(metric, spoken, damaged, model):
+    m = next(m for m in ev.METRICS if m.name == metric)
+    if m.needs: pytest.importorskip(m.needs)
+    text, ears = spoken[0], {"WER": ev.listener("talkers")} if metric == "WER" else {}
+    if metric == "units heard in speech": model.units.fit([spoken[1]], n_units=20, seed=0)
+    def scores(sounds): return [float(np.ravel(m.measure(ev.Take(s, sounds[0], text, model, ears)))[0]) for s in sounds]
+    for damage in HEARS[metric]:
+        found = scores(damaged[damage])
+        assert math.isclose(found[0], PERFECT.get(metric, 1), abs_tol=2e-3), found
+        assert found == sorted(found, reverse=m.better == "↑") and found[0] != found[-1], (damage, found)
+
+def test_dnsmos_hears_noise(damaged):
+    pytest.importorskip("speechmos")
+    clean, *_, buried = damaged["noise"]
+    assert all(clean.dnsmos[k] > buried.dnsmos[k] for k in ("ovrl_mos", "sig_mos", "bak_mos"))
+
 def test_correlation_agrees_with_its_definition():
     x, y = np.random.default_rng(0).normal(size=(2, 50)); y = y + x
     want = ((x - x.mean())*(y - y.mean())).mean()/(x.std()*y.std())
@@ -89,12 +126,105 @@ def test_pocketsphinx_hears_the_world_and_remembers_nothing():
     assert heard[0] == heard[2] and heard[:2] == texts
     assert isinstance(listen(torch.zeros(16000)), str)
 
-def test_bootstrap_error_of_a_mean():
+def test_bootstrap_error_and_interval_of_a_mean():
     v = np.random.default_rng(1).normal(size=(400, 1))
     assert abs(ev.standard_error(v, ev.mean, 400) - .05) < .01
+    low, high = ev.interval(v, ev.mean, 400)
+    assert abs(high - low - 2*1.96*.05) < .03 and low < v.mean() < high
+
+@pytest.mark.parametrize("seed", range(4))
+def test_viterbi_finds_the_best_of_all_paths(seed):
+    scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+    paths = [p for p in itertools.product(range(6), repeat=5) if len(c := ev.collapse(p)) == 2 and c[0] in (1, 2) and c[1] in (3, 4, 5)]
+    best = max(paths, key=lambda p: sum(scores[t, s] for t, s in enumerate(p)))
+    assert ev.best_sentence(scores, [2, 3]) == ev.collapse(best)
+    assert ev.best_sentence(scores[:1], [2, 3]) == []
+
+def test_collapse():
+    assert ev.collapse([0, 1, 1, 0, 1, 2, 2, 0]) == [1, 1, 2] and ev.collapse([0, 0]) == [] and ev.collapse([3]) == [3]
+
+def test_the_recogniser_hears_eight_tenths_of_a_second():
+    mel = torch.randn(1, 80, 400, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ev.Recogniser().eval()(mel, torch.ones(1, 100, dtype=torch.bool))[0, 25].sum().backward()
+    assert 60 <= mel.grad[0].abs().sum(0).count_nonzero() <= 80
+
+def test_roughened_mels_keep_their_shape_and_differ():
+    torch.manual_seed(0)
+    mel = torch.randn(3, 80, 120)
+    rough = ev.roughen(mel)
+    assert rough.shape == mel.shape and rough.isfinite().all() and not torch.equal(rough, ev.roughen(mel))
+    assert not torch.equal(ev.roughen(mel[:1].expand(2, -1, -1))[0], ev.roughen(mel[:1].expand(2, -1, -1))[1])
+
+def test_the_flat_start_cuts_the_loud_part_into_equal_words():
+    mel = torch.full((1, 80, 192), -2.); mel[..., 48:144] = 1.
+    same(ev.flat_start(mel, torch.tensor([[7, 8, 9, 10, 11, 12]])), torch.tensor([[0]*6 + [7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12] + [0]*6]))
+
+def tones(text):
+    "Each word a quarter of a second of its own pitch, with silence before and after."
+    t = torch.arange(4000)/16000
+    return F.pad(torch.cat([.3*torch.sin(2*torch.pi*(150 + 120*ev.GRID_WORDS.index(w))*t) for w in text.split()]), (6400, 6400 + 640 - 24000 % 640))[:36480]
+
+def test_the_recogniser_learns_two_sentences(tmp_path, monkeypatch):
+    "Twelve tones for twelve words: learned in a few steps, written, and never written over."
+    pytest.importorskip("jiwer")
+    texts = ["bin blue at f two now", "lay white by z zero please"]
+    clips = [Clip(f"g{i}", "s1", t, torch.zeros(57, 1), None, None, None, tones(t), None, None, None, mel=MEL.normalize(MEL(tones(t)))) for i, t in enumerate(texts)]
+    monkeypatch.setattr(ev, "ClipDataset", lambda data, split: clips)
+    monkeypatch.setattr(ev, "roughen", lambda mel: mel)
+    model = ev.train_recogniser("data", tmp_path/"asr", steps=150, batch=2)
+    assert [ev.hearing(model)(c.wav) for c in clips] == texts and ev.hearing(model)(torch.zeros(100)) == ""
+    card = (tmp_path/"asr"/"README.md").read_text()
+    assert "0.0 % under the grammar" in card and "CC BY 4.0" in card and "same speakers" in card and "steps=150" in card
+    with pytest.raises(CheckpointError, match="stands already"): ev.train_recogniser("data", tmp_path/"asr", steps=1)
+
+def test_a_recogniser_that_is_absent_or_broken_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "WEIGHTS", tmp_path)
+    ev.grid_listener.cache_clear()
+    with pytest.raises(ToolMissingError, match="train_recogniser"): ev.grid_listener()
+    (tmp_path/"grid_asr").mkdir(); (tmp_path/"grid_asr"/"model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="grid_asr"): ev.grid_listener()
+
+def test_the_packaged_recogniser_hears_grid(shared):
+    pytest.importorskip("jiwer")
+    from faces2voices.audio import load_audio
+    from faces2voices.corpora import grid_text
+    ev.grid_listener.cache_clear()
+    listen, names = ev.grid_listener(), (shared/"grid"/"splits"/"s1_test.txt").read_text().split()[:12]
+    sounds = [(grid_text(n), load_audio(shared/"grid"/"s1"/f"{n}.mp4")) for n in (name.split("_")[-1].split(".")[0] for name in names)]
+    rate = lambda wavs: ev.ratio(np.array([ev.word_errors(text, listen(w)) for (text, _), w in zip(sounds, wavs)]))
+    clean = rate([w for _, w in sounds])
+    assert clean < .1 and clean <= rate([noisy(w, 10) for _, w in sounds]) <= rate([noisy(w, -10) for _, w in sounds])
+    other = ev.ratio(np.array([ev.word_errors(text, listen(w)) for (text, _), (_, w) in zip(sounds, sounds[1:])]))
+    assert other > .5                                       # it listens: another sound is not this text
 
 def test_an_absent_package_says_how_to_get_it():
     with pytest.raises(ToolMissingError, match="pip install"): ev.tool("no_such_metric")
+
+def test_whisper_and_utmos_come_from_folders_that_the_user_names(tmp_path, monkeypatch):
+    for name in ("F2V_WHISPER", "F2V_UTMOS"): monkeypatch.delenv(name, raising=False)
+    ev.whisper.cache_clear(); ev._utmos_model.cache_clear()
+    with pytest.raises(ToolMissingError, match="F2V_WHISPER"): ev.whisper()
+    with pytest.raises(ToolMissingError, match="F2V_UTMOS"): ev.utmos(torch.zeros(16000))
+    with pytest.raises(ToolMissingError, match="coloured face crops"): ev.no_syncnet(None)
+    # stand-ins with the interfaces of the real ones
+    class WhisperModel:
+        def __init__(self, folder, device, local_files_only): assert folder == str(tmp_path) and local_files_only
+        def transcribe(self, wav, language): assert wav.dtype == np.float32; return iter([types.SimpleNamespace(text=" Bin blue at F2,"), types.SimpleNamespace(text=" now.")]), None
+    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=WhisperModel))
+    monkeypatch.setenv("F2V_WHISPER", str(tmp_path))
+    assert ev.whisper()(torch.zeros(16000, dtype=torch.float64)) == "bin blue at f two now"
+    ev.whisper.cache_clear()
+
+def test_a_clone_named_like_the_package_of_dnsmos_leaves_it_alone(tmp_path, monkeypatch):
+    ev._utmos_model.cache_clear()
+    (tmp_path/"speechmos"/"utmos22").mkdir(parents=True); (tmp_path/"speechmos"/"__init__.py").touch()
+    (tmp_path/"speechmos"/"utmos22"/"__init__.py").write_text("import torch\nclass M(torch.nn.Module):\n    def forward(self, wav, sr): assert sr == 16000 and wav.ndim == 2; return wav.mean(1)\n")
+    (tmp_path/"hubconf.py").write_text("from speechmos.utmos22 import M\ndef utmos22_strong(): return M()\n")
+    monkeypatch.setitem(sys.modules, "speechmos", theirs := types.ModuleType("speechmos"))
+    monkeypatch.setenv("F2V_UTMOS", str(tmp_path))
+    assert ev.utmos(torch.full((16000,), .25)) == .25 and sys.modules["speechmos"] is theirs and "speechmos.utmos22" not in sys.modules
+    ev._utmos_model.cache_clear(); monkeypatch.setenv("F2V_UTMOS", str(tmp_path/"speechmos"))
+    with pytest.raises(ToolMissingError, match="gave no UTMOS"): ev.utmos(torch.zeros(16000))
 
 def entry(name, speaker, text, split): return Entry(name, name, speaker, text, split)
 
@@ -138,7 +268,7 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
     "Without the slow or optional judges; `original` is perfect, and absent tools are blanks with a reason."
     monkeypatch.setattr(ev, "METRICS", [m for m in ev.METRICS if m.needs in ("", "librosa", "pesq")])
     monkeypatch.setattr(ev, "listener", lambda grammar: lambda wav: "")
-    monkeypatch.setitem(__import__("sys").modules, "pesq", None)
+    monkeypatch.setitem(sys.modules, "pesq", None)
     rows, errors, reasons = ev.score(model, clips[:3], steps=1, guidance=1., seed=0)
     assert tuple(rows) == ev.ROWS and "pip install pesq" in reasons["PESQ"] and "PESQ" not in rows["original"]
     first = rows["original"]
@@ -150,6 +280,78 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
         wer_protocol="", command="faces2voices evaluate DATA", seconds=1., machine="here")
     shown = ev.show_card(json.loads(json.dumps(card)))
     assert len({line.count("|") for line in shown.splitlines() if line.startswith("|")}) == 1 and "pip install pesq" in shown
+
+def test_beginnings_that_were_trained_on_are_told_apart():
+    texts = ["bin blue at f two now", "bin blue at f nine soon", "set red by k one again"]
+    clips = [Clip(f"c{i}", "s", t, *[None]*8) for i, t in enumerate(texts)]
+    values = {("original", "WER"): {"c0": np.array([1, 6]), "c1": np.array([2, 6]), "c2": np.array([6, 6])}, ("original", "ESTOI"): {"c0": np.array([1.])}}
+    found = ev.by_beginning(values, clips, {"bin blue at f"})
+    assert found["trained on"]["clips"] == 2 and found["new"]["clips"] == 1 and "ESTOI" not in found["new"]
+    rate, low, high = found["trained on"]["WER"]["original"]
+    assert math.isclose(rate, 3/12) and math.isclose(low, 1/6, abs_tol=1e-4) and math.isclose(high, 2/6, abs_tol=1e-4) and found["new"]["WER"]["original"] == [1, 1, 1]
+    lines = ev.beginnings_text(dict(by_beginning=json.loads(json.dumps(found))))
+    assert "the 2 clips" in lines[0] and "original 25.0 % [16.7, 33.3]" in lines[0] and "the 1 clips" not in lines[0]
+    assert ev.beginnings_text({}) == [] and ev.beginnings_text(dict(by_beginning=ev.by_beginning(values, clips, set()))) == []
+
+def test_cards_of_before_are_still_shown():
+    card = ex.stored_card("grid")
+    if card is None: pytest.skip("no card of GRID is stored")
+    del card["reasons"], card["errors"]; card.pop("by_beginning", None)
+    shown = ev.show_card(card | dict(reasons={"LSE-C": "no SyncNet", "LSE-D": "no SyncNet"}, errors={}))
+    assert "blank: LSE-C, LSE-D, because no SyncNet" in shown and any(line.startswith("| LSE-C ↑") for line in shown.splitlines())
+
+SYSTEMS = {"ours": 3.5, "original": 4.5, "griffin": 2.}
+
+@pytest.fixture()
+def asked(tmp_path, voice):
+    "A listening test of three systems and four clips."
+    page = ev.listening_test({system: {f"clip {i}": voice[:16000 + 640*i]*(i + 1)/4 for i in range(4)} for system in SYSTEMS}, tmp_path/"test", seed=1)
+    return page, json.loads((tmp_path/"test"/"key.json").read_text())
+
+def write_marks(path, key, who, mark, check=None):
+    "The CSV that the page of listener `who` would save."
+    rows = [(n, mark(system, clip)) for n, (system, clip) in key["items"].items()] + [(n, c if check is None else check) for n, c in key["attention"].items()]
+    path.write_text("test,listener,position,item,rating\n" + "".join(f"{key['test']},{who},{i},{n},{r}\n" for i, (n, r) in enumerate(rows, 1)))
+    return path
+
+def test_a_listening_test_is_blind_and_level(asked, tmp_path, voice):
+    page, key = asked
+    text, wavs = page.read_text(), sorted(page.parent.glob("*.wav"))
+    assert len(wavs) == 13 and len(key["items"]) == 12 and len(key["attention"]) == 1
+    assert {tuple(v) for v in key["items"].values()} == {(s, f"clip {i}") for s in SYSTEMS for i in range(4)}
+    assert not any(system in text for system in SYSTEMS) and "key" not in [p.stem for p in page.parent.iterdir()] and "http" not in text
+    def rms(path):
+        with wave.open(str(path)) as w: return np.frombuffer(w.readframes(w.getnframes()), np.int16).astype(float).std()/32768
+    assert max(abs(rms(w) - .05) for w in wavs) < .005
+    order = [s for s, _ in key["items"].values()]
+    assert order != sorted(order)
+    again = ev.listening_test({system: {f"clip {i}": voice[:16000 + 640*i] for i in range(4)} for system in SYSTEMS}, tmp_path/"again", seed=1)
+    assert json.loads((tmp_path/"again"/"key.json").read_text()) == key and again != page
+    with pytest.raises(F2VError, match="already exists"): ev.listening_test({"a": {"c": voice}}, tmp_path/"test")
+    with pytest.raises(CorpusError, match="same clips"): ev.listening_test({"a": {"c": voice}, "b": {"d": voice}}, tmp_path/"other")
+
+def test_marks_of_known_mean_come_back(asked, tmp_path):
+    _, key = asked
+    rng = np.random.default_rng(0)
+    exact = lambda system, clip: int(SYSTEMS[system]) + (SYSTEMS[system] % 1 > 0 and int(clip[-1]) % 2)     # means 3.5, 4.5 and 2
+    paths = [write_marks(tmp_path/f"{i}.csv", key, f"l{i}", exact) for i in range(5)] + [write_marks(tmp_path/"a.csv", key, "asleep", lambda *_: 3, check=1)]
+    found, asleep = ev.opinions(paths, tmp_path/"test"/"key.json")
+    assert asleep == ["asleep"] and {s: o.mos for s, o in found.items()} == SYSTEMS
+    assert found["griffin"] == ev.Opinion(2., 2., 2.) and found["ours"].low < 3.5 < found["ours"].high
+    few, many = (ev.opinion(rng.normal(3, 1, (n, 12))) for n in (4, 64))
+    assert many.high - many.low < few.high - few.low
+    with pytest.raises(CorpusError, match="passed the attention check"): ev.opinions(paths[-1:], tmp_path/"test"/"key.json")
+    with pytest.raises(CorpusError, match="second file of listener"): ev.opinions([paths[0], paths[0]], tmp_path/"test"/"key.json")
+
+@pytest.mark.parametrize("spoil, why", [(lambda t: t.replace("item,", "thing,"), "KeyError"), (lambda t: t.replace(",3\n", ",9\n"), "between 1 and 5"), (lambda t: t.replace(",3\n", ",good\n"), "invalid literal"),
+    (lambda t: "\n".join(t.splitlines()[:-2]), "missing"), (lambda t: t + t.splitlines()[1] + "\n", "doubled"), (lambda t: t.replace("l0", "l1", 1), "several"), (lambda t: t[:40], "not a whole set"),
+    (lambda t: "", "not of this test"), (lambda t: "\x00\xff"*40, "CorpusError|not a whole"), (lambda t: t + "#"*1_000_001, "over 1 MB")])
+def test_spoilt_marks_are_refused_by_name(asked, tmp_path, spoil, why):
+    path = write_marks(tmp_path/"m.csv", asked[1], "l0", lambda *_: 3)
+    assert ev.read_ratings(path, asked[1])[0] == "l0"
+    path.write_text(spoil(path.read_text()), encoding="latin-1")
+    with pytest.raises(CorpusError, match=why) as e: ev.read_ratings(path, asked[1])
+    assert "m.csv" in str(e.value)
 
 def test_claims_need_two_standard_errors():
     card = lambda borrowed, error: dict(rows={"wrong face": {"mean F0 of the borrowed face, r": borrowed, "mean F0, r": .1}}, errors={"wrong face": {"mean F0 of the borrowed face, r": error}})

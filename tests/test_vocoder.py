@@ -5,8 +5,8 @@ import pytest, torch
 from torch import nn
 from faces2voices.core import PAPER, TINY, CheckpointError, seed_everything, test_same as same
 from faces2voices.audio import MEL, pitch, vowel
-from faces2voices.vocoder import (Generator, copy_synthesis, critic_loss, drive, excitation, fold, full_critics, load_hifigan, mel_loss, n_weights,
-    period_critic, reach, scale_critic, segment_batches, slim_critics, soften, stft_loss, train_vocoder)
+from faces2voices.vocoder import (HIFIGAN, Generator, Source, copy_study, copy_synthesis, critic_loss, drive, excitation, fold, full_critics, hifigan, in_pieces,
+    load_hifigan, mel_loss, n_weights, noise, period_critic, reach, scale_critic, segment_batches, sing, slim_critics, soften, stft_loss, train_vocoder)
 
 SMALL = replace(TINY, vocoder_source=False, vocoder_channels=64, vocoder_kernels=(3, 7), vocoder_dilations=((1,), (3,)), steps=dict(vocoder=6), batch=dict(vocoder=2), lr=dict(vocoder=2e-3))
 DRIVEN = replace(SMALL, vocoder_source=True)
@@ -50,14 +50,28 @@ def test_published_layout_loads_strictly(tmp_path, preset):
     same(g.ups[1].weight, s*v/v.flatten(1).norm(dim=1)[:, None, None], atol=1e-5)
     same(g.conv_pre.bias, state["conv_pre.bias"])
 
+def test_the_third_size_loads_from_its_own_names(tmp_path):
+    "V3 has `convs` where V1 and V2 have `convs1` and `convs2`; its file holds weight_g and weight_v."
+    g = hifigan("V3").eval()
+    old = {k.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v"): v for k, v in g.state_dict().items()}
+    assert {"resblocks.0.convs.1.weight_g", "ups.4.weight_v", "conv_post.bias"} <= set(old) and len(old) == 3*(2 + 5 + 15*2)
+    torch.save({"generator": old}, tmp_path/"g")
+    mel, loaded = torch.randn(1, 80, 9), load_hifigan(tmp_path/"g", "V3")
+    with torch.inference_mode(): same(loaded.remove_weight_norm()(mel), g(mel), atol=1e-5)
+
 def test_a_wrong_checkpoint_is_named(tmp_path):
     torch.save({"generator": published_state(SMALL)}, tmp_path/"g")
     with pytest.raises(CheckpointError, match="512 channels"): load_hifigan(tmp_path/"g", PAPER)
     with pytest.raises(CheckpointError, match="no such file"): load_hifigan(tmp_path/"h", PAPER)
 
-def test_published_size():
-    "HiFi-GAN V1 at 22 kHz has 13.92 M weights."
-    assert n_weights(Generator(PAPER, rates=(8, 8, 2, 2), rate_kernels=(16, 16, 4, 4))) == 13_926_017
+@pytest.mark.parametrize("name", HIFIGAN)
+def test_published_sizes(name):
+    "Table 1 of HiFi-GAN: 13.92, 0.92 and 1.46 M weights; at hop 160 still of that order, and 160 samples a column."
+    assert abs(n_weights(hifigan(name, published=True))/1e6 - HIFIGAN[name].published) < .01
+    assert .8 < n_weights(hifigan(name))/1e6/HIFIGAN[name].published < 1
+    assert hifigan("V3")(torch.randn(1, 80, 3)).shape == (1, 480)
+
+def test_first_size_is_exact(): assert n_weights(hifigan("V1", published=True)) == 13_926_017
 
 def test_full_critics_have_the_published_sizes():
     "HiFi-GAN's MPD has 41.1 M and its MSD 29.6 M weights, as anyone's count of them shows."
@@ -191,3 +205,55 @@ def test_a_driven_vocoder_is_ahead_of_a_plain_one():
     assert b[-1]["mel"] < a[-1]["mel"]
     with torch.inference_mode(): out = driven(MEL(wavs[0])[None], sources[0][None])[0]
     assert (pitch(out)[0] - glide())[5:-5].abs().mean() < .03
+
+def test_noise_does_not_depend_on_who_asks():
+    whole = noise(0, 5000, 100, 3, seed=7)
+    same(noise(1990, 4100, 100, 3, seed=7), whole[1990:4100])
+    assert abs(whole.mean()) < .02 and abs(whole.std() - 1) < .02 and (whole[:2000] - whole[2000:4000]).abs().max() > 1
+    same(noise(0, 64, 16000, seed=2)[:, 0], torch.randn(64, generator=torch.Generator().manual_seed(2)))
+
+def test_a_source_goes_on_where_it_was():
+    log_f0, voiced = 5 + .3*torch.randn(200).cumsum(0)/10, (torch.arange(200) % 50 > 9).float()
+    source = Source(log_f0, voiced, seed=4)
+    same(torch.cat([source.take(n) for n in (1, 2, 97, 60, 40)]), excitation(log_f0, voiced, seed=4), atol=1e-6)
+
+def test_in_pieces_hands_out_every_column_once():
+    "With a speaker that repeats its columns, and whatever the sizes of the pieces."
+    x = torch.arange(100.)[None]
+    for sizes in ([100], [1]*100, [3, 40, 2, 55], [99, 1]):
+        for context in (0, 4, 13):
+            columns, wavs = zip(*in_pieces(lambda held: held[0].repeat_interleave(160), x.split(sizes, 1), context))
+            same(torch.cat(columns, 1), x); same(torch.cat(wavs), x[0].repeat_interleave(160))
+
+@pytest.mark.parametrize("preset", [SMALL, DRIVEN], ids=["plain", "driven"])
+def test_sound_of_pieces_is_the_sound_of_the_whole(preset):
+    seed_everything(1)
+    g, L = Generator(preset).eval(), 240
+    mel, log_f0, voiced = torch.randn(80, L) - 5, torch.linspace(4.6, 5.4, L//2), (torch.arange(L//2) % 40 > 9).float()
+    with torch.inference_mode():
+        whole = g(mel[None], drive(mel, log_f0, voiced, 3)[None] if g.sources else None)[0]
+        mels, wavs = zip(*sing(g, mel.split([4, 100, 80, 56], 1), log_f0, voiced, 3))
+        short = torch.cat([w for _, w in sing(g, mel.split(60, 1), log_f0, voiced, 3, context=0)])
+    assert len(wavs) > 2 and all(m.shape[1]*160 == len(w) for m, w in zip(mels, wavs))
+    same(torch.cat(wavs), whole, atol=1e-6); same(torch.cat(mels, 1), mel)
+    assert (short - whole).abs().max() > 1e-4, "without neighbours there must be seams"
+
+def test_reach_leaves_no_gradients(generator):
+    reach(generator)
+    assert all(p.grad is None for p in generator.parameters())
+
+def test_a_study_of_copies_is_recorded(tmp_path, monkeypatch):
+    pytest.importorskip("pystoi"); pytest.importorskip("pesq")
+    import json
+    from faces2voices import evaluation, synthesis
+    from faces2voices.corpora import Clip
+    wav, none = glided(), torch.zeros(0)
+    clips = [Clip("a", "", "", torch.zeros(25, 96, 96), none, torch.zeros(25, 1), none, wav, none, none, none)]
+    monkeypatch.setattr("faces2voices.corpora.ClipDataset", lambda folder, split: clips*2)
+    monkeypatch.setattr(evaluation, "dnsmos", lambda wav: dict(ovrl_mos=3.))
+    monkeypatch.setattr(evaluation, "pesq", lambda wav, ref: 4.6 - float((wav - ref).abs().mean()))
+    found = copy_study(tmp_path/"vocoder.json", n=2, models=("talkers",), drawn="anywhere")
+    assert json.loads((tmp_path/"vocoder.json").read_text()) == found and "drawn='DRAWN'" in found["command"]
+    rows = found["rows"]["drawn"]
+    assert list(rows) == ["original", "vocoder of talkers", "Griffin-Lim, 32"]
+    assert rows["original"]["mel distance"][0] == 0 < rows["vocoder of talkers"]["mel distance"][0] and rows["original"]["ESTOI"][0] > .99

@@ -1,0 +1,164 @@
+"Films of any length in windows, the three dials, and what is written: against the whole clip, by ear of the pitch tracker, and by weight."
+import io, subprocess, sys
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from faces2voices import FacesToVoices, synthesis as S
+from faces2voices.audio import MEL, load_audio, pitch, save_wav
+from faces2voices.core import TEMPERATURE, F2VError, MediaError, NoFaceError, test_same as same
+from faces2voices.corpora import collate
+from faces2voices.prosody import denormalize_pitch
+from faces2voices.video import read_video, write_video
+from faces2voices.vocoder import drive, sing
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = sorted((ROOT/"data_samples").glob("*.mp4"))
+
+@pytest.fixture(scope="module")
+def f2v(): return FacesToVoices.from_pretrained("talkers", device="cpu")
+
+@pytest.fixture(scope="module")
+def clip(f2v):
+    "Lips and expression of the first sample, in memory."
+    c, _ = f2v.watch(SAMPLES[0])
+    return c._replace(lips=c.lips[:], expression=c.expression[:])
+
+@pytest.fixture()
+def film(clip):
+    "The clip swung to and fro: 12 seconds without a splice."
+    swing = lambda x: torch.cat([x, x.flip(0)]*3)[:300]
+    return clip._replace(lips=swing(clip.lips), expression=swing(clip.expression))
+
+@pytest.fixture()
+def small(monkeypatch):
+    "Windows of 6 seconds."
+    for name, n in dict(WINDOW=150, CONTEXT=30).items(): monkeypatch.setattr(S, name, n)
+
+@pytest.mark.parametrize("T", [1, 499, 500, 501, 999, 45_000])
+def test_windows_keep_every_frame_once(T):
+    ws = S.windows(T)
+    assert ws[0].begin == 0 and ws[-1].end == T and all(a.end == b.begin for a, b in zip(ws, ws[1:]))
+    assert all(0 <= w.start <= w.begin < w.end <= w.stop <= T and w.stop - w.start <= S.WINDOW for w in ws)
+    assert len(ws) == 1 or all(min(w.begin - w.start, S.CONTEXT) == S.CONTEXT for w in ws[1:])
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_rows_come_back(dtype):
+    rows, x = S.Rows(), (torch.rand(30, 4, 5)*200).to(dtype)
+    for part in x.split(7): rows.append(part)
+    assert len(rows) == 30
+    for span in (slice(None), slice(3, 29), slice(25, 99)): same(rows[span], x[span])
+
+@torch.no_grad()
+def test_one_window_is_the_whole_clip(f2v, clip):
+    "What the windows add to the hierarchy, the decoder's sampler and the vocoder: nothing."
+    b = collate([clip])
+    out = f2v.hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
+    x = f2v.decoder.sample(out.mu, speaker=out.speaker, temperature=TEMPERATURE, steps=3, guidance=1.5, seed=9)
+    mel = MEL.denormalize(x).clamp(min=float(np.log(MEL.floor)), max=3.)
+    wav = f2v.vocoder(mel, drive(mel[0], out.prosody.log_f0[0], out.prosody.voiced_logit[0].sigmoid().round(), 9)[None])[0]
+    speech = f2v.voice(clip, steps=3, guidance=1.5, seed=9)
+    same(speech.mel, mel[0], atol=1e-5); same(speech.wav, wav, atol=1e-5)
+    same(speech.log_f0, out.prosody.log_f0[0], atol=1e-6); same(speech.units, out.content.logits[0].argmax(-1))
+
+def test_a_film_in_windows_is_near_the_whole(f2v, film, small, monkeypatch):
+    parts = list(f2v.speak(film))
+    ours = S.Speech.join(parts)
+    monkeypatch.setattr(S, "WINDOW", 10**6)
+    whole = f2v.voice(film)
+    assert len(parts) > 2 and len(ours.wav) == 640*300 == 160*ours.mel.shape[1]
+    assert (MEL.normalize(ours.mel) - MEL.normalize(whole.mel)).square().mean().sqrt() < .1     # of a standard deviation of 1
+    assert (ours.log_f0 - whole.log_f0).abs().mean() < .01 and (ours.units == whole.units).float().mean() > .9
+
+@torch.no_grad()
+def test_the_sound_of_a_film_has_no_seams(f2v, film, small):
+    "Parts, joined, are what the vocoder makes of the joined mel at once."
+    ours = S.Speech.join(list(f2v.speak(film, seed=5)))
+    (_, whole), = sing(f2v.vocoder, [ours.mel], ours.log_f0, ours.voiced.round(), 5, context=0)
+    same(ours.wav, whole, atol=1e-5)
+
+def test_faded_mels_follow_each_other(small):
+    ws = S.windows(400)
+    ramp = torch.arange(1600.)[None]
+    out = torch.cat(list(S.faded(ws, [ramp[:, 4*w.start:4*w.stop].clone() for w in ws])), 1)
+    same(out, ramp, atol=1e-3)
+
+def mean_hz(wav): log_f0, voiced = pitch(wav); return log_f0[voiced > 0].mean().exp().item()
+
+def test_another_voice_says_the_same_words(f2v, clip):
+    own, low, high = (f2v.voice(clip, speaker=v) for v in (None, f2v.voice_like(face=SAMPLES[4]), f2v.voice_like(reference=SAMPLES[20])))
+    same(low.units, own.units); same(high.units, own.units)
+    assert mean_hz(low.wav) < 110 < 150 < mean_hz(high.wav)
+
+def test_a_picture_serves_as_well_as_its_video(f2v, tmp_path):
+    from PIL import Image
+    Image.fromarray(read_video(SAMPLES[4]).frames[20]).save(tmp_path/"face.png")
+    assert f2v.voice_like(face=tmp_path/"face.png") @ f2v.voice_like(face=SAMPLES[4]) > .8
+
+def test_expression_scales_what_the_brows_do(f2v, clip):
+    rest, seen, twice = (f2v.voice(clip, expression=e) for e in (0., 1., 2.))
+    same(twice.log_f0 - rest.log_f0, 2*(seen.log_f0 - rest.log_f0), atol=1e-4)
+    assert (seen.log_f0 - rest.log_f0).std() > .005
+    same(rest.units, twice.units)
+
+def test_bad_voices_are_named(f2v, tmp_path):
+    from PIL import Image
+    (tmp_path/"notes.jpg").write_text("no picture"); save_wav(tmp_path/"quiet.wav", torch.zeros(16000)); save_wav(tmp_path/"short.wav", torch.ones(800)*.1)
+    Image.new("RGB", (200, 200), (120, 120, 120)).save(tmp_path/"blank.png")
+    whole = io.BytesIO(); Image.fromarray(read_video(SAMPLES[0]).frames[0]).save(whole, "PNG")
+    (tmp_path/"cut.png").write_bytes(whole.getvalue()[:3000])
+    for error, kw, name in [(MediaError, dict(face=tmp_path/"nobody.jpg"), "nobody"), (MediaError, dict(face=tmp_path/"notes.jpg"), "notes"), (MediaError, dict(face=tmp_path/"cut.png"), "cut"),
+                            (NoFaceError, dict(face=tmp_path/"blank.png"), "blank"), (MediaError, dict(reference=tmp_path/"quiet.wav"), "silent"),
+                            (MediaError, dict(reference=tmp_path/"short.wav"), "0.05 s"), (F2VError, dict(face=SAMPLES[0], reference=SAMPLES[1]), "not both")]:
+        with pytest.raises(error, match=name): f2v.voice_like(**kw)
+
+def test_a_long_file_is_written_part_by_part(f2v, tmp_path, small):
+    frames = read_video(SAMPLES[0]).frames
+    frames = np.concatenate([frames, frames[::-1]]*2)[:220]
+    write_video(tmp_path/"film.mp4", frames)
+    sections = []
+    done = S.synthesize_file(f2v, tmp_path/"film.mp4", tmp_path/"out", True, sections)
+    assert not done.error and done.speech_seconds == 220/25
+    assert len(load_audio(tmp_path/"out"/"film.wav")) == 640*220
+    assert len(read_video(tmp_path/"out"/"film.dubbed.mp4").frames) == 220 and "of 9 s" in sections[0]
+
+def test_a_part_that_fails_leaves_nothing(tmp_path):
+    def parts():
+        yield S.Speech(torch.zeros(640), *[None]*6)
+        raise NoFaceError("film.mp4", "lost")
+    with pytest.raises(NoFaceError): S.write_parts(tmp_path/"a.wav", parts())
+    assert not list(tmp_path.iterdir())
+
+def test_the_widget_follows_its_dials(f2v, clip):
+    pytest.importorskip("ipywidgets")
+    import soundfile
+    box, picture = S.dials_widget(f2v, clip, dict(own=f2v.who(clip.face, clip.identity), other=f2v.voice_like(face=SAMPLES[4]))).children
+    voice, expression, sound = box.children
+    heard = lambda: torch.from_numpy(soundfile.read(io.BytesIO(sound.value), dtype="float32")[0])
+    before, drawn = heard(), picture.value
+    voice.value = "other"
+    assert mean_hz(heard()) < .8*mean_hz(before) and picture.value != drawn and sound.autoplay
+    low, expression.value = heard(), 3.
+    assert (heard() - low).abs().max() > .01
+
+LONG = '''
+import resource, sys, torch
+from dataclasses import replace
+from faces2voices import synthesis as S
+from faces2voices.core import TINY
+S.WINDOW, S.CONTEXT, S.FADE = 50, 10, 4
+torch.manual_seed(0)
+model = S.FacesToVoices(replace(TINY, lip_width=8, dim=32, lip_rnn=16, decoder_channels=(32, 32), vocoder_channels=32).to_json())
+for seconds in (8, 8, 80):
+    lips, expression = S.Rows(), S.Rows()
+    for _ in range(seconds): lips.append(torch.zeros(25, 96, 96, dtype=torch.uint8)); expression.append(torch.rand(25, 1152))
+    n = sum(len(p.wav) for p in model.speak(S.seen_only("", lips, torch.zeros(112, 112, 3, dtype=torch.uint8), expression, torch.zeros(0)), steps=1))
+    assert n == 16000*seconds
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)
+'''
+
+def test_memory_does_not_grow_with_the_film():
+    "Ten times the length, of which lips and expression alone would take 28 MB: the peak stays."
+    out = subprocess.run([sys.executable, "-c", LONG], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    _, eight, eighty = map(int, out.split())
+    assert eighty - eight < 14, out
