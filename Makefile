@@ -1,5 +1,6 @@
 # make demo   speak the sample clips          make test   everything that must hold
 # make lab    open the lessons in JupyterLab  make readme README.md from nbs/index.ipynb
+# make test-browser   move the widgets' sliders in a real browser (Chromium)
 # make test-fairseq   AV-HuBERT beside fairseq itself (Python 3.10, an environment of its own, 2 GB)
 PYTHON ?= python3
 VENV   ?= .venv
@@ -15,7 +16,7 @@ FAIRSEQ   := .venv-fairseq
 export OMP_NUM_THREADS ?= 1
 export PYTHONFAULTHANDLER := 1
 
-.PHONY: demo test test-fairseq lab readme outputs prepare clean
+.PHONY: demo test test-fairseq test-browser lab readme outputs prepare clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +52,9 @@ $(FAIRSEQ)/.ready: tests/fairseq/constraints.txt
 test-fairseq: $(FAIRSEQ)/.ready $(VENV)/.dev
 	$(FAIRSEQ)/bin/python tests/fairseq/official.py $(FAIRSEQ)/files small base
 	FAIRSEQ_FILES=$(FAIRSEQ)/files $(BIN)/python -m pytest -q tests/test_avhubert.py -k fairseq
+
+test-browser: $(VENV)/.dev
+	$(BIN)/python tests/browser.py
 
 readme: $(VENV)/.dev
 	$(BIN)/python tests/make_readme.py

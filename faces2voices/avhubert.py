@@ -105,7 +105,7 @@ def run_packed(rnn, # nn.GRU or nn.LSTM, batch_first
     with torch.autocast(frames.device.type, enabled=False): packed, _ = rnn(packed)
     return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=mask.shape[1])[0]
 
-# %% ../nbs/06_avhubert.ipynb #28db4cdd
+# %% ../nbs/06_avhubert.ipynb #c58614ad
 class SlimLipEncoder(nn.Module):
     "Lips to one vector a frame: motion stem, residual trunk, 3 × 3 layout, bidirectional GRU."
     def __init__(self, width:int=16, # channels of the stem
@@ -122,16 +122,18 @@ class SlimLipEncoder(nn.Module):
         self.rnn = nn.GRU(dim, rnn, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
         self.out = nn.Identity() if 2*rnn == dim else nn.Linear(2*rnn, dim)
 
-    def forward(self, lips, # (B, 1, T, 88, 88)
-                mask # (B, T) bool, True on real frames, padding at the end
-               ):
-        "Features (B, T, D), zero on padding."
-        edge = (lips.shape[-1] - self.window)//2
-        lips = lips[..., edge:edge + self.window, edge:edge + self.window]
-        lips = (lips if self.scale == 1 else F.avg_pool3d(lips, (1, self.scale, self.scale))) * mask[:, None, :, None, None]
-        seen = self.proj(self.trunk(stack_frames(lips)[mask]).flatten(1)).float()  # real frames only: (N, D)
-        frames = seen.new_zeros(*mask.shape, self.dim).masked_scatter(mask[..., None], seen)
-        return frames + self.out(run_packed(self.rnn, frames, mask)) * mask[..., None]
+# %% ../nbs/06_avhubert.ipynb #51b40c1b
+@patch
+def forward(self:SlimLipEncoder, lips, # (B, 1, T, 88, 88)
+            mask # (B, T) bool, True on real frames, padding at the end
+           ):
+    "Features (B, T, D), zero on padding."
+    edge = (lips.shape[-1] - self.window)//2
+    lips = lips[..., edge:edge + self.window, edge:edge + self.window]
+    lips = (lips if self.scale == 1 else F.avg_pool3d(lips, (1, self.scale, self.scale))) * mask[:, None, :, None, None]
+    seen = self.proj(self.trunk(stack_frames(lips)[mask]).flatten(1)).float()  # real frames only: (N, D)
+    frames = seen.new_zeros(*mask.shape, self.dim).masked_scatter(mask[..., None], seen)
+    return frames + self.out(run_packed(self.rnn, frames, mask)) * mask[..., None]
 
 # %% ../nbs/06_avhubert.ipynb #9ea4da0b
 def influence(f, # x -> features (T', D)

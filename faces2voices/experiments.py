@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'JUDGED', 'RESULTS', 'SWEPT', 'PEERS', 'OTHERS', 'OURS', 'SWAPPED', 'CREDIT', 'preset_for', 'loudness',
            'judge_mu', 'judge', 'targets', 'train_variant', 'ablation', 'interval', 'show_ablation', 'of_speaker',
-           'adaptation', 'swept', 'sweep', 'flow_study', 'recorded_study', 'show_study', 'interleaved', 'empty_clip',
-           'speak_mel', 'bench_vocoder', 'peer', 'solver_jobs', 'decoder_nets', 'forward_of', 'decoder_jobs',
-           'torchaudio_griffin_lim', 'sound_jobs', 'flow_jobs', 'compared', 'absent_peers', 'flow_times', 'bench_flow',
-           'bench_text', 'stored_card', 'ledger', 'ledger_markdown', 'model_card']
+           'adaptation', 'show_adaptation', 'swept', 'sweep', 'flow_study', 'recorded_study', 'show_study',
+           'interleaved', 'empty_clip', 'speak_mel', 'bench_vocoder', 'peer', 'solver_jobs', 'decoder_nets',
+           'forward_of', 'decoder_jobs', 'torchaudio_griffin_lim', 'sound_jobs', 'flow_jobs', 'compared',
+           'absent_peers', 'flow_times', 'bench_flow', 'bench_text', 'stored_card', 'ledger', 'ledger_markdown',
+           'model_card']
 
 # %% ../nbs/18_experiments.ipynb #cb7caa22
 import json, re, statistics, time
@@ -141,7 +142,7 @@ def of_speaker(data, speaker:str, *splits) -> ClipDataset:
     entries = read_manifest(Path(data)/"manifest.jsonl")
     return ClipDataset(data, names={e.name for e in entries if e.speaker == speaker and e.split in splits})
 
-# %% ../nbs/18_experiments.ipynb #896092a0
+# %% ../nbs/18_experiments.ipynb #72507759
 def adaptation(data, # prepared clips of both
                out, first:str="s1", then:str="s4", # speakers
                steps:int=1500, more:int=300, # steps on the first speaker's clips, and then on the second's
@@ -155,9 +156,18 @@ def adaptation(data, # prepared clips of both
     hierarchy = Hierarchy(preset)
     for when, who, n, rate in (("before", first, steps, 1.), ("after", then, more, 1/3)):
         fit(hierarchy.loss, hierarchy, batches(seen[who], preset.batch["hierarchy"], seed, preset.vary), n, rate*preset.lr["hierarchy"], name=when, run_dir=out, bf16=True, seed=seed)
-        rows += [dict(when=when, speaker=who, clips=len(ds), steps=n, seed=seed, machine=machine(), **judge(hierarchy, ds, voices)) for who, ds in held.items()]
+        command = f"adaptation('{Path(data).name}', '{out.name}', '{first}', '{then}', {steps}, {more}, {seed})"
+        rows += [dict(when=when, speaker=who, clips=len(ds), command=command, machine=machine(), **judge(hierarchy, ds, voices)) for who, ds in held.items()]
     with atomic_path(out/"adaptation.json", overwrite=True) as tmp: tmp.write_text(json.dumps(rows, indent=1))
     return rows
+
+# %% ../nbs/18_experiments.ipynb #3c36bc29
+def show_adaptation(rows:list # from `adaptation`
+                   ) -> str: # Markdown
+    "Before and after, for both speakers."
+    seen = "error, dB", "unit accuracy in speech", "energy, r", "voice similarity"
+    body = [[r["when"], r["speaker"], r["clips"], *(f"{r[k]:.3f}" for k in seen)] for r in rows]
+    return markdown_table(["adaptation", "speaker", "clips", *(f"{k} {JUDGED[k]}" for k in seen)], body) + f"\n\nmade by `{rows[0]['command']}` on {rows[0]['machine']}"
 
 # %% ../nbs/18_experiments.ipynb #d7d8e0b5
 SWEPT = "WER", "ESTOI", "MCD, dB", "energy, r", "DNSMOS OVRL", "seconds"
@@ -201,11 +211,11 @@ def recorded_study(name:str, # of a model
     command = f"faces2voices sweep {Path(data).name} --model {Path(name).name} --limit {limit} --seed {seed}"
     return dict(command=command, model=Path(name).name, clips=len(clips), machine=machine(), rows=flow_study(FacesToVoices.from_pretrained(name), clips, seed=seed))
 
-# %% ../nbs/18_experiments.ipynb #3c673a88
+# %% ../nbs/18_experiments.ipynb #8f928ff1
 def show_study(found:dict # of `faces2voices sweep`
               ) -> str: # Markdown
     "A flow study as a table, with its command below."
-    name = lambda r: "μ itself, no flow" if r["steps"] == 0 else f"{r['steps']} steps" + (f", w = {r['guidance']:g}" if r["guidance"] != 1 else "")
+    name = lambda r: "μ itself, no flow" if r["steps"] == 0 else f"{r['steps']} step{'s'*(r['steps'] > 1)}" + (f", w = {r['guidance']:g}" if r["guidance"] != 1 else "")
     number = lambda k, v: None if v is None else f"{100*v:.1f} %" if k == "WER" else f"{v:.2f}" if k in ("MCD, dB", "DNSMOS OVRL", "seconds") else f"{v:.3f}"
     body = [[name(r), *(number(k, r[k]) for k in SWEPT)] for r in found["rows"]]
     return markdown_table([f"`{found['model']}`", *SWEPT], body) + f"\n\n{found['clips']} validation clips; made by `{found['command']}` on {found['machine']}"
