@@ -75,7 +75,7 @@ class BasicBlock(nn.Module):
         y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         return self.relu2(y + self.downsample(x))
 
-# %% ../nbs/06_avhubert.ipynb #14d53a54
+# %% ../nbs/06_avhubert.ipynb #d16e7761
 class SlimTrunk(nn.Module):
     "Stem and four residual blocks on stacked frames: (N, H, W, 5) to (N, 8 width, 3, 3)."
     def __init__(self, width:int, # channels of the stem
@@ -87,13 +87,13 @@ class SlimTrunk(nn.Module):
                                   nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         blocks, c, size = [], width, size // 4
         for i in range(4):
-            stride = 2 if i and size > 4 else 1      # halve until the map is 3 × 3 or a little larger
+            stride = 2 if i and size > 3 else 1      # halve until the map is 3 × 3
             blocks.append(BasicBlock(c, width*2**i, stride, relu))
             c, size = width*2**i, -(-size // stride)
         self.blocks = nn.Sequential(*blocks)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x): return F.adaptive_avg_pool2d(self.blocks(self.stem(x.movedim(-1, 1).contiguous(memory_format=torch.channels_last))), 3)
+    def forward(self, x): return self.blocks(self.stem(x.movedim(-1, 1).contiguous(memory_format=torch.channels_last)))
 
 # %% ../nbs/06_avhubert.ipynb #dae2c182
 def run_packed(rnn, # nn.GRU or nn.LSTM, batch_first
@@ -105,35 +105,28 @@ def run_packed(rnn, # nn.GRU or nn.LSTM, batch_first
     with torch.autocast(frames.device.type, enabled=False): packed, _ = rnn(packed)
     return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=mask.shape[1])[0]
 
-# %% ../nbs/06_avhubert.ipynb #c58614ad
+# %% ../nbs/06_avhubert.ipynb #b943bc98
 class SlimLipEncoder(nn.Module):
     "Lips to one vector a frame: motion stem, residual trunk, 3 × 3 layout, bidirectional GRU."
     def __init__(self, width:int=16, # channels of the stem
                  dim:int=128, # D, size of a frame's vector
-                 window:int=88, # side of the middle of the 88 × 88 lips that is looked at
-                 scale:int=2, # shrink it by this factor first
-                 rnn:int=64, # units of each direction of the GRU
+                 scale:int=2, # shrink the 88 × 88 lips by this factor first
                  dropout:float=0.1
                 ):
         super().__init__()
-        self.dim, self.window, self.scale = dim, window, scale
-        self.trunk = SlimTrunk(width, window // scale)
+        self.dim, self.scale = dim, scale
+        self.trunk = SlimTrunk(width, 88 // scale)
         self.proj = nn.Sequential(nn.Linear(8*width*9, dim), nn.LayerNorm(dim), nn.Dropout(dropout))
-        self.rnn = nn.GRU(dim, rnn, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
-        self.out = nn.Identity() if 2*rnn == dim else nn.Linear(2*rnn, dim)
+        self.rnn = nn.GRU(dim, dim//2, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
 
-# %% ../nbs/06_avhubert.ipynb #51b40c1b
-@patch
-def forward(self:SlimLipEncoder, lips, # (B, 1, T, 88, 88)
-            mask # (B, T) bool, True on real frames, padding at the end
-           ):
-    "Features (B, T, D), zero on padding."
-    edge = (lips.shape[-1] - self.window)//2
-    lips = lips[..., edge:edge + self.window, edge:edge + self.window]
-    lips = (lips if self.scale == 1 else F.avg_pool3d(lips, (1, self.scale, self.scale))) * mask[:, None, :, None, None]
-    seen = self.proj(self.trunk(stack_frames(lips)[mask]).flatten(1)).float()  # real frames only: (N, D)
-    frames = seen.new_zeros(*mask.shape, self.dim).masked_scatter(mask[..., None], seen)
-    return frames + self.out(run_packed(self.rnn, frames, mask)) * mask[..., None]
+    def forward(self, lips, # (B, 1, T, 88, 88)
+                mask # (B, T) bool, True on real frames, padding at the end
+               ):
+        "Features (B, T, D), zero on padding."
+        lips = (lips if self.scale == 1 else F.avg_pool3d(lips, (1, self.scale, self.scale))) * mask[:, None, :, None, None]
+        seen = self.proj(self.trunk(stack_frames(lips)[mask]).flatten(1)).float()  # real frames only: (N, D)
+        frames = seen.new_zeros(*mask.shape, self.dim).masked_scatter(mask[..., None], seen)
+        return frames + run_packed(self.rnn, frames, mask)
 
 # %% ../nbs/06_avhubert.ipynb #9ea4da0b
 def influence(f, # x -> features (T', D)
@@ -387,11 +380,11 @@ class FrozenAVHubert(nn.Module):
         mixed = torch.einsum("l,lbtd->btd", self.weights.softmax(0), F.layer_norm(states, (self.dim,)))
         return mixed * mask[..., None]
 
-# %% ../nbs/06_avhubert.ipynb #3b6ff21e
+# %% ../nbs/06_avhubert.ipynb #ab8c6c94
 def make_lip_encoder(preset:Preset,
                      weights=None # AV-HuBERT checkpoint; None: the architecture alone, to be filled from a saved system
                     ) -> nn.Module:
     "The preset's lip encoder; `.dim` is the size of its features."
-    if preset.lip_encoder == "slim": return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_window, preset.lip_scale, preset.lip_rnn, preset.dropout)
+    if preset.lip_encoder == "slim": return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_scale, preset.dropout)
     size = AVHUBERT_SIZES[preset.lip_encoder.removeprefix("avhubert-")]
     return FrozenAVHubert(AVHubert(**size) if weights is None else load_avhubert(weights))

@@ -140,7 +140,7 @@ def _place(x) -> str:
     "Where `x` is largest, in words; nothing for a single number."
     return f" at position {[int(i) for i in np.unravel_index(int(x.to(torch.float64).argmax()), x.shape)]}" if x.dim() else ""
 
-# %% ../nbs/00_core.ipynb #ddb8948d
+# %% ../nbs/00_core.ipynb #dc469704
 @dataclass(frozen=True)
 class Looking:
     "What a model looks at."
@@ -149,9 +149,7 @@ class Looking:
     expression_dim: int = 1152          # E; 1152 is a 24 × 48 strip of brows and eyes
     lip_encoder: str = "slim"           # `slim`, `avhubert-base`, `avhubert-large`
     lip_width: int = 16                 # channels of the slim encoder's stem
-    lip_rnn: int = 64                   # units of each direction of its GRU
-    lip_window: int = 88                # side of the middle of the 88 × 88 lips that it looks at
-    lip_scale: int = 2                  # it shrinks them by this factor first
+    lip_scale: int = 2                  # the slim encoder shrinks the 88 × 88 lips by this factor first
 
 # %% ../nbs/00_core.ipynb #d7f8a05e
 @dataclass(frozen=True)
@@ -202,10 +200,10 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #f36cdbd1
+# %% ../nbs/00_core.ipynb #4c17fd0d
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_rnn=128, lip_window=56, lip_scale=1,
-    steps=TINY.steps | dict(hierarchy=2800, decoder=2000, vocoder=1000), lr=TINY.lr | dict(hierarchy=2e-3))
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
+    steps=TINY.steps | dict(hierarchy=3600, decoder=2500, vocoder=1000))
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3, vocoder_source=False,

@@ -536,7 +536,7 @@ def make_world(model, run:Path, preset, workers:int, seed:int) -> Path: # folder
     if done.made: note_time(run, "world", time.time() - began)
     return run/"prepared"
 
-# %% ../nbs/16_training.ipynb #d72db491
+# %% ../nbs/16_training.ipynb #c133df96
 def adapt(model:str, # to go on from
           data, # prepared clips of somebody new, with a split `train`
           out, # folder of the run
@@ -545,7 +545,7 @@ def adapt(model:str, # to go on from
          ) -> Path: # folder of the adapted model
     "Go on from a trained model with other clips."
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
-    brief = dict(steps=preset.steps | dict.fromkeys(("hierarchy", "decoder", "vocoder"), steps), lr={k: v/3 for k, v in preset.lr.items()})
+    brief = dict(vary=2, steps=preset.steps | dict.fromkeys(("hierarchy", "decoder", "vocoder"), steps), lr={k: v/3 for k, v in preset.lr.items()})
     return train_system(replace(preset, **brief), out, data, init=model, adapt=True, **kw)
 
 # %% ../nbs/16_training.ipynb #8d705ad6

@@ -9,7 +9,7 @@ from faces2voices.units import UnitQuantizer, phone_reader
 from faces2voices.hierarchy import *
 from faces2voices.hierarchy import Observed
 
-SMALL = replace(TINY, dim=32, n_units=8, n_blocks=2, lip_width=4, lip_rnn=16, lip_scale=4, dropout=0.)
+SMALL = replace(TINY, dim=32, n_units=8, n_blocks=2, lip_width=4, lip_scale=4, dropout=0.)
 VARIANTS = [(), ("masked",), ("timbre",), ("prosody",), ("timbre", "prosody"), ("hierarchy",)]
 
 @pytest.fixture(autouse=True)

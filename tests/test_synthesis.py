@@ -148,7 +148,7 @@ from faces2voices import synthesis as S
 from faces2voices.core import TINY
 S.WINDOW, S.CONTEXT, S.FADE = 50, 10, 4
 torch.manual_seed(0)
-model = S.FacesToVoices(replace(TINY, lip_width=8, dim=32, lip_rnn=16, decoder_channels=(32, 32), vocoder_channels=32).to_json())
+model = S.FacesToVoices(replace(TINY, lip_width=8, dim=32, decoder_channels=(32, 32), vocoder_channels=32).to_json())
 for seconds in (8, 8, 80):
     lips, expression = S.Rows(), S.Rows()
     for _ in range(seconds): lips.append(torch.zeros(25, 96, 96, dtype=torch.uint8)); expression.append(torch.rand(25, 1152))
