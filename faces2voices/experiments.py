@@ -381,12 +381,12 @@ def bench_text(kept:dict # what `bench_flow` keeps
     speed = ", ".join(f"{k} {v:.3f}" for k, v in kept["real_time_factor"].items())
     return "\n".join([markdown_table(["part", "ours", "ms", "peer", "ms", "peer/ours"], rows), "", f"Real-time factor of decoder and vocoder: {speed}.", kept["measured"] + ".", *kept["absent"]])
 
-# %% ../nbs/18_experiments.ipynb #5a460bca
+# %% ../nbs/18_experiments.ipynb #08864caa
 OTHERS = { # row → (as published, as measured by others on LRS3)
     "MOS naturalness": ("4.49 (ground truth 4.54, DiffV2S 2.97)", "2.80 (ground truth 3.07)"), "WER": ("", "30.37 % (ground truth 2.29 %)"),
     "DNSMOS OVRL": ("", "3.22 (ground truth 3.29)"), "UTMOS": ("", "3.99 (ground truth 3.57)"), "LSE-C": ("", "7.08 (ground truth 6.66)"), "LSE-D": ("", "6.66 (ground truth 6.89)"),
     "MCD, dB": ("", "10.54"), "voice similarity, Resemblyzer": ("", "0.60 (by another encoder)")}
-OURS = "STOI", "ESTOI", "PESQ", "unit accuracy in speech", "energy, r", "F0 contour, r", "mean F0, r"
+OURS = "WER, CTC", "STOI", "ESTOI", "PESQ", "unit accuracy in speech", "energy, r", "F0 contour, r", "mean F0, r"
 SWAPPED = {"mean F0 of the borrowed face, r": "wrong face", "WER of the borrowed lips": "wrong lips"} # metric → row of the card
 
 # %% ../nbs/18_experiments.ipynb #7df6d292
@@ -396,12 +396,12 @@ def stored_card(name:str # `talkers` or `grid`
     path = RESULTS/f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
-# %% ../nbs/18_experiments.ipynb #c1412d6c
+# %% ../nbs/18_experiments.ipynb #fbd8e0d9
 def _ours(card, metric:str) -> str:
     "Our number, with that of the original sound where the judge could be wrong about it too."
     if card is None: return ""
     value = score_text(card, SWAPPED.get(metric, "synthesised"), metric)
-    bound = score_text(card, "original", metric) if value and metric in ("WER", "DNSMOS OVRL") else ""
+    bound = score_text(card, "original", metric) if value and metric in ("WER", "WER, CTC", "DNSMOS OVRL") else ""
     return value + (f" (original {bound})" if bound else "")
 
 # %% ../nbs/18_experiments.ipynb #773fbda7
