@@ -123,7 +123,7 @@ def seeded(seed:int, make): # what `make()` gives
         torch.manual_seed(seed)
         return make()
 
-# %% ../nbs/08_timbre.ipynb #48128d99
+# %% ../nbs/08_timbre.ipynb #4088709b
 def train_speaker_encoder(mels_by_speaker,  # dict or list: per speaker, a list of (80, L) normalised mels
                           steps:int=400, batch:int=64, lr:float=1e-3, # optimiser steps, windows in each, peak learning rate
                           utterances:int=4, # U, windows a speaker
@@ -133,7 +133,7 @@ def train_speaker_encoder(mels_by_speaker,  # dict or list: per speaker, a list 
                          ): # (SpeakerEncoder in eval mode, list of losses)
     "Train a speaker encoder with the GE2E loss; `w` and `b` are learned beside it and dropped."
     mels = list(mels_by_speaker.values() if isinstance(mels_by_speaker, dict) else mels_by_speaker)
-    encoder, S = seeded(seed, SpeakerEncoder).to(device), min(batch//utterances, len(mels))
+    encoder, S = seeded(seed, SpeakerEncoder).to(device), min(max(1, batch//utterances), len(mels))
     w, b = (nn.Parameter(torch.tensor(v, device=device)) for v in (10., -5.))
     def loss(generator):
         mel, mask = draw_windows(mels, S, utterances, window, generator)

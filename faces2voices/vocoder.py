@@ -189,13 +189,14 @@ def to_bins(gain:torch.Tensor # (80, L) ln gain of mel bands
     "From mel bands to FFT bins, each the mean of the bands that cover it."
     return gain[_nearest_bands()].mean(1)
 
-# %% ../nbs/14_vocoder.ipynb #78ad1ebc
+# %% ../nbs/14_vocoder.ipynb #1022bd5a
 def band_centres() -> torch.Tensor: # (80,) Hz
     "Centres of the mel bands."
     import librosa
     return torch.from_numpy(librosa.mel_frequencies(MEL.n_mels + 2, fmin=MEL.fmin, fmax=MEL.fmax)[1:-1]).float()
 
 @lru_cache
+@torch.inference_mode(False)          # what is kept for later must serve training too
 def _nearest_bands() -> torch.Tensor: # (321, 2)
     "The two bands nearest to each FFT bin."
     return (torch.linspace(0, MEL.sr/2, MEL.n_fft//2 + 1)[:, None] - band_centres()).abs().argsort(1)[:, :2]
