@@ -15,7 +15,7 @@ __all__ = ['GRAMMARS', 'HISS', 'GRID_WORDS', 'METRICS', 'ROWS', 'SLOW', 'POOLS',
            'show_card', 'beginnings_text', 'plot_scores', 'beeps', 'level', 'listening_test', 'read_ratings', 'Opinion',
            'opinion', 'opinions', 'claims']
 
-# %% ../nbs/17_evaluation.ipynb #5c3941d4
+# %% ../nbs/17_evaluation.ipynb #94e6aac7
 import csv, hashlib, html, json, os, platform, re, sys, time
 from functools import cached_property, lru_cache
 from importlib import import_module
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from .core import EULER_STEPS, MELS_PER_FRAME, SAMPLE_RATE, SAMPLES_PER_FRAME, CheckpointError, CorpusError, ToolMissingError, atomic_path, seed_everything
+from .core import EULER_STEPS, MELS_PER_FRAME, SAMPLE_RATE, SAMPLES_PER_FRAME, CheckpointError, CorpusError, ToolMissingError, atomic_path, markdown_table, seed_everything
 from .audio import MEL, energy, griffin_lim, pitch, save_wav
 from .corpora import GRID_GRAMMAR, Clip, ClipDataset, grid_jsgf, read_manifest
 from .talkers import GRAMMAR, jsgf
@@ -637,7 +637,7 @@ def metric_card(model, # FacesToVoices
         seconds_of_speech=round(sum(len(c.wav) for c in clips)/SAMPLE_RATE, 1), left_out=left_out, steps=steps, guidance=guidance, seed=seed, wer_protocol=wer,
         rows=rows, errors=errors, reasons=reasons, by_beginning=by_beginning(values, clips, known), machine=machine(), versions={p: tool_version(p) for p in PACKAGES}, seconds=round(time.time() - began, 1))
 
-# %% ../nbs/17_evaluation.ipynb #23913ddd
+# %% ../nbs/17_evaluation.ipynb #34295453
 def score_text(card:dict, row:str, name:str) -> str:
     "A number with its standard error, or nothing."
     value, error = (card[k].get(row, {}).get(name) for k in ("rows", "errors"))
@@ -650,16 +650,13 @@ def show_card(card:dict # from `metric_card`
     "The card as a table, with what its numbers depend on below."
     rows, out = [r for r in ROWS if r in card["rows"]], card["left_out"]
     cells = [[f"{m.name} {m.better}", *(score_text(card, r, m.name) for r in rows)] for m in METRICS]
-    cells = [["metric", *rows]] + [c for c in cells if any(c[1:]) or c[0][:-2] in card["reasons"]]
-    width = [max(len(c[i]) for c in cells) for i in range(len(rows) + 1)]
-    lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(c, width)) + " |" for c in cells]
-    lines.insert(1, "|" + "|".join("-"*(w + 2) for w in width) + "|")
+    table = markdown_table(["metric", *rows], [c for c in cells if any(c[1:]) or c[0][:-2] in card["reasons"]])
     faces = {True: "no face was trained on", False: "the faces were trained on", None: "the manifest lists no training clips, so what was trained on is not known"}
     notes = [f"{card['clips']} clips of {card['speakers']} speakers, {card['seconds_of_speech']} s; of {out['of_split']} in the split, {out['sentence_trained_on']} had a sentence of the training set and were left out; {faces[out['faces_are_new']]}"]
     notes += [f"± is one standard error over clips; WER: {card['wer_protocol'] or 'not measured'}", f"made by `{card['command']}` in {card['seconds']:.0f} s on {card['machine']}"]
     because = {reason: ", ".join(n for n, r in card["reasons"].items() if r == reason) for reason in card["reasons"].values()}
     notes += beginnings_text(card) + [f"blank: {names}, because {reason}" for reason, names in because.items()]
-    return "\n".join(lines) + "\n\n" + "\n".join(f"- {n}" for n in notes)
+    return table + "\n\n" + "\n".join(f"- {n}" for n in notes)
 
 # %% ../nbs/17_evaluation.ipynb #03862b9d
 def beginnings_text(card:dict) -> list: # of lines
