@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'norm_real', 'ConvBlock', 'MaskedConvBlock', 'Content', 'ContentEncoder', 'receptive_field',
            'show_receptive_field', 'content_loss', 'unit_accuracy', 'padded', 'train_content', 'see_and_hear',
-           'judge_content', 'paired', 'masked_ce_study', 'show_study']
+           'judge_content', 'paired', 'masked_ce_study', 'show_masked_ce']
 
 # %% ../nbs/07_content.ipynb #cb86c802
 from pathlib import Path
@@ -103,7 +103,7 @@ def forward(self:ContentEncoder, features, # (B, T, D)
     plain, masked = self.paths(self.upsample(features.mT) * mask[:, None], mask)
     return Content(plain.mT, self.head(plain.mT), self.masked_head(masked.mT))
 
-# %% ../nbs/07_content.ipynb #c3aa4fd2
+# %% ../nbs/07_content.ipynb #a3141477
 def receptive_field(encoder:ContentEncoder, # in eval mode
                     t:int=30, # the unit asked about
                     length:int=61 # units in the made-up input
@@ -120,7 +120,7 @@ def show_receptive_field(encoder:ContentEncoder, t:int=30, length:int=61):
     for ax, seen, name in zip(axes, receptive_field(encoder, t, length), ("plain path", "masked path")):
         ax.bar(torch.arange(length) - t, seen/seen.max(), width=1., color="#0072B2")
         ax.axvspan(-0.5, 0.5, color="#D55E00", alpha=0.3); ax.set(title=name, xlabel="units away", xlim=(-15.5, 15.5))
-    axes[0].set_ylabel("influence")
+    axes[0].set_ylabel("influence\n(largest = 1)")
     display(fig, metadata={"alt": "Influence of the units around one on its prediction: plain path and masked path"}); plt.close(fig)
 
 # %% ../nbs/07_content.ipynb #de5cbe4d
@@ -215,9 +215,9 @@ def masked_ce_study(model, # a FacesToVoices
         runs=[dict(weight=w, seed=s, values=numbers(r.mean(0))) for w, rows in zip(weights, (plain, both)) for s, r in zip(seeds, rows)],
         gain=numbers(mean), error=numbers(error))
 
-# %% ../nbs/07_content.ipynb #f84cee5b
-def show_study(studies:dict # name of a world → what `masked_ce_study` gave
-              ):
+# %% ../nbs/07_content.ipynb #a3562eb9
+def show_masked_ce(studies:dict # name of a world → what `masked_ce_study` gave
+                  ):
     "What the masked loss does to the plain path: a grey dot a seed, and the mean with two standard errors to either side."
     import matplotlib.pyplot as plt
     from IPython.display import display

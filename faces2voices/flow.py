@@ -76,18 +76,20 @@ def mixture_sample(n, means, stds, weights, generator:torch.Generator=None):
     k = torch.multinomial(weights, n, replacement=True, generator=generator)
     return means[k] + stds[k, None]*torch.randn(n, means.shape[1], generator=generator)
 
-# %% ../nbs/11_flow.ipynb #fda9f7ab
+# %% ../nbs/11_flow.ipynb #19157b32
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"   # told apart by every kind of colour vision
 
 def _arrows(ax, field, t, lim, streams=False):
-    "Arrows (or streamlines) of `field` at time `t`, coloured by speed, on one axis."
-    g = torch.linspace(-lim, lim, 15)
+    "Arrows (or streamlines) of `field` at time `t`, darker where it is faster, on one axis; arrows over 6 are drawn 6 long."
+    from matplotlib.colors import Normalize
+    g = torch.linspace(-lim, lim, 13)
     x = torch.cartesian_prod(g, g)
     with torch.no_grad(): v = field(x, torch.full((len(x),), float(t)))
+    speed, look = v.norm(dim=1), dict(cmap="cividis_r", norm=Normalize(-4, 7))
     if streams:
-        u, w = v.reshape(15, 15, 2).permute(2, 1, 0).numpy()
-        ax.streamplot(g.numpy(), g.numpy(), u, w, color=(u**2 + w**2)**.5, cmap="cividis", density=.7, linewidth=.8, arrowsize=.7)
-    else: ax.quiver(*x.T, *v.T, v.norm(dim=1), cmap="cividis", scale=45, width=.006)
+        u, w, s = torch.cat([v, speed[:, None]], 1).reshape(13, 13, 3).permute(2, 1, 0).numpy()
+        ax.streamplot(g.numpy(), g.numpy(), u, w, color=s, density=.7, linewidth=.8, arrowsize=.7, **look)
+    else: ax.quiver(*x.T, *(v*(6/speed).clamp(max=1)[:, None]).T, speed, scale=45, width=.009, **look)
     ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"t = {float(t):.2f}")
 
 # %% ../nbs/11_flow.ipynb #837a213a
@@ -160,16 +162,17 @@ def animate_flow(trajectory, data, # (N + 1, B, 2) uniform in time, (n, 2)
         plt.close(fig)
         display(Image(path, format="gif", alt=f"{trajectory.shape[1]} points move from a round cloud of noise to the data."))
 
-# %% ../nbs/11_flow.ipynb #5e384fa3
+# %% ../nbs/11_flow.ipynb #f170e51f
 def plot_lines(left, right, # (N + 1, B) each: x over time
                titles=("", "")):
-    "Two panels of one-dimensional curves over time."
+    "Two panels of one-dimensional curves over time, coloured by the side of zero on which they end."
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
     for ax, lines, title in zip(axs, (left, right), titles):
-        ax.plot(torch.linspace(0, 1, len(lines)), lines, lw=.7, c=BLUE, alpha=.6)
+        for line in lines.T: ax.plot(torch.linspace(0, 1, len(line)), line, lw=.7, c=ORANGE if line[-1] > 0 else BLUE, alpha=.7)
         ax.set(xlabel="t (noise → data)", title=title)
-    _shown(fig, f"Left: {titles[0]}. Right: {titles[1]}.")
+    axs[0].set_ylabel("x")
+    _shown(fig, f"Left: {titles[0]}. Right: {titles[1]}. Curves over time, orange where they end above zero and blue where below.")
 
 # %% ../nbs/11_flow.ipynb #32a4aeec
 def cfm_loss(field, # called as field(xt, t), t (B,); conditions are closed over
@@ -237,7 +240,7 @@ def plot_truth(exact, learned, # two fields
     plot_trajectories(trajectory, data, axs[2], "learned trajectories")
     _shown(fig, "Arrows of the exact field, arrows of the learned field, and trajectories of the learned field ending on the data.", picture=True)
 
-# %% ../nbs/11_flow.ipynb #da217471
+# %% ../nbs/11_flow.ipynb #ade5414c
 def plot_loss(losses, # name: one number a step
               title:str="",
               floor:float=None # the part that no network can remove
@@ -246,9 +249,9 @@ def plot_loss(losses, # name: one number a step
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for (name, loss), c in zip(losses.items(), (BLUE, GREEN, "0.3")):
-        ax.plot(loss, lw=.4, c=c, alpha=.4); ax.plot(torch.tensor(loss).unfold(0, 20, 1).mean(-1), c=c, label=name)
+        ax.plot(loss, lw=.4, c=c, alpha=.4); ax.plot(range(19, len(loss)), torch.tensor(loss).unfold(0, 20, 1).mean(-1), c=c, label=name)
     if floor is not None: ax.axhline(floor, c=ORANGE, ls="--", label="floor: E Var[u | x_t]")
-    ax.set(xlabel="step", ylim=(0, None), title=title); ax.legend()
+    ax.set(xlabel="step", ylabel="loss", ylim=(0, None), title=title); ax.legend()
     _shown(fig, f"{title}. Loss curves ending at " + ", ".join(f"{l[-1]:.2f} ({n})" for n, l in losses.items()))
 
 # %% ../nbs/11_flow.ipynb #52462755
@@ -269,15 +272,15 @@ def detour(trajectory # (N + 1, B, D)
     "By which fraction the ways of all points together are longer than the straight lines between their ends."
     return (trajectory.diff(dim=0).norm(dim=-1).sum()/(trajectory[-1] - trajectory[0]).norm(dim=-1).sum()).item() - 1
 
-# %% ../nbs/11_flow.ipynb #b372b43b
+# %% ../nbs/11_flow.ipynb #49468fd2
 def plot_roads(trips, # name: (N + 1, B, 2)
                data, # (n, 2)
                lim:float=3.5):
-    "One panel of trajectories for each way to build the path."
+    "One panel for each way to build the path: the detour of all points, and the trajectories of 80 of them."
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(trips), figsize=(3.4*len(trips), 3.6), layout="constrained")
-    for ax, (name, trip) in zip(axs, trips.items()): plot_trajectories(trip, data, ax, f"{name}: detour {detour(trip):.0%}", lim)
-    _shown(fig, "Trajectories from noise (orange) to data (blue): " + ", ".join(f"{k} with a detour of {detour(v):.0%}" for k, v in trips.items()), picture=True)
+    for ax, (name, trip) in zip(axs, trips.items()): plot_trajectories(trip[:, :80], data, ax, f"{name}: detour {detour(trip):.1%}", lim)
+    _shown(fig, "Trajectories from noise (orange) to data (blue): " + ", ".join(f"{k} with a detour of {detour(v):.1%}" for k, v in trips.items()), picture=True)
 
 # %% ../nbs/11_flow.ipynb #3bfcf4e6
 def distance_to_blobs(x, # (B, D)

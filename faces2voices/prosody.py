@@ -246,7 +246,7 @@ def bend_widget(log_f0, voiced, # (L,) as in `bend`
     follow()
     return W.HBox([W.VBox([*dials, sound]), picture])
 
-# %% ../nbs/09_prosody.ipynb #591c827c
+# %% ../nbs/09_prosody.ipynb #55db74ea
 def show_blendshapes(blendshapes, names, # (T, 52) and what they are called
                      line, # (T,) what they might follow
                      n:int=4 # how many
@@ -258,6 +258,6 @@ def show_blendshapes(blendshapes, names, # (T, 52) and what they are called
     fig, axs = plt.subplots(n + 1, 1, figsize=(8, 4), dpi=80, sharex=True, layout="constrained")
     axs[0].plot(torch.arange(len(line))/25, line, color="0.5", lw=2); axs[0].set_title("the true line of the brows", fontsize=9, loc="left")
     for ax, i in zip(axs[1:], follow.abs().argsort(descending=True)):
-        ax.plot(torch.arange(len(line))/25, blendshapes[:, i], color="#0072B2"); ax.set_title(f"{names[i]}, r = {follow[i]:.2f}", fontsize=9, loc="left")
+        ax.plot(torch.arange(len(line))/25, blendshapes[:, i], color="#0072B2"); ax.set_title(f"{names[i]}, r = {follow[i]:.2f}", fontsize=9, loc="left"); ax.set(ylim=(-.05, 1.05), yticks=[0, 1])
     axs[-1].set_xlabel("seconds")
     display(fig, metadata={"alt": f"The true line of the brows, and below it the {n} blendshapes that follow it best"}); plt.close(fig)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'euler', 'midpoint', 'heun', 'rk4', 'plot_walks', 'plot_errors', 'time_grid', 'guide', 'guided',
-           'plot_guidance', 'plot_desk', 'flow_desk']
+           'plot_guidance', 'race', 'plot_race', 'solver_race']
 
 # %% ../nbs/12_solvers.ipynb #d3895909
 import math
@@ -54,10 +54,10 @@ def rk4(field, x0, ts):
 # %% ../nbs/12_solvers.ipynb #0f7520e4
 SOLVERS = dict(euler=(euler, 1), midpoint=(midpoint, 2), heun=(heun, 2), rk4=(rk4, 4))   # name: solver, NFE a step
 
-# %% ../nbs/12_solvers.ipynb #f7232920
+# %% ../nbs/12_solvers.ipynb #f1068504
 def plot_walks(trajectories, # name: (N + 1, B, 2)
                title:str="", lim:float=None):
-    "One panel for each solver: its curve with its stops."
+    "One panel for each solver: its curve with its stops, the first orange."
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(trajectories), figsize=(2.6*len(trajectories), 2.8), layout="constrained", sharex=True, sharey=True, squeeze=False)
     for ax, (name, xs) in zip(axs[0], trajectories.items()):
@@ -67,7 +67,7 @@ def plot_walks(trajectories, # name: (N + 1, B, 2)
     fig.suptitle(title)
     _shown(fig, f"{title} One panel for each of {', '.join(trajectories)}.")
 
-# %% ../nbs/12_solvers.ipynb #32073ed7
+# %% ../nbs/12_solvers.ipynb #215ab085
 def plot_errors(errors, # name: (NFE list, error list)
                 title:str=""):
     "Error against NFE, both logarithmic."
@@ -75,6 +75,8 @@ def plot_errors(errors, # name: (NFE list, error list)
     fig, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
     for (name, (nfe, err)), marker, c in zip(errors.items(), "osD^vP", (BLUE, ORANGE, GREEN, "0.3", "#CC79A7", "#56B4E9")):
         ax.loglog(nfe, err, marker=marker, c=c, label=name)
+    ticks = sorted({n for nfe, _ in errors.values() for n in nfe})
+    ax.set_xticks(ticks, ticks); ax.minorticks_off(); ax.grid(lw=.3)
     ax.set(xlabel="calls of the field (NFE)", ylabel="error at t = 1", title=title); ax.legend()
     _shown(fig, f"{title} Error falls with NFE for {', '.join(errors)}.")
 
@@ -111,21 +113,39 @@ def plot_guidance(results, # w: (B, 2)
         ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"w = {w:g}")
     _shown(fig, f"Samples (blue) over the data (grey) for guidance {', '.join(f'{w:g}' for w in results)}.")
 
-# %% ../nbs/12_solvers.ipynb #70a8b991
-def plot_desk(blobs, # means (K, 2), stds (K,), weights (K,); the condition asks for the first
-              t:float=.5, sigma_min:float=1e-4, steps:int=10, guidance:float=1.):
-    "The guided field at one time, and where a few steps through it lead."
-    import matplotlib.pyplot as plt
-    means, stds, weights = blobs
-    fields = [lambda x, t, b=b: mixture_field(x, t, *b, sigma_min) for b in ((means[:1], stds[:1], weights[:1]), blobs)]
-    field, noise = guided(*fields, guidance), torch.randn(150, 2, generator=torch.Generator().manual_seed(0))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
-    _arrows(left, field, t, 3.5)
-    plot_trajectories(euler(field, noise, time_grid(steps)), means, right, f"{steps} steps, w = {guidance:g}, σ_min = {sigma_min:g}")
-    _shown(fig, f"Left: arrows of the guided field at t = {t:g}. Right: {steps} Euler steps from noise with guidance {guidance:g}.", picture=True)
+# %% ../nbs/12_solvers.ipynb #691bee25
+def race(field, # called as field(x, t)
+         x0, # where all start, (B, D)
+         nfe:int=8 # calls of the field that each may spend, a multiple of 4
+        ): # where they should end, (B, D); name: (trajectory (N + 1, B, D), root-mean-square error at its end)
+    "Every solver from the same start at the same price, judged by two hundred steps of `rk4`."
+    if nfe < 4 or nfe % 4: raise ValueError(f"{nfe} calls are not a whole number of steps for every solver: a multiple of 4 is")
+    end = rk4(field, x0, time_grid(200))[-1]
+    ways = {name: solve(field, x0, time_grid(nfe//cost)) for name, (solve, cost) in SOLVERS.items()}
+    return end, {name: (way, (way[-1] - end).square().mean().sqrt().item()) for name, way in ways.items()}
 
-def flow_desk(blobs):
-    "Sliders for time, σ_min, steps and guidance over `plot_desk`."
-    from ipywidgets import FloatLogSlider, FloatSlider, IntSlider, fixed, interact
-    return interact(plot_desk, blobs=fixed(blobs), t=FloatSlider(.5, min=0, max=.99, step=.01), steps=IntSlider(10, min=1, max=50),
-        sigma_min=FloatLogSlider(1e-4, min=-4, max=-.3), guidance=FloatSlider(1., min=0, max=5, step=.25))
+# %% ../nbs/12_solvers.ipynb #e0d30c1a
+def plot_race(blobs, # means (K, 2), stds (K,), weights (K,); guidance asks for the first
+              nfe:int=8, guidance:float=0., sigma_min:float=1e-4, t:float=.5): # a figure
+    "Arrows of the guided field at one time; then what each solver makes of it for the same number of calls, and a green line from each end to the true one."
+    import matplotlib.pyplot as plt
+    fields = [lambda x, t, b=b: mixture_field(x, t, *b, sigma_min) for b in ([z[:1] for z in blobs], blobs)]
+    field, noise = guided(*fields, guidance), torch.randn(60, 2, generator=torch.Generator().manual_seed(1))
+    fig, (left, *tracks) = plt.subplots(1, 5, figsize=(12, 2.8), layout="constrained")
+    _arrows(left, field, t, 3.5)
+    end, ways = race(field, noise, nfe)
+    for ax, (name, (way, error)) in zip(tracks, ways.items()):
+        plot_trajectories(way, None, ax, f"{name}, N = {len(way) - 1}: error {error:.3f}")
+        ax.plot(*torch.stack([way[-1], end]).permute(2, 0, 1), c=GREEN, lw=1.8)
+    fig.suptitle(f"{nfe} calls each, guidance {guidance:g}, σ_min = {sigma_min:.2g}")
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/12_solvers.ipynb #e678a7ef
+def solver_race(blobs):
+    "Sliders for the number of calls, guidance, σ_min and time over `plot_race`."
+    from ipywidgets import FloatLogSlider, FloatSlider, IntSlider, interact
+    def show(**dials): _shown(plot_race(blobs, **dials), "Arrows of a field, and the ways and end errors of four solvers, for " + ", ".join(f"{k} {v:g}" for k, v in dials.items()) + ".", picture=True)
+    late = dict(continuous_update=False)
+    return interact(show, nfe=IntSlider(8, min=4, max=64, step=4, **late), guidance=FloatSlider(0., min=0, max=5, step=.25, **late),
+        sigma_min=FloatLogSlider(1e-4, min=-4, max=-.3, **late), t=FloatSlider(.5, min=0, max=.99, step=.01, **late))

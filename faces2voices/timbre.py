@@ -207,17 +207,17 @@ def show_voices(embeddings, # (N, D)
         ax.set(xticks=[], yticks=[], title=f"coloured by {name}")
     display(fig, metadata={"alt": f"One dot a talker on the two principal axes of the embeddings, coloured by {' and by '.join(factors)}"}); plt.close(fig)
 
-# %% ../nbs/08_timbre.ipynb #a40bcd9b
+# %% ../nbs/08_timbre.ipynb #bd88c3c4
 @lru_cache(maxsize=1)
 def _resemblyzer():
-    "The encoder, loaded once."
+    "Resemblyzer's encoder, loaded once; its weights are in the package."
     try: from resemblyzer import VoiceEncoder
     except ImportError as e: raise ToolMissingError("resemblyzer", "is not installed", "pip install faces2voices[judges]") from e
     return VoiceEncoder("cpu", verbose=False)
 
 def real_voice(wav # (N,) at 16 kHz
-              ): # (256,), unit norm, nothing negative
-    "The GE2E embedding of real speech, by Resemblyzer."
+              ) -> torch.Tensor: # (256,), unit norm, nothing negative
+    "The GE2E embedding of real speech by Resemblyzer, an encoder that had no part in our training."
     return torch.from_numpy(_resemblyzer().embed_utterance(torch.as_tensor(wav).float().numpy()))
 
 # %% ../nbs/08_timbre.ipynb #437492d4
@@ -287,7 +287,7 @@ def train_timbre(seen,    # (N, K, 3, 112, 112) K faces, or (N, K, D) identity v
     losses = descend(encoder.parameters(), loss, steps, lr, seed, "face → voice")
     return encoder.eval(), losses
 
-# %% ../nbs/08_timbre.ipynb #3c64a909
+# %% ../nbs/08_timbre.ipynb #3406d7f1
 def show_ranks(n=20, # voices in a line-up
                **ranks # name = (N,) ranks among all
               ):
@@ -301,7 +301,7 @@ def show_ranks(n=20, # voices in a line-up
         ax.plot(k, at, "o-", ms=3, color=colour, label=f"{name.replace('_', ' ')}: first in {at[0]:.0%}")
         ax.fill_between(k, at - half, np.minimum(at + half, 1), color=colour, alpha=.15, lw=0)
     ax.plot(k, k/n, "k:", label=f"a guess: {1/n:.0%}")
-    ax.set(xlabel="k", ylabel="own voice among the first k", ylim=(0, 1.03)); ax.legend(frameon=False, fontsize=8)
+    ax.set(xlabel="k", ylabel="own voice among the first k", ylim=(0, 1.03), xticks=[1, *range(5, n + 1, 5)]); ax.legend(frameon=False, fontsize=8)
     display(fig, metadata={"alt": f"Share of faces whose own voice is among the first k of {n}, over k: " + ", ".join(ranks).replace("_", " ")}); plt.close(fig)
 
 # %% ../nbs/08_timbre.ipynb #de813758
@@ -358,7 +358,7 @@ def measure_link(out, # JSON file, replaced after every row
     note(seek(people, 1., many, 600))
     return rows
 
-# %% ../nbs/08_timbre.ipynb #da31db2b
+# %% ../nbs/08_timbre.ipynb #2f334306
 def show_strength(recorded # what `measure_link` wrote
                  ):
     "First among twenty, over the strength of the link and over the number of faces learned from, with 95 % intervals."
@@ -373,7 +373,8 @@ def show_strength(recorded # what `measure_link` wrote
         ax.errorbar(at, top1, half, fmt="o-", capsize=3, color=colour, label=label); ax.set_xlabel(dict(link="strength of the link", faces="faces learned from")[x])
     for ax in axs:
         ax.axhline(heard["top1"], color="#D55E00", ls="--", label="from another sentence"); ax.axhline(.05, color="k", ls=":", label="a guess")
-        ax.legend(frameon=False, fontsize=8); ax.set_ylim(0, 1)
+        ax.set_ylim(0, 1)
+    axs[0].legend(frameon=False, fontsize=8, loc="upper left"); axs[1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, .08))
     axs[0].set_ylabel("own voice first among twenty")
     display(fig, metadata={"alt": "Share of new faces whose own voice comes first among twenty: it rises with the strength of the link and with the number of faces learned from"}); plt.close(fig)
 
@@ -390,7 +391,7 @@ def arcface_loss(embeddings, # (B, D)
     own = F.one_hot(labels, len(weights)).bool()
     return F.cross_entropy(scale * torch.where(own, torch.cos(theta + margin), cos), labels)
 
-# %% ../nbs/08_timbre.ipynb #f3b1eb4f
+# %% ../nbs/08_timbre.ipynb #5f25aa3c
 def show_margin(margins=(0., .5), scale=8.):
     "ArcFace loss of a face on the circle, walking from its own class (0°) to the other (90°)."
     import matplotlib.pyplot as plt
@@ -398,10 +399,10 @@ def show_margin(margins=(0., .5), scale=8.):
     theta = torch.linspace(0, torch.pi/2, 91)
     points, classes = torch.stack([theta.cos(), theta.sin()], 1), torch.eye(2)
     fig, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
-    for m in margins:
+    for m, colour in zip(margins, ("#0072B2", "#D55E00", "#009E73")):
         loss = torch.stack([arcface_loss(p[None], classes, torch.tensor([0]), scale, m) for p in points])
-        ax.plot(theta.rad2deg(), loss, label=f"margin {m:g} rad")
-    ax.axhline(math.log(2), color="k", ls=":", lw=1)
+        ax.plot(theta.rad2deg(), loss, lw=2, color=colour, label=f"margin {m:g} rad")
+    ax.axhline(math.log(2), color="k", ls=":", lw=1, label="ln 2: a draw")
     ax.set(xlabel="angle to the own class (degrees)", ylabel="loss"); ax.legend(frameon=False)
     display(fig, metadata={"alt": "Loss over the angle to one's own class, without and with a margin: the margin moves the rise towards the own class"}); plt.close(fig)
 
@@ -418,7 +419,7 @@ def train_arcface(faces, # (N, K, 3, 112, 112) K pictures of each of N people
         return arcface_loss(encoder(faces[who, k]), weights, who, scale, margin)
     return encoder.eval(), descend([*encoder.parameters(), weights], loss, steps, lr, seed, "ArcFace")
 
-# %% ../nbs/08_timbre.ipynb #17c6643c
+# %% ../nbs/08_timbre.ipynb #6c5d548e
 def same_and_other(identity # (N, K, D) unit norm: K pictures of each of N people
                   ): # degrees, (N·K·(K−1)/2,) and (N·(N−1)/2,)
     "Angles between pictures of one person, and between first pictures of two."
@@ -434,7 +435,7 @@ def show_angles(**identities # name = (N, K, D)
     fig, axs = plt.subplots(1, len(identities), figsize=(3.6*len(identities), 2.4), sharex=True, squeeze=False, layout="constrained")
     for ax, (name, identity) in zip(axs[0], identities.items()):
         for angles, label, colour in zip(same_and_other(identity), ("one person", "two people"), ("#0072B2", "#D55E00")):
-            ax.hist(angles.numpy(), 30, (0, 150), density=True, color=colour, alpha=.6, label=label)
+            ax.hist(angles.numpy(), 30, range=(0, 150), density=True, color=colour, alpha=.6, label=label)
         ax.set(title=name.replace("_", " "), xlabel="angle between two pictures (degrees)", yticks=[])
     axs[0, 0].legend(frameon=False)
     display(fig, metadata={"alt": "Histograms of the angle between two pictures of one new person and of two: " + ", ".join(identities).replace("_", " ")}); plt.close(fig)

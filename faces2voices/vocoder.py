@@ -429,7 +429,7 @@ def _copies(models) -> dict: # name → (N,) sound → its copy
     vocoders = {m: FacesToVoices.from_pretrained(m, device="cpu").vocoder for m in models}
     return {"original": lambda wav: wav, **{f"vocoder of {m}": partial(copy_synthesis, v) for m, v in vocoders.items()}, "Griffin-Lim, 32": lambda wav: griffin_lim(MEL(wav), 32)}
 
-# %% ../nbs/14_vocoder.ipynb #2a3efdef
+# %% ../nbs/14_vocoder.ipynb #4a1496f9
 def plot_copies(found # from `copy_study`
                ):
     "Figure: a panel for each measure, a row for each way of copying, a mark for each world."
@@ -439,7 +439,7 @@ def plot_copies(found # from `copy_study`
     for (world, rows), mark, colour, shift in zip(found["rows"].items(), "os", ("#0072B2", "#D55E00"), (-.12, .12)):
         for ax, k in zip(axs, measures):
             mean, error = zip(*(r[k] for r in rows.values()))
-            ax.errorbar(mean, [i + shift for i in range(len(rows))], xerr=[2*e for e in error], fmt=mark, ms=5, color=colour, lw=1.2, label=world)
+            ax.errorbar(mean, [i + shift for i in range(len(rows))], xerr=[2*e for e in error], fmt=mark, ms=5, color=colour, lw=1.2, label=f"clips of {world}, ± 2 standard errors")
             ax.set_xlabel(f"{k} {'↓' if k == 'mel distance' else '↑'}"); ax.grid(axis="x", lw=.3)
     axs[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .5, -.5))
     fig.legend(*axs[0].get_legend_handles_labels(), loc="outside upper center", ncol=2, frameon=False)

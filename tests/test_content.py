@@ -6,7 +6,7 @@ from torch import nn
 from faces2voices.core import TINY, CorpusError, seed_everything, test_same
 from faces2voices.avhubert import influence
 from faces2voices.content import (MEASURES, Content, ContentEncoder, ConvBlock, MaskedConvBlock, content_loss, judge_content, masked_ce_study, norm_real,
-                                  padded, paired, receptive_field, see_and_hear, show_receptive_field, show_study, train_content, unit_accuracy)
+                                  padded, paired, receptive_field, see_and_hear, show_receptive_field, show_masked_ce, train_content, unit_accuracy)
 
 SMALL = replace(TINY, dim=32, n_units=11)
 
@@ -167,7 +167,7 @@ def test_study_from_a_folder(tmp_path, capsys):
     gain = sum(values[.5, s] - values[0., s] for s in (0, 1))/2
     test_same(torch.tensor(study["gain"]), gain, atol=2e-5)
     pytest.importorskip("matplotlib").use("Agg")
-    show_study({"a": study, "b": study})
+    show_masked_ce({"a": study, "b": study})
 
 def test_figure():
     matplotlib = pytest.importorskip("matplotlib"); matplotlib.use("Agg")

@@ -2,9 +2,10 @@
 import math
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from faces2voices.core import test_same as same
 from faces2voices.flow import mixture_field
-from faces2voices.solvers import SOLVERS, euler, guide, guided, heun, midpoint, rk4, time_grid
+from faces2voices.solvers import SOLVERS, euler, guide, guided, heun, midpoint, plot_race, race, rk4, solver_race, time_grid
 
 ORDER = dict(euler=1, midpoint=2, heun=2, rk4=4)
 def grid(n): return torch.linspace(0, 1, n + 1, dtype=torch.float64)
@@ -75,3 +76,37 @@ def test_guidance_identities():
     same(guide(c, u, 1.7), 1.7*c - .7*u, atol=1e-12)
     fc, fu = (lambda x, t: c*t), (lambda x, t: u + x)
     same(guided(fc, fu, 2.)(c, torch.tensor(.5).double()), guide(c*.5, u + c, 2.), atol=1e-12)
+
+BLOBS = torch.tensor([[2., 1.5], [-2., 1.5], [0., -2.]]), torch.tensor([.3, .5, .4]), torch.tensor([.3, .3, .4])
+
+def test_a_race_costs_everyone_the_same_and_knows_where_it_should_end():
+    "One turn of a rotation ends where it began."
+    calls, x0 = [], torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    end, found = race(lambda x, t: calls.append(t) or 2*math.pi*torch.stack([-x[:, 1], x[:, 0]], 1), x0, 32)
+    assert len(calls) == 4*200 + 4*32
+    same(end, x0, atol=1e-4)
+    for name, (way, error) in found.items():
+        same(way[0], x0)
+        assert len(way) == 32//SOLVERS[name][1] + 1 and abs(error - (way[-1] - x0).square().mean().sqrt().item()) < 1e-4
+    assert found["rk4"][1] < found["midpoint"][1] < found["euler"][1]
+
+@pytest.mark.parametrize("nfe", [0, 2, 6, -4])
+def test_a_price_that_not_all_can_pay_is_refused(nfe):
+    with pytest.raises(ValueError, match="a multiple of 4"): race(lambda x, t: x, torch.ones(1, 2), nfe)
+
+def shown(**dials): # title → its number, and what is drawn
+    canvas = FigureCanvasAgg(fig := plot_race(BLOBS, **dials))
+    canvas.draw()
+    return {ax.get_title().split(",")[0]: float(ax.get_title().split("error ")[1]) for ax in fig.axes[1:]}, bytes(canvas.buffer_rgba())
+
+def test_every_dial_of_the_race_changes_the_picture():
+    errors, picture = shown(nfe=8)
+    assert list(errors) == list(SOLVERS) and shown(nfe=8)[1] == picture
+    more, _ = shown(nfe=64)
+    assert all(more[name] < errors[name] for name in SOLVERS)
+    for dial in (dict(guidance=2.), dict(sigma_min=.3), dict(t=.9), dict(nfe=12)): assert shown(**dict(nfe=8) | dial)[1] != picture, dial
+
+def test_the_race_has_its_sliders():
+    sliders = solver_race(BLOBS).widget.children[:-1]
+    assert [s.description for s in sliders] == ["nfe", "guidance", "sigma_min", "t"]
+    assert (sliders[0].min, sliders[0].max, sliders[0].step) == (4, 64, 4)

@@ -156,13 +156,11 @@ def test_the_width_of_an_identity_is_read_from_the_model(shared):
     timbre = TimbreEncoder(replace(PAPER, identity_dim=len(identity))).eval()
     assert timbre(None, torch.from_numpy(identity)[None]).shape == (1, 256)
 
-def test_the_real_speaker_encoder_is_the_judges():
+def test_the_speaker_encoder_of_real_voices():
     pytest.importorskip("resemblyzer", reason="resemblyzer is not installed (extra `judges`)")
-    from faces2voices.evaluation import resemblyzer
-    wav = vowel(torch.full((16000,), 150.))
-    e = real_voice(wav)
-    assert e.shape == (256,) and e.min() >= 0 and e.norm() == pytest.approx(1, abs=1e-5)
-    same(e, torch.from_numpy(resemblyzer(wav)), atol=1e-5)
+    low, high = (real_voice(vowel(torch.full((16000,), hz))) for hz in (110., 220.))
+    for e in (low, high): assert e.shape == (256,) and e.dtype == torch.float32 and e.min() >= 0 and e.norm() == pytest.approx(1, abs=1e-5)
+    assert low @ high < .95
 
 def test_without_resemblyzer_the_error_names_the_extra(monkeypatch):
     from faces2voices import timbre

@@ -6,7 +6,7 @@ import torchaudio
 from safetensors.torch import load_file, save_file
 from faces2voices.audio import MEL, vowel
 from faces2voices.core import PRESETS, CheckpointError, ToolMissingError, test_same as same
-from faces2voices.units import UnitQuantizer, cepstra, hubert_features, make_quantizer, neighbours, phone_labels, phone_reader, purity, read_phones, table
+from faces2voices.units import UnitQuantizer, cepstra, contingency, hubert_features, make_quantizer, neighbours, phone_labels, phone_reader, purity, read_phones
 
 def noise(N, seed=0): return .1*torch.randn(N, generator=torch.Generator().manual_seed(seed))
 
@@ -54,7 +54,7 @@ def test_different_sounds_get_different_units(quantizer, sounds):
     inside = torch.cat([torch.tensor(([False]*3 + [True]*26 + [False]*3)*4) for _ in sounds])      # away from the boundaries
     assert purity(units[inside], labels[inside]) > .97
     held, true = four_sounds(99)
-    counts = table(units, labels)
+    counts = contingency(units, labels)
     assert (counts[quantizer(held)].argmax(1) == true)[inside[:128]].float().mean() > .95          # and on a sound that was not seen
 
 def test_loudness_and_channel_do_not_matter_much(quantizer, sounds):
@@ -93,7 +93,7 @@ def test_units_to_mel_is_the_mean_mel(sounds, quantizer):
 
 def test_purity_by_hand():
     assert purity(torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 0, 1, 1, 0])) == .8
-    same(table(torch.tensor([0, 2, 2]), torch.tensor([1, 0, 0])), torch.tensor([[0., 1.], [0., 0.], [2., 0.]]))
+    same(contingency(torch.tensor([0, 2, 2]), torch.tensor([1, 0, 0])), torch.tensor([[0., 1.], [0., 0.], [2., 0.]]))
 
 def test_phone_labels_by_hand():
     same(phone_labels([("b", .02, .06), ("a", .1, .2)], 8, ["a", "b"]), torch.tensor([-1, 1, 1, -1, -1, 0, 0, 0]))
