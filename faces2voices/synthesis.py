@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'WINDOW', 'CONTEXT', 'FADE', 'HEARD', 'Speech', 'plot_contours', 'plot_speech', 'FacesToVoices',
-           'packaged_models', 'Window', 'windows', 'Rows', 'seen_only', 'Told', 'contours', 'expressed', 'faded',
-           'read_picture', 'plot_gap', 'plot_dials', 'show_dials', 'dials_widget', 'write_report', 'Done',
-           'write_parts', 'synthesize_file']
+           'packaged_models', 'Window', 'windows', 'Rows', 'seen_only', 'mean_row', 'Told', 'contours', 'expressed',
+           'hushed', 'faded', 'read_picture', 'plot_gap', 'plot_dials', 'show_dials', 'players', 'live', 'dials_widget',
+           'voice_without', 'plot_takes', 'mute_widget', 'write_report', 'Done', 'write_parts', 'synthesize_file']
 
 # %% ../nbs/15_synthesis.ipynb #efaf5954
 import html, io, json, tempfile, time
@@ -261,6 +261,12 @@ def watch(self:FacesToVoices, path, # any video file with one face in view
     clip = seen_only(Path(path).stem, lips, torch.as_tensor(part.face), expression, torch.as_tensor(part.identity))
     return clip, Looked(Video(film, wav, Path(path), note), _first(track, n), crops)
 
+# %% ../nbs/15_synthesis.ipynb #a174ee58
+def mean_row(rows # a tensor, or `Rows`
+            ) -> torch.Tensor:
+    "The mean of all rows, of which a window at most is in memory."
+    return sum(rows[i:i + WINDOW].sum(0) for i in range(0, len(rows), WINDOW))/len(rows)
+
 # %% ../nbs/15_synthesis.ipynb #2e6a961c
 @patch
 @torch.no_grad()
@@ -312,15 +318,14 @@ def read(self:FacesToVoices, clip:Clip, w:Window, speaker, # (256,)
     told = expressed(h.prosody, hidden, b.expression - still, b.mask, expression)
     return Told(*(x[0, kept].cpu() for x in (hidden, content.logits.argmax(-1), *told)))
 
-# %% ../nbs/15_synthesis.ipynb #d253ab6a
+# %% ../nbs/15_synthesis.ipynb #f8388803
 @patch
 @torch.no_grad()
 def read_all(self:FacesToVoices, clip:Clip, speaker, expression:float=1., bar=list) -> Told: # bar: around the windows
     "The stages, window after window."
-    ws, hidden, rest = windows(len(clip.lips)), Rows(), []
-    still = sum(clip.expression[w.begin:w.end].sum(0) for w in ws)/len(clip.lips)
+    ws, still, hidden, rest = windows(len(clip.lips)), mean_row(clip.expression).to(self.device), Rows(), []
     for w in bar(ws):
-        told = self.read(clip, w, speaker, still.to(self.device), expression)
+        told = self.read(clip, w, speaker, still, expression)
         hidden.append(told.hidden); rest.append(told[1:])
     return Told(hidden, *map(torch.cat, zip(*rest)))
 
@@ -330,6 +335,15 @@ def read_all(self:FacesToVoices, clip:Clip, speaker, expression:float=1., bar=li
 def tuned(self:FacesToVoices, told:Told, speaker) -> torch.Tensor: # (2T,) normalised
     "The pitch of the whole film: the level of the voice, and the movement of the contour."
     return self.hierarchy.prosody.level(speaker[None])[0].cpu() + movement(told.contour[None, :, None], told.voiced[None])[0, :, 0]
+
+# %% ../nbs/15_synthesis.ipynb #bf316a5b
+def hushed(told:Told, mute # `what`, `how`, both or neither
+          ) -> Told:
+    "What is told when stages are muted: no words, no melody."
+    if "what" in mute: told = told._replace(hidden=mean_row(told.hidden).expand(len(told.hidden), -1))
+    if "how" not in mute: return told
+    loudness = (told.energy*told.voiced).sum()/told.voiced.sum().clamp(min=1)
+    return told._replace(contour=torch.zeros_like(told.contour), energy=loudness.expand_as(told.energy))
 
 # %% ../nbs/15_synthesis.ipynb #36c089c2
 @patch
@@ -362,7 +376,7 @@ def faded(ws:list, mels # of each window, (80, 4n)
         yield mel[:, begin - half*(tail is not None):end - half*(w is not ws[-1])]
         tail = mel[:, end - half:end + half]
 
-# %% ../nbs/15_synthesis.ipynb #d5ccf988
+# %% ../nbs/15_synthesis.ipynb #74b9d4db
 @patch
 @torch.no_grad()
 def speak(self:FacesToVoices, clip:Clip, # lips, face, expression and identity; of any length
@@ -372,11 +386,12 @@ def speak(self:FacesToVoices, clip:Clip, # lips, face, expression and identity; 
           seed:int=0, # of that noise
           speaker=None, # (256,) a voice; None: that of the clip's face
           expression:float=1., # 0: a face at rest, 1: as seen, 2: exaggerated
+          mute=(), # stages that are not listened to: see `hushed`
           progress:bool=False): # yields Speech
     "The speech of a clip, part after part, each as soon as it is there."
     bar = lambda what: lambda xs: tqdm(xs, desc=what, unit="window", leave=False, disable=not (progress and len(xs) > 1))
     speaker, ws = self.who(clip.face, clip.identity) if speaker is None else speaker.to(self.device), windows(len(clip.lips))
-    told = self.read_all(clip, speaker, expression, bar("read"))
+    told = hushed(self.read_all(clip, speaker, expression, bar("read")), mute)
     pitch = self.tuned(told, speaker)
     mels = (self.flow(self.mu(told, pitch, w), w, speaker, steps, guidance, temperature, seed) for w in bar("speak")(ws))
     yield from self._sung(faded(ws, mels), told, denormalize_pitch(pitch), speaker.cpu(), seed, len(ws))
@@ -487,50 +502,93 @@ def plot_gap(gap, # (4T,) difference of two mels, root mean square of each colum
     plt.close(fig)
     return fig
 
-# %% ../nbs/15_synthesis.ipynb #86aa41f4
+# %% ../nbs/15_synthesis.ipynb #1fe4bf66
 def plot_dials(ax, takes:dict # name → Speech
               ):
     "Pitch contours of several takes of one clip."
     for (name, take), colour in zip(takes.items(), ("black", "#0072B2", "#D55E00", "#009E73")):
         ax.plot(np.arange(len(take.log_f0))/50, np.where(take.voiced > .5, take.log_f0.exp(), np.nan), color=colour, lw=2, label=name)
-    ax.set(xlabel="seconds", ylabel="pitch, Hz"); ax.legend(frameon=False, fontsize=8)
+    ax.set(xlabel="seconds", ylabel="pitch, Hz"); ax.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(.5, 1))
 
-# %% ../nbs/15_synthesis.ipynb #23c14e65
+# %% ../nbs/15_synthesis.ipynb #9d8b7946
 def show_dials(*panels # dicts: name → Speech
               ):
     "Pitch contours, a panel for each dial."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    fig, axs = plt.subplots(1, len(panels), figsize=(5*len(panels), 2.6), layout="constrained", squeeze=False)
+    fig, axs = plt.subplots(1, len(panels), figsize=(5*len(panels), 2.8), layout="constrained", squeeze=False)
     for ax, takes in zip(axs[0], panels): plot_dials(ax, takes)
     display(fig, metadata={"alt": "Pitch contours: " + "; ".join(", ".join(p) for p in panels)}); plt.close(fig)
 
-# %% ../nbs/15_synthesis.ipynb #866b242b
-def _png_bytes(fig) -> bytes: "A figure as a picture."; buf = io.BytesIO(); fig.savefig(buf, format="png", dpi=80); return buf.getvalue()
+# %% ../nbs/15_synthesis.ipynb #7e23d183
+def _uri(kind:str, data:bytes) -> str: "Data inside a page."; return f"data:{kind};base64,{b64encode(data).decode()}"
 
-def _wav_bytes(wav) -> bytes:
+def _sound_bytes(wav, format="WAV") -> bytes: # or MP3, a seventh of the size
     "A sound as a file."
     import soundfile
-    buf = io.BytesIO(); soundfile.write(buf, torch.as_tensor(wav).clamp(-1, 1).numpy(), 16000, format="WAV", subtype="PCM_16")
+    buf = io.BytesIO(); soundfile.write(buf, torch.as_tensor(wav).clamp(-1, 1).numpy(), Speech.sr, format=format)
     return buf.getvalue()
 
-# %% ../nbs/15_synthesis.ipynb #0a3f3355
+def _player(label:str, wav, format="WAV") -> str: "A sound on a page, under its name."; return f"<p>{html.escape(label)}<br><audio controls src='{_uri(dict(WAV='audio/wav', MP3='audio/mpeg')[format], _sound_bytes(wav, format))}'></audio></p>"
+
+# %% ../nbs/15_synthesis.ipynb #865b9de1
+def players(takes:dict # name → Speech
+           ): # IPython's HTML
+    "The first three seconds of each take, side by side."
+    from IPython.display import HTML
+    return HTML("<div style='display:flex;gap:1rem;flex-wrap:wrap'>" + "".join(_player(name, take.wav[:3*Speech.sr], "MP3") for name, take in takes.items()) + "</div>")
+
+# %% ../nbs/15_synthesis.ipynb #0baac162
+def _png_bytes(fig) -> bytes: "A figure as a picture."; buf = io.BytesIO(); fig.savefig(buf, format="png", dpi=80); return buf.getvalue()
+
+# %% ../nbs/15_synthesis.ipynb #30ebcf93
+def live(speak, # called with the values of the controls; gives a `Speech`
+         **controls # name = one of ipywidgets
+        ):
+    "Controls, and beside them the speech that they ask for: its sound and its picture."
+    import ipywidgets as W
+    sound, picture = W.Audio(format="wav", autoplay=False, loop=False), W.Image(format="png", width=480)
+    def follow(change=None):
+        take = speak(**{name: control.value for name, control in controls.items()})
+        sound.autoplay, sound.value, picture.value = change is not None, _sound_bytes(take.wav), _png_bytes(take.plot())
+    for name, control in controls.items(): control.description = name; control.observe(follow, "value")
+    follow()
+    return W.HBox([W.VBox([*controls.values(), sound]), picture])
+
+# %% ../nbs/15_synthesis.ipynb #a6a002cc
 def dials_widget(model:FacesToVoices, clip:Clip, voices:dict # name → (256,)
                 ):
     "Choose a voice, turn the expression, hear the clip and see its pitch."
     import ipywidgets as W
-    voice = W.Dropdown(options=list(voices), description="voice")
-    expression = W.FloatSlider(1., min=0., max=4., step=.5, description="expression", continuous_update=False)
-    sound, picture = W.Audio(format="wav", autoplay=False, loop=False), W.Image(format="png", width=480)
-    def follow(change=None):
-        take = model.voice(clip, speaker=voices[voice.value], expression=expression.value)
-        sound.autoplay, sound.value, picture.value = change is not None, _wav_bytes(take.wav), _png_bytes(take.plot())
-    for dial in (voice, expression): dial.observe(follow, "value")
-    follow()
-    return W.HBox([W.VBox([voice, expression, sound]), picture])
+    return live(lambda voice, expression: model.voice(clip, speaker=voices[voice], expression=expression),
+        voice=W.Dropdown(options=list(voices)), expression=W.FloatSlider(1., min=0., max=4., step=.5, continuous_update=False))
 
-# %% ../nbs/15_synthesis.ipynb #d116530c
-def _uri(kind:str, data:bytes) -> str: "Data inside a page."; return f"data:{kind};base64,{b64encode(data).decode()}"
+# %% ../nbs/15_synthesis.ipynb #fd91cd65
+def voice_without(model:FacesToVoices, clip:Clip, nobody, # (256,) the voice in the place of the face's own
+                  mute # of `who`, `how`, `what`
+                 ) -> Speech:
+    "The clip, spoken without listening to some of the stages."
+    return model.voice(clip, speaker=nobody if "who" in mute else None, mute=mute)
+
+# %% ../nbs/15_synthesis.ipynb #91a8e9a7
+def plot_takes(takes:dict # name → Speech
+              ):
+    "Figure: mel over pitch, a column for each take."
+    import matplotlib.pyplot as plt
+    fig, axs = plt.subplots(2, len(takes), figsize=(2.6*len(takes), 3), dpi=64, sharex=True, sharey="row", layout="constrained", squeeze=False)
+    for (top, low), (name, take) in zip(axs.T, takes.items()):
+        top.imshow(take.mel, origin="lower", aspect="auto", cmap="magma", extent=(0, take.duration, 0, 80), vmin=-11.5, vmax=1.5); top.set_title(name, fontsize=10)
+        low.plot(np.arange(len(take.log_f0))/50, np.where(take.voiced > .5, take.log_f0.exp(), np.nan), color="#0072B2", lw=2); low.set_xlabel("seconds")
+    axs[0, 0].set_ylabel("mel bin"); axs[1, 0].set_ylabel("pitch, Hz")
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/15_synthesis.ipynb #cc12ec5d
+def mute_widget(model:FacesToVoices, clip:Clip, nobody # (256,)
+               ):
+    "A switch for each stage: what is off is muted."
+    import ipywidgets as W
+    return live(lambda **on: voice_without(model, clip, nobody, [stage for stage in on if not on[stage]]), **{stage: W.Checkbox(True) for stage in ("who", "how", "what")})
 
 # %% ../nbs/15_synthesis.ipynb #60e1f9e9
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>faces2voices report</title>
@@ -538,16 +596,16 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 h2{margin-top:3rem;border-top:1px solid #ccc;padding-top:1rem}figure{margin:1rem 0}figcaption{color:#555}.players{display:flex;gap:2rem;flex-wrap:wrap}</style>
 <h1>Silent clips, and the speech they were given</h1><p>This speech is <strong>synthetic</strong>: made from the picture alone by the model <code>MODEL</code>. It may be wrong in every word.</p>BODY</html>"""
 
-# %% ../nbs/15_synthesis.ipynb #da116fa4
+# %% ../nbs/15_synthesis.ipynb #02439b56
 def _section(speech:Speech, strip, # its first part; figure of what was looked at
              length:float, seconds:float # of the whole speech; that its synthesis took
             ) -> str:
     "One clip of the report, or the beginning of a film."
     shown = f"{length:.2f} s" if speech.duration == length else f"the first {speech.duration:.0f} of {length:.0f} s"
     name, figures = html.escape(Path(speech.source).name), [(strip, "What the model looked at"), (speech.plot(), "Pitch and energy as predicted; mel as synthesised" + (", and the true one" if speech.truth is not None else ""))]
-    players = [("synthesised", speech.wav)] + ([("original", speech.looked.video.wav)] if speech.looked.video.wav is not None else [])
+    sounds = [("synthesised", speech.wav)] + ([("original", speech.looked.video.wav)] if speech.looked.video.wav is not None else [])
     return (f"<h2>{name}</h2><p>{shown}, face found by {speech.backend} in {speech.looked.track.found.mean():.0%} of the frames looked at; {seconds/length:.2f} × real time.</p><div class=players>"
-        + "".join(f"<p>{label}<br><audio controls src='{_uri('audio/wav', _wav_bytes(w))}'></audio></p>" for label, w in players) + "</div>"
+        + "".join(_player(label, w) for label, w in sounds) + "</div>"
         + "".join(f"<figure><img alt='{caption} ({name})' src='{_uri('image/png', _png_bytes(fig))}'><figcaption>{caption}</figcaption></figure>" for fig, caption in figures))
 
 # %% ../nbs/15_synthesis.ipynb #96476605
@@ -586,27 +644,22 @@ def _targets(path, out, dubbed) -> list:
         if t.exists(): raise F2VError(t, "already exists", "Give another output folder with -o")
     return targets
 
-# %% ../nbs/15_synthesis.ipynb #99448e4a
+# %% ../nbs/15_synthesis.ipynb #5840518a
 def synthesize_file(model:FacesToVoices, path, out, # input video of any length, output folder
                     dubbed=True, # also write the dubbed video
                     report:list|None=None, # sections of a report are added here
                     **kw # as in `parts`: steps, guidance, seed, face, reference, expression, progress
                    ) -> Done:
     "Speak one file into a folder; an error of the input is returned, not raised."
+    import soundfile
     written, began = [], time.perf_counter()
     try:
         wav, *video = _targets(path, out, dubbed)
         first, length = write_parts(wav, model.parts(path, **kw)); written.append(wav)
-        for target in video: dub_video(path, _sound_of(wav), target); written.append(target)
+        for target in video: dub_video(path, soundfile.blocks(wav, 2**16, dtype="float32"), target); written.append(target)
         seconds = time.perf_counter() - began
         if report is not None: report.append(_section(first, crops_figure(first.looked), length, seconds))
     except F2VError as e:
         for t in written: t.unlink()
         return Done(str(path), [], str(e), 0., 0.)
     return Done(str(path), [str(t) for t in written], "", length, seconds)
-
-# %% ../nbs/15_synthesis.ipynb #720eef06
-def _sound_of(path) -> torch.Tensor:
-    "The samples of a wav that was just written."
-    import soundfile
-    return torch.from_numpy(soundfile.read(path, dtype="float32")[0])

@@ -1,15 +1,27 @@
 """Widgets in a real browser: `python tests/browser.py` (needs Chromium; not part of `make test`).
 
 Starts JupyterLab, opens each widget in headless Chromium through the DevTools protocol, runs its cells, drags every
-slider, and fails unless the picture changes and the console stays free of errors. Pictures of the page go to --out."""
+slider, turns every switch and list, and fails unless each changes the picture and the console stays free of errors.
+Pictures of the page go to --out."""
 import argparse, base64, json, os, shutil, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 import websocket
 
+SPEAKER = f"""from pathlib import Path
+from faces2voices.synthesis import FacesToVoices, dials_widget, mute_widget
+f2v = FacesToVoices.from_pretrained("talkers", device="cpu")
+samples = sorted(Path({str(Path(__file__).resolve().parents[1]/"data_samples")!r}).glob("*.mp4"))
+(clip, _), other = f2v.watch(samples[0]), f2v.voice_like(face=samples[4])
+"""
+
 WIDGETS = dict(      # each stands alone, so that its lesson need not be run first
     field="from faces2voices.flow import field_explorer, gaussian_field\nfield_explorer(lambda x, t: gaussian_field(x, t, 1., .5))",
-    talker="from faces2voices.talkers import talker_widget\ntalker_widget()")
+    talker="from faces2voices.talkers import talker_widget\ntalker_widget()",
+    race="import torch\nfrom faces2voices.solvers import solver_race\nsolver_race((torch.tensor([[-2., 0], [2, 0], [0, 2]]), torch.full((3,), .3), torch.full((3,), 1/3)));",
+    bend="import torch\nfrom faces2voices.prosody import bend_widget\ntone = lambda x: .1*(2*torch.pi*x.exp().repeat_interleave(320).cumsum(0)/16000).sin()\nbend_widget(5 + .2*(torch.arange(100)/8).sin(), torch.ones(100), tone)",
+    dials=SPEAKER + "dials_widget(f2v, clip, dict(own=f2v.who(clip.face, clip.identity), other=other))",
+    mute=SPEAKER + "mute_widget(f2v, clip, other)")
 
 def cell(code): return dict(cell_type="code", id=f"c{abs(hash(code)) % 10**9}", metadata={}, source=code.splitlines(True), outputs=[], execution_count=None)
 def notebook(code): return dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), cells=[cell(code)])
@@ -86,24 +98,36 @@ def chromium(program):
 PANEL = "[...jupyterapp.shell.widgets('main')].find(w => w.sessionContext)"
 PICTURES = "[...document.querySelectorAll('.jp-OutputArea img, .jp-OutputArea canvas, .jp-OutputArea audio')].map(e => e.src || e.toDataURL()).join('\\n')"
 SLIDERS = "[...document.querySelectorAll('.jp-OutputArea .noUi-handle')].map(e => { e.scrollIntoView({block: 'center'}); let r = e.getBoundingClientRect(); let b = e.closest('.noUi-base, .noUi-target').getBoundingClientRect(); return [r.x + r.width/2, r.y + r.height/2, b.x, b.width] })"
+SWITCHES = "[...document.querySelectorAll('.jp-OutputArea .jupyter-widgets input[type=checkbox], .jp-OutputArea .jupyter-widgets select')]"
+TURN = "(e => { if (e.type === 'checkbox') e.click(); else { e.selectedIndex = e.options.length - 1; e.dispatchEvent(new Event('change', {bubbles: true})) } })"
+IDLE = f"{PANEL}?.sessionContext.session?.kernel?.status === 'idle'"
 ERRORS = "[...document.querySelectorAll('.jp-OutputArea [data-mime-type=\"application/vnd.jupyter.error\"], .jp-OutputArea [data-mime-type=\"application/vnd.jupyter.stderr\"]')].map(e => e.innerText)"
 
+def drag(page, i):
+    "Take a slider by half of its range to the side where there is more room."
+    x, y, left, width = page.run(SLIDERS)[i]
+    page.drag(x, y, (width*.5 if x < left + width/2 else -width*.5))
+
+def moves(page):
+    "All that can be moved on the page: its name, and the move."
+    yield from ((f"slider {i + 1}", lambda i=i: drag(page, i)) for i in range(len(page.run(SLIDERS))))
+    yield from ((f"switch {i + 1}", lambda i=i: page.run(f"{TURN}({SWITCHES}[{i}])")) for i in range(page.run(f"{SWITCHES}.length")))
+
 def try_widget(page, url, name, out, seconds):
-    "Open a notebook, run it, drag its sliders; what is wrong, in words."
+    "Open a notebook, run it, move all that can be moved; what is wrong, in words."
     page.errors.clear()
     page.call("Page.navigate", url=f"{url}/lab/tree/{name}.ipynb?reset")
     wait(lambda: page.run("!!(window.jupyterapp && document.querySelector('.jp-Notebook .jp-CodeCell'))"), 120, f"{name}: the notebook does not open")
-    wait(lambda: page.run(f"{PANEL}?.sessionContext.session?.kernel?.status === 'idle'"), 120, f"{name}: no kernel")
+    wait(lambda: page.run(IDLE), 120, f"{name}: no kernel")
     page.run(f"jupyterapp.shell.activateById({PANEL}.id); jupyterapp.commands.execute('notebook:run-all-cells')")
-    wait(lambda: page.run(SLIDERS) and page.run(PICTURES), seconds, f"{name}: no slider with a picture (cell errors: {page.run(ERRORS)})")
-    time.sleep(2)
+    wait(lambda: (page.run(SLIDERS) or page.run(f"{SWITCHES}.length")) and page.run(PICTURES), seconds, f"{name}: no control with a picture (cell errors: {page.run(ERRORS)})")
     wrong = []
-    for i in range(len(page.run(SLIDERS))):
-        x, y, left, width = page.run(SLIDERS)[i]
+    for what, move in moves(page):
+        time.sleep(2); wait(lambda: page.run(IDLE), seconds, f"{name}: never done")       # what the last move asked for is there
         before = page.run(PICTURES)
-        page.drag(x, y, (width*.5 if x < left + width/2 else -width*.5))
+        move()
         try: wait(lambda: page.run(PICTURES) != before, seconds, "still")
-        except SystemExit: wrong.append(f"slider {i + 1} changes nothing")
+        except SystemExit: wrong.append(f"{what} changes nothing")
     page.picture(out/f"{name}.png")
     return wrong + [f"cell: {e[:200]}" for e in page.run(ERRORS)] + [f"console: {e[:300]}" for e in page.errors]
 

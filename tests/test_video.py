@@ -1,5 +1,5 @@
 "Reading, writing, dubbing, tracking and cropping video: every claim against an oracle."
-import gc, weakref
+import gc, subprocess, sys, weakref
 from fractions import Fraction
 from itertools import islice
 import av
@@ -169,7 +169,8 @@ def test_parts_joined_are_the_whole(tmp_path, seconds):
     parts = list(V.look_in_parts(tmp_path/"film.mp4", Middle(), seconds=seconds))
     test_same(np.concatenate([p.lips for p in parts]), whole.lips)
     test_same(np.concatenate([p.expression for p in parts]), whole.expression)
-    for p in parts: test_same(p.face, whole.face)
+    test_same(parts[-1].face, whole.face); test_same(whole.face, V.best_face(V.Film(tmp_path/"film.mp4"), V.track_face(V.Film(tmp_path/"film.mp4"), Middle()).points))
+    assert all(p.face is None and p.identity is None for p in parts[:-1])
     assert len(parts) == -(-60//round(seconds*25))
 
 def test_a_file_and_its_video_look_the_same(tmp_path):
@@ -253,6 +254,43 @@ def test_dub_keeps_every_bit(tmp_path, rate, times):
     heard = V.read_video(made.path).wav
     assert np.correlate(heard.numpy(), wav.numpy()[4000:9000], "valid").argmax() == 4000
     with pytest.raises(F2VError, match="already exists"): V.dub(tmp_path/"film.mp4", wav, tmp_path/"film.mp4")
+
+@pytest.mark.parametrize("cut", [1, 640, 1024, 5000, 10**6])
+def test_sound_in_stretches_is_the_sound(cut):
+    wav = torch.randn(7000, generator=torch.Generator().manual_seed(0))
+    blocks = list(V.in_blocks(wav.split(cut)))
+    assert [len(b) for b in blocks] == 6*[1024] + [7000 - 6*1024]
+    test_same(np.concatenate(blocks), wav.clamp(-1, 1).numpy())
+    for a, b in zip(blocks, V.in_blocks(wav.double().numpy()), strict=True): test_same(a, b)
+
+def test_dub_from_stretches_gives_the_same_bytes(tmp_path):
+    V.write_video(tmp_path/"film.mp4", clock(np.arange(50)/25))
+    wav = torch.randn(32000, generator=torch.Generator().manual_seed(0))*.1
+    for name, sound in dict(whole=wav, stretches=iter(wav.split(777)), array=wav.numpy()).items(): V.dub(tmp_path/"film.mp4", sound, tmp_path/f"{name}.mp4")
+    assert (tmp_path/"whole.mp4").read_bytes() == (tmp_path/"stretches.mp4").read_bytes() == (tmp_path/"array.mp4").read_bytes()
+
+def test_a_sound_that_fails_half_way_leaves_nothing(tmp_path):
+    V.write_video(tmp_path/"film.mp4", clock(np.arange(50)/25))
+    def failing(): yield torch.zeros(5000); raise NoFaceError("film.mp4", "lost")
+    with pytest.raises(NoFaceError): V.dub(tmp_path/"film.mp4", failing(), tmp_path/"dubbed.mp4")
+    assert [f.name for f in tmp_path.iterdir()] == ["film.mp4"]
+
+DUB = '''
+import resource, sys, torch
+from faces2voices import video as V
+for minutes in (1, 1, 10):
+    V.dub(f"{sys.argv[1]}/{minutes}.mp4", (torch.zeros(16000) for _ in range(60*minutes)), f"{sys.argv[1]}/dubbed.mp4", overwrite=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)
+'''
+
+def test_memory_does_not_grow_with_a_dubbed_film(tmp_path):
+    "Ten minutes of sound alone would take 38 MB."
+    from memory_of_long_video import repeat
+    V.write_video(tmp_path/"clip.mp4", clock(np.arange(75)/25), crf=40)
+    for minutes in (1, 10): repeat(tmp_path/"clip.mp4", tmp_path/f"{minutes}.mp4", 20*minutes)
+    out = subprocess.run([sys.executable, "-c", DUB, tmp_path], check=True, capture_output=True, text=True).stdout
+    _, one, ten = map(int, out.split())
+    assert ten - one < 20, out
 
 def test_dub_keeps_rotation(tmp_path):
     frame = np.full((64, 96, 3), 30, np.uint8); frame[:16, :16] = 230
