@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'say', 'complain', 'Device', 'Bench', 'Layout', 'Preset', 'Model', 'Steps', 'Guidance', 'Seed', 'OtherFace',
-           'Reference', 'Expression', 'Dub', 'Report', 'Faces', 'Workers', 'main', 'synthesize', 'talkers', 'prepare',
-           'train', 'adapt', 'evaluate', 'sweep', 'ablate', 'bench', 'download']
+           'Reference', 'Expression', 'Dub', 'Report', 'Faces', 'Workers', 'listen', 'main', 'synthesize', 'talkers',
+           'prepare', 'train', 'adapt', 'evaluate', 'listen_page', 'listen_marks', 'sweep', 'ablate', 'bench',
+           'download']
 
 # %% ../nbs/20_cli.ipynb #8a564655
 import enum, sys
@@ -198,6 +199,55 @@ def evaluate(
         import json
         with atomic_path(out) as tmp: tmp.write_text(json.dumps(card, indent=1))
     say.print(show_card(card), markup=False)
+
+# %% ../nbs/20_cli.ipynb #712be9a5
+listen = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="""Ask people: a blind listening test without a server, and its mean opinion scores (MOS).
+
+1. `faces2voices listen page TEST original ours theirs` writes TEST/page: open its index.html, mail the folder, or put it on any web space.
+2. Each listener marks every sound from 1 to 5, and sends back the file that the page saves, marks-NAME.csv.
+3. `faces2voices listen marks TEST marks-*.csv` gives each system's score with its 95 % interval.""")
+app.add_typer(listen, name="listen")
+
+# %% ../nbs/20_cli.ipynb #43d06d1e
+@listen.command("page")
+def listen_page(
+    test: Annotated[Path, typer.Argument(help="A new folder: its `page` is to be given away, its key.json to be kept.", show_default=False)],
+    sounds: Annotated[list[Path], typer.Argument(help="One folder a system, all with sounds of the same names: wavs, or mp4s where it has none. With `--model`: one folder of prepared clips.", show_default=False)],
+    model: Annotated[Optional[str], typer.Option(help="Let this model speak prepared clips, and ask about the original, the original through the vocoder, and the model.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With `--model`: so many clips. Three systems and 10 clips are 31 sounds, which is enough for one sitting.")] = 10,
+    split: Annotated[str, typer.Option(help="With `--model`: split of the manifest.")] = "test",
+    question: Annotated[str, typer.Option(help="What listeners are asked.")] = "How natural does this speech sound?",
+    steps: Steps = EULER_STEPS, guidance: Guidance = 1., seed: Seed = 0,
+):
+    """Write a blind listening test: numbered sounds of equal loudness and one page that shuffles them for every listener.
+
+    Put the original among the systems: without it nobody knows what a 3.4 of these listeners means. One sound holds only beeps, to be counted; who miscounts them was not listening, and is left out.
+
+    Example: `faces2voices synthesize data_samples/*.mp4 -o speech`, then `faces2voices listen page test data_samples speech`."""
+    from faces2voices.evaluation import listening_test, sounds_in, sounds_of
+    from faces2voices.synthesis import FacesToVoices
+    if (test/"key.json").exists(): raise F2VError(test, "holds a listening test already", "Give another folder")
+    if model and len(sounds) > 1: raise typer.BadParameter("with --model, one folder of prepared clips is spoken", param_hint="SOUNDS")
+    asked = sounds_of(FacesToVoices.from_pretrained(model), sounds[0], split, limit, steps=steps, guidance=guidance, seed=seed) if model else {str(s): sounds_in(s) for s in sounds}
+    listening_test(asked, test, seed, question)
+    say.print(f"{sum(map(len, asked.values())) + 1} sounds; open {_plain(test)}/page/index.html, give away that folder, and keep key.json; next: [bold]faces2voices listen marks {_plain(test)} marks-*.csv[/]")
+
+# %% ../nbs/20_cli.ipynb #64135b5e
+@listen.command("marks")
+def listen_marks(
+    test: Annotated[Path, typer.Argument(help="The folder of the test, with its key.json.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(help="What listeners saved: marks-NAME.csv.", show_default=False)],
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Write the scores (JSON) here too.")] = None,
+):
+    """Mean opinion scores of a listening test, with t intervals over listeners and clips.
+
+    A file that is damaged, doubled or of another test ends it with the file's name: a table made of half the marks would look like a whole one."""
+    import json
+    from faces2voices.evaluation import mos_card, show_mos
+    found = mos_card(files, test/"key.json")
+    if out:
+        with atomic_path(out) as tmp: tmp.write_text(json.dumps(found, indent=1))
+    say.print(show_mos(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #ba34b4b4
 @app.command()

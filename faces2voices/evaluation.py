@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['GRAMMARS', 'HISS', 'GRID_WORDS', 'METRICS', 'ROWS', 'SLOW', 'POOLS', 'beginning', 'PACKAGES', 'SCALE', 'PAGE',
-           'CLAIMS', 'tool', 'tool_version', 'stoi', 'pesq', 'dnsmos', 'resemblyzer', 'utmos', 'grammar_of',
-           'guess_wer', 'listener', 'word_errors', 'Recogniser', 'collapse', 'slot_states', 'best_sentence', 'roughen',
-           'hidden', 'Spoken', 'spoken', 'ctc_loss', 'flat_start', 'flat_loss', 'hearing', 'train_recogniser',
-           'recogniser_card', 'grid_listener', 'plain_words', 'whisper', 'loud', 'cepstrum', 'mcd', 'correlation',
-           'both_voiced', 'mean_f0', 'f0_error', 'energy_correlation', 'Sound', 'Take', 'voice_similarity',
-           'unit_accuracy', 'errors_heard', 'mean', 'ratio', 'over_clips', 'bootstrap', 'standard_error', 'interval',
-           'Metric', 'no_syncnet', 'wrong_face', 'wrong_lips', 'with_lips', 'takes', 'wanted', 'blank', 'listeners',
-           'measure', 'pooled', 'score', 'unseen', 'by_beginning', 'machine', 'test_clips', 'metric_card', 'score_text',
+           'ASKED', 'CLAIMS', 'tool', 'tool_version', 'stoi', 'pesq', 'dnsmos', 'utmos', 'grammar_of', 'guess_wer',
+           'listener', 'word_errors', 'Recogniser', 'collapse', 'slot_states', 'best_sentence', 'roughen', 'hidden',
+           'Spoken', 'spoken', 'ctc_loss', 'flat_start', 'flat_loss', 'hearing', 'train_recogniser', 'recogniser_card',
+           'grid_listener', 'plain_words', 'whisper', 'loud', 'cepstrum', 'mcd', 'correlation', 'both_voiced',
+           'mean_f0', 'f0_error', 'energy_correlation', 'Sound', 'Take', 'voice_similarity', 'unit_accuracy',
+           'errors_heard', 'mean', 'ratio', 'over_clips', 'bootstrap', 'standard_error', 'interval', 'Metric',
+           'no_syncnet', 'wrong_face', 'wrong_lips', 'with_lips', 'takes', 'wanted', 'blank', 'listeners', 'measure',
+           'pooled', 'score', 'unseen', 'by_beginning', 'machine', 'test_clips', 'metric_card', 'score_text',
            'show_card', 'beginnings_text', 'plot_scores', 'beeps', 'level', 'listening_test', 'read_ratings', 'Opinion',
-           'opinion', 'opinions', 'claims']
+           'opinion', 'read_key', 'opinions', 'mos_card', 'show_mos', 'sounds_in', 'sounds_of', 'claims']
 
-# %% ../nbs/17_evaluation.ipynb #94e6aac7
+# %% ../nbs/17_evaluation.ipynb #a6fc0f3b
 import csv, hashlib, html, json, os, platform, re, sys, time
 from functools import cached_property, lru_cache
 from importlib import import_module
@@ -26,13 +26,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from scipy.special import stdtrit
 from torch import nn
 from tqdm.auto import tqdm
 from .core import EULER_STEPS, MELS_PER_FRAME, SAMPLE_RATE, SAMPLES_PER_FRAME, CheckpointError, CorpusError, ToolMissingError, atomic_path, markdown_table, seed_everything
-from .audio import MEL, energy, griffin_lim, pitch, save_wav
+from .audio import MEL, energy, griffin_lim, load_audio, pitch, save_wav
 from .corpora import GRID_GRAMMAR, Clip, ClipDataset, grid_jsgf, read_manifest
 from .talkers import GRAMMAR, jsgf
 from .content import ConvBlock
+from .timbre import real_voice
 from .vocoder import copy_synthesis
 from .synthesis import WEIGHTS
 from .training import fit, shuffled
@@ -68,15 +70,6 @@ def dnsmos(wav # (N,) at 16 kHz
     "Predicted opinion scores (Microsoft's models, in the speechmos package)."
     scores = tool("speechmos.dnsmos").run(np.asarray(torch.as_tensor(wav).clamp(-1, 1)), SAMPLE_RATE)
     return {k: float(v) for k, v in scores.items()}
-
-# %% ../nbs/17_evaluation.ipynb #e9cf3162
-@lru_cache(maxsize=1)
-def _voice_encoder(): "Resemblyzer's GE2E encoder; its weights are in the package."; return tool("resemblyzer").VoiceEncoder("cpu", verbose=False)
-
-def resemblyzer(wav # (N,) at 16 kHz
-               ) -> np.ndarray: # (256,), unit norm
-    "The voice as a point on the sphere, by an encoder that had no part in training."
-    return _voice_encoder().embed_utterance(np.asarray(torch.as_tensor(wav).float()))
 
 # %% ../nbs/17_evaluation.ipynb #30e6b15e
 @lru_cache(maxsize=1)
@@ -364,7 +357,7 @@ def energy_correlation(a, b # (2T,) ln RMS
     "Correlation of the loudness contours, with everything under −60 dB counted as silence."
     return correlation(a.clamp(min=-7), b.clamp(min=-7))
 
-# %% ../nbs/17_evaluation.ipynb #d919729d
+# %% ../nbs/17_evaluation.ipynb #c62598dd
 class Sound:
     "A sound, and what is measured of it, each once."
     def __init__(self, wav): self.wav = torch.as_tensor(wav).detach().cpu().float()
@@ -377,7 +370,7 @@ class Sound:
     @cached_property
     def dnsmos(self): "Predicted opinion scores."; return dnsmos(self.wav)
     @cached_property
-    def voice(self): "(256,) as an independent judge hears it."; return resemblyzer(self.wav)
+    def voice(self): "(256,) as an independent judge hears it."; return real_voice(self.wav)
 
 class Take(NamedTuple):
     "What a metric may look at."
@@ -753,26 +746,42 @@ def read_ratings(path, # CSV that the page saved
         raise CorpusError(path, f"is not a whole set of marks ({type(e).__name__}: {e})", "Ask the listener for the file as the page saved it") from e
     return *who, marks
 
-# %% ../nbs/17_evaluation.ipynb #47790f66
+# %% ../nbs/17_evaluation.ipynb #88894e08
 class Opinion(NamedTuple):
     "A mean opinion score and its 95 % interval."
     mos: float
     low: float
     high: float
 
-def opinion(marks, # (listeners, clips)
-            times:int=2000, seed:int=0) -> Opinion:
-    "The mean, and how far other listeners and other clips would move it."
-    rng, (n, m) = np.random.default_rng(seed), marks.shape
-    again = [marks[rng.integers(n, size=n)][:, rng.integers(m, size=m)].mean() for _ in range(times)]
-    return Opinion(float(marks.mean()), *map(float, np.percentile(again, [2.5, 97.5])))
+def opinion(marks # (listeners, clips)
+           ) -> Opinion:
+    "The mean, and how far other listeners and other clips would move it: a t interval for two crossed sources; NaN for a single mark."
+    (n, m), mos = marks.shape, marks.mean()
+    who, what = marks.mean(1, keepdims=True) - mos, marks.mean(0) - mos
+    free = np.maximum([n - 1, m - 1, (n - 1)*(m - 1)], 1)
+    squares = np.array([m*(who**2).sum(), n*(what**2).sum(), ((marks - mos - who - what)**2).sum()])/free
+    sign = np.append(squares[:2] > squares[2], 0)
+    sign[2] = 1 - sign.sum()
+    part = sign*squares
+    nu = part.sum()**2/(part**2/free).sum() if part.any() else 1
+    half = stdtrit(max(nu, 1), .975)*(part.sum()/(n*m))**.5 if n*m > 1 else np.nan
+    return Opinion(float(mos), float(mos - half), float(mos + half))
 
-# %% ../nbs/17_evaluation.ipynb #f068a5f9
+# %% ../nbs/17_evaluation.ipynb #1740c5a2
+def read_key(path # key.json of a test
+            ) -> dict:
+    "Which system made which sound."
+    try:
+        key = json.loads(Path(path).read_text())
+        if not all(isinstance(key[part], kind) for part, kind in dict(test=str, items=dict, attention=dict).items()): raise ValueError("its parts are of the wrong kind")
+    except (OSError, ValueError, KeyError, TypeError) as e: raise CorpusError(path, f"is not the key of a listening test ({type(e).__name__})", "Give the folder that `faces2voices listen page` made") from e
+    return key
+
 def opinions(paths:list, # CSV files of the listeners
              key # key.json of the test
             ) -> tuple: # {system: Opinion}, listeners who failed the attention check
     "Mean opinion scores by system, of the listeners who listened."
-    key, heard, asleep = json.loads(Path(key).read_text()), {}, []
+    key, heard, asleep = read_key(key), {}, []
     for path in paths:
         who, marks = read_ratings(path, key)
         if who in heard or who in asleep: raise CorpusError(path, f"is a second file of listener {who!r}", "Keep one of them")
@@ -781,6 +790,45 @@ def opinions(paths:list, # CSV files of the listeners
     if not heard: raise CorpusError(key["test"], f"no listener passed the attention check, of {len(paths)}")
     items = {system: [n for n, (s, _) in key["items"].items() if s == system] for system, _ in key["items"].values()}
     return {system: opinion(np.array([[marks[n] for n in ns] for marks in heard.values()], float)) for system, ns in sorted(items.items())}, asleep
+
+# %% ../nbs/17_evaluation.ipynb #3c1f51e7
+def mos_card(paths:list, key # as in `opinions`
+            ) -> dict: # what JSON can hold
+    "Mean opinion scores, and who gave them."
+    found, asleep = opinions(paths, key)
+    clips = len({clip for _, clip in read_key(key)["items"].values()})
+    return dict(clips=clips, listeners=len(paths) - len(asleep), left_out=asleep, systems={system: o._asdict() for system, o in found.items()})
+
+def show_mos(card:dict # from `mos_card`
+            ) -> str: # Markdown
+    "The best first, with what the intervals are made of."
+    rows = sorted(card["systems"].items(), key=lambda item: -item[1]["mos"])
+    table = markdown_table(["system", "MOS", "95 % interval"], [[name, f"{o['mos']:.2f}", f"{o['low']:.2f} to {o['high']:.2f}"] for name, o in rows])
+    out = f"; left out, because they miscounted the beeps: {', '.join(card['left_out'])}" if card["left_out"] else ""
+    return f"{table}\n\n- {card['listeners']} listeners, {card['clips']} clips of each system; t intervals over listeners and clips{out}"
+
+# %% ../nbs/17_evaluation.ipynb #afebb9a4
+def sounds_in(folder # of wavs; where there are none, of mp4s
+             ) -> dict: # clip → (N,)
+    "The sounds of a folder by the names of their files."
+    paths = sorted(Path(folder).glob("*.wav")) or sorted(Path(folder).glob("*.mp4"))
+    if not paths: raise CorpusError(folder, "holds no .wav and no .mp4", "Give a folder of sounds for each system")
+    return {p.stem: load_audio(p) for p in paths}
+
+# %% ../nbs/17_evaluation.ipynb #eefb77d5
+ASKED = "original", "vocoder", "synthesised"
+
+def sounds_of(model, data, # FacesToVoices; folder of prepared clips
+              split:str="test", limit:int|None=10, # at most so many clips, spread evenly
+              **kw # steps, guidance, seed
+             ) -> dict: # row → {clip: (N,)}
+    "What listeners are asked about: the clips as they are, resynthesised, and as the model speaks them."
+    clips, found = test_clips(data, split, limit)[0], {row: {} for row in ASKED}
+    for clip in tqdm(clips, desc="speak", unit="clip"):
+        for row, take in takes(model, clip, clips, {}, **kw):
+            if row in ASKED: found[row][clip.name] = take.sound.wav
+            if row == ASKED[-1]: break
+    return found
 
 # %% ../nbs/17_evaluation.ipynb #8a3c517f
 CLAIMS = [ # claim, (row, metric) that should be better, (row, metric) that should be worse

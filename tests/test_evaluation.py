@@ -343,6 +343,38 @@ def test_marks_of_known_mean_come_back(asked, tmp_path):
     with pytest.raises(CorpusError, match="passed the attention check"): ev.opinions(paths[-1:], tmp_path/"test"/"key.json")
     with pytest.raises(CorpusError, match="second file of listener"): ev.opinions([paths[0], paths[0]], tmp_path/"test"/"key.json")
 
+@pytest.mark.parametrize("n, m, who, what", [(8, 10, .5, .4), (5, 4, .5, .4), (3, 10, .5, .4), (8, 10, .5, 0.), (8, 10, 0., .5), (8, 10, 0., 0.)])
+def test_an_opinion_s_interval_holds_the_truth_as_often_as_it_says(n, m, who, what):
+    rng = np.random.default_rng(0)
+    found = [ev.opinion(3 + who*rng.normal(size=(n, 1)) + what*rng.normal(size=m) + .7*rng.normal(size=(n, m))) for _ in range(400)]
+    assert .92 <= np.mean([o.low <= 3 <= o.high for o in found]) <= .995
+
+def test_an_opinion_of_clips_alone_is_student_s_interval():
+    from scipy.stats import sem, t
+    marks = np.random.default_rng(0).normal(3, 1, (1, 9))
+    half = t.ppf(.975, 8)*sem(marks[0])
+    for table in (marks, marks.T): assert np.allclose(ev.opinion(table), (marks.mean(), marks.mean() - half, marks.mean() + half))
+    alone = ev.opinion(np.full((1, 1), 4.))
+    assert alone.mos == 4 and math.isnan(alone.low)
+
+def test_a_table_of_opinions_names_who_was_left_out():
+    shown = ev.show_mos(dict(clips=4, listeners=5, left_out=["ann"], systems=dict(b=dict(mos=2., low=1.5, high=2.5), a=dict(mos=3.25, low=3., high=3.5))))
+    assert shown.index("3.25") < shown.index("2.00") and "3.00 to 3.50" in shown and "5 listeners, 4 clips" in shown and "ann" in shown
+
+def test_sounds_in_a_folder(tmp_path, voice):
+    from faces2voices.audio import save_wav
+    with pytest.raises(CorpusError, match="holds no .wav"): ev.sounds_in(tmp_path)
+    save_wav(tmp_path/"a b.wav", voice)
+    (tmp_path/"c.mp4").write_bytes(b"a film that is not looked at beside a wav")
+    found = ev.sounds_in(tmp_path)
+    assert list(found) == ["a b"]
+    same(found["a b"], voice, atol=2**-14)
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"test": "x", "items": [], "attention": {}}'])
+def test_a_key_that_is_none_is_refused_by_name(tmp_path, text):
+    (tmp_path/"key.json").write_text(text)
+    with pytest.raises(CorpusError, match="key.json: is not the key of a listening test"): ev.read_key(tmp_path/"key.json")
+
 @pytest.mark.parametrize("spoil, why", [(lambda t: t.replace("item,", "thing,"), "KeyError"), (lambda t: t.replace(",3\n", ",9\n"), "between 1 and 5"), (lambda t: t.replace(",3\n", ",good\n"), "invalid literal"),
     (lambda t: "\n".join(t.splitlines()[:-2]), "missing"), (lambda t: t + t.splitlines()[1] + "\n", "doubled"), (lambda t: t.replace("l0", "l1", 1), "several"), (lambda t: t[:40], "not a whole set"),
     (lambda t: "", "not of this test"), (lambda t: "\x00\xff"*40, "CorpusError|not a whole"), (lambda t: t + "#"*1_000_001, "over 1 MB")])
