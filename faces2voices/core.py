@@ -140,18 +140,20 @@ def _place(x) -> str:
     "Where `x` is largest, in words; nothing for a single number."
     return f" at position {[int(i) for i in np.unravel_index(int(x.to(torch.float64).argmax()), x.shape)]}" if x.dim() else ""
 
-# %% ../nbs/00_core.ipynb #dc469704
+# %% ../nbs/00_core.ipynb #0083db4f
 @dataclass(frozen=True)
 class Looking:
     "What a model looks at."
     face_backend: str = "locator"       # `locator` (drawn faces), `insightface`, `cascade`
     identity_dim: int = 0               # size of the identity vector; 0: learn one from the face crop
     expression_dim: int = 1152          # E; 1152 is a 24 × 48 strip of brows and eyes
-    lip_encoder: str = "slim"           # `slim`, `avhubert-base`, `avhubert-large`
+    lip_encoder: str = "slim"           # `slim`, `eigenlips`, `avhubert-base`, `avhubert-large`
     lip_width: int = 16                 # channels of the slim encoder's stem
-    lip_scale: int = 2                  # the slim encoder shrinks the 88 × 88 lips by this factor first
+    eigenlips: int = 96                 # principal pictures, where the encoder is made of them
+    lip_memory: int = 160               # units of each direction of that encoder's GRU
+    lip_scale: int = 2                  # both shrink the 88 × 88 lips by this factor first
 
-# %% ../nbs/00_core.ipynb #d7f8a05e
+# %% ../nbs/00_core.ipynb #f3760f56
 @dataclass(frozen=True)
 class Stages:
     "Sizes of the hierarchy."
@@ -163,6 +165,8 @@ class Stages:
     mask_size: int = 5                  # of them, held at zero in the middle
     masked_weight: float = 0.5          # λ of the masked cross-entropy
     label_smoothing: float = 0.1
+    teacher_forcing: float = 1.         # share of training steps in which μ is given the true voice and contours
+    prior_weight: float = 1.            # of the distance from μ to the mel, among the losses
     dropout: float = 0.1
     speaker_dim: int = 256
 
@@ -200,10 +204,11 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #4c17fd0d
+# %% ../nbs/00_core.ipynb #07a24096
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
-    steps=TINY.steps | dict(hierarchy=3600, decoder=2500, vocoder=1000))
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128,
+    lip_encoder="eigenlips", prior_weight=10., teacher_forcing=0., dropout=.2,
+    steps=TINY.steps | dict(hierarchy=1800, vocoder=1000), batch=TINY.batch | dict(hierarchy=16), lr=TINY.lr | dict(hierarchy=2e-3))
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3, vocoder_source=False,

@@ -223,8 +223,8 @@ def _flat(self:Hierarchy, seen, *others):
 # %% ../nbs/10_hierarchy.ipynb #9577658a
 def see(batch:Batch) -> tuple: "All of a batch that a camera gives, in the order of `forward`."; return batch.lips, batch.face, batch.identity, batch.expression, batch.mask
 
-# %% ../nbs/10_hierarchy.ipynb #586e1789
-WEIGHTS = dict(ce=1., speaker=1., pitch=1., voicing=.5, energy=.5, prior=1.) # of the losses; masked_ce: the preset's masked_weight
+# %% ../nbs/10_hierarchy.ipynb #0f362858
+WEIGHTS = dict(ce=1., speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; of masked_ce and prior: the preset's
 
 # %% ../nbs/10_hierarchy.ipynb #5e57812c
 class HierarchyLoss(NamedTuple):
@@ -244,19 +244,20 @@ def content_terms(content, units, preset) -> dict:
     if content.masked_logits is not None: return dict(zip(("ce", "masked_ce"), content_loss(content, units, preset)))
     return dict(ce=content_loss(content._replace(masked_logits=content.logits), units, preset)[0])
 
-# %% ../nbs/10_hierarchy.ipynb #db756126
+# %% ../nbs/10_hierarchy.ipynb #a694d8a9
 @patch
 def loss(self:Hierarchy, batch, # Batch
-         teacher_forcing:bool=True # feed the true speaker, pitch, voicing and energy
+         teacher_forcing:bool|None=None # feed the true speaker, pitch, voicing and energy; None: in the preset's share of calls
         ) -> HierarchyLoss:
     "Every stage against its own acoustic counterpart, and μ against the mel spectrogram."
+    if teacher_forcing is None: teacher_forcing = torch.rand(()) < self.preset.teacher_forcing
     out = self(*see(batch), batch if teacher_forcing else None)
     terms = {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]}
     terms["prior"] = prior_loss(out.mu, batch.mel, batch.mask.repeat_interleave(4, 1))
     if out.content is not None: terms |= content_terms(out.content, batch.units, self.preset)
     if not self.flat and self.timbre is not None: terms["speaker"] = timbre_loss(out.speaker, batch.speaker)
     if out.prosody is not None: terms |= prosody_loss(out.prosody, batch)._asdict()
-    weights = WEIGHTS | dict(masked_ce=self.preset.masked_weight)
+    weights = WEIGHTS | dict(masked_ce=self.preset.masked_weight, prior=self.preset.prior_weight)
     return HierarchyLoss(sum(weights[k]*v for k, v in terms.items()), **terms)
 
 # %% ../nbs/10_hierarchy.ipynb #0ba62552

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WINDOW', 'NEEDS', 'KEPT', 'SECONDS', 'GPUS', 'USED', 'shuffled', 'schedule', 'EMA', 'terms', 'average_gradients',
            'Recipe', 'Learner', 'report', 'fit', 'Run', 'milestones', 'show_history', 'Scene', 'scenes',
-           'scene_batches', 'part', 'note_time', 'Watch', 'two_mels', 'open_board', 'watched', 'train_hierarchy',
-           'train_speaker', 'train_the_vocoder', 'train_decoder', 'training_clips', 'train_system', 'commit',
-           'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'one_second', 'Cost', 'cost',
+           'scene_batches', 'part', 'note_time', 'Watch', 'two_mels', 'open_board', 'watched', 'fit_eigenlips',
+           'train_hierarchy', 'train_speaker', 'train_the_vocoder', 'train_decoder', 'training_clips', 'train_system',
+           'commit', 'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'one_second', 'Cost', 'cost',
            'assume_all_frames_real', 'dry_run', 'show_costs']
 
 # %% ../nbs/16_training.ipynb #787aaa54
@@ -256,19 +256,22 @@ def note(self:Run, totals:dict, bar, callback):
     bar.set_postfix_str(f"total {line['total']:.4g}")
     if callback: callback(line, self.learners[0].ema.module)
 
-# %% ../nbs/16_training.ipynb #f8956a92
+# %% ../nbs/16_training.ipynb #4ed40ab7
 def show_history(log, # lines of `fit`, or the path of its .jsonl
                  title:str=""):
     "Every loss of a run over its steps, on a logarithmic axis."
     import matplotlib.pyplot as plt
+    from IPython.display import display
     if not isinstance(log, list): log = [json.loads(line) for line in Path(log).read_text().splitlines()]
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for name in [k for k in log[-1] if k not in ("step", "lr", "seconds")]:
         ax.plot([line["step"] for line in log], [line[name] for line in log], label=name)
     ax.set(yscale="log", xlabel=f"step ({log[-1]['seconds']:.0f} s in all)", ylabel="loss", title=title)
     ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
+    ends = ", ".join(f"{name} {line.get_ydata()[0]:.3g} to {line.get_ydata()[-1]:.3g}" for name, line in zip(ax.get_legend_handles_labels()[1], ax.lines))
+    display(fig, metadata={"alt": f"Losses over {log[-1]['step']} steps: {ends}"}); plt.close(fig)
 
-# %% ../nbs/16_training.ipynb #8e02f491
+# %% ../nbs/16_training.ipynb #b6bf41a5
 import os, platform, subprocess
 from dataclasses import replace
 from torch.fx.experimental import _config as functorch_config
@@ -276,6 +279,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import __version__
 from .core import MEL_RATE, MELS_PER_FRAME, CorpusError, Preset, ToolMissingError, markdown_table
 from .corpora import Batch, ClipDataset, batches, collate, prepare, read_manifest
+from .avhubert import EigenlipEncoder
 from .synthesis import FacesToVoices
 from .timbre import train_speaker_encoder
 from .audio import MEL, griffin_lim, save_wav
@@ -399,9 +403,18 @@ def watched(data) -> Batch: # of one clip
     val = ClipDataset(data, split="val")
     return collate([(val if len(val) else ClipDataset(data, split="train"))[0]])
 
-# %% ../nbs/16_training.ipynb #52af9e03
+# %% ../nbs/16_training.ipynb #584703d3
+def fit_eigenlips(hierarchy, dataset, limit:int=300, seed:int=0):
+    "The principal pictures of some training clips, for a hierarchy that looks through eigenlips and has none yet."
+    lips = hierarchy.lips
+    if not isinstance(lips, EigenlipEncoder) or lips.eigen.basis.any(): return
+    b = collate([dataset[i] for i in shuffled(len(dataset), min(limit, len(dataset)), seed)(0)], train=1, rng=torch.Generator().manual_seed(seed))
+    lips.eigen.fit(torch.nn.functional.avg_pool3d(b.lips[:, :, ::5], (1, lips.scale, lips.scale)).to(lips.eigen.mean.device), b.mask[:, ::5])
+
+# %% ../nbs/16_training.ipynb #0bdc8894
 def train_hierarchy(model, dataset, preset, run, seed, board=None):
     "All losses of the three stages and of μ, at once."
+    fit_eigenlips(model.hierarchy, dataset)
     b = watched(dataset.folder).to(model.device)
     watch = Watch(run, "hierarchy", lambda h: h(b.lips, b.face, b.identity, b.expression, b.mask).mu[0], b.mel[0], board=board)
     fit(model.hierarchy.loss, model.hierarchy, batches(dataset, preset.batch["hierarchy"], seed, preset.vary), preset.steps["hierarchy"], preset.lr["hierarchy"],
@@ -585,10 +598,10 @@ def cost(model, name:str, run) -> Cost:
 # %% ../nbs/16_training.ipynb #7fbafd8c
 def assume_all_frames_real(): "On `meta` no mask has values: let every frame count as real."; return functorch_config.patch(meta_nonzero_assume_all_nonzero=True)
 
-# %% ../nbs/16_training.ipynb #77ec261f
+# %% ../nbs/16_training.ipynb #d727926d
 def dry_run(preset:Preset) -> list: # of Cost
     "Build a system without memory for it (a small one in memory: its packed GRU wants to know lengths), and count what training would cost."
-    with torch.device("cpu" if preset.lip_encoder == "slim" else "meta"): model = FacesToVoices(preset.to_json())
+    with torch.device("meta" if preset.lip_encoder.startswith("avhubert") else "cpu"): model = FacesToVoices(preset.to_json())
     return [cost(model, name, run) for name, run in one_second(model).items()]
 
 # %% ../nbs/16_training.ipynb #a2a1a999

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from faces2voices.core import CheckpointError, PAPER, TINY, seed_everything, test_same
-from faces2voices.avhubert import (AVHUBERT_SIZES, AVHubert, BasicBlock, FrozenAVHubert, SlimLipEncoder, convert_avhubert, filter_banks,
+from faces2voices.core import CheckpointError, GRID, PAPER, TINY, seed_everything, test_same
+from faces2voices.avhubert import (AVHUBERT_SIZES, AVHubert, BasicBlock, EigenlipEncoder, Eigenlips, FrozenAVHubert, SlimLipEncoder, convert_avhubert, filter_banks,
                                    influence, load_avhubert, make_lip_encoder, official_weights, stack_frames, torch_layer)
 
 HERE = Path(__file__).parent
@@ -53,8 +53,58 @@ def test_slim_in_bfloat16():
     assert low.dtype == torch.float32
     assert F.cosine_similarity(low[mask], high[mask]).min() > 0.98
 
+# --- eigenlips
+
+def mouths(n=40, size=6):
+    "Clips of 20 pictures, spread over eight directions with eight different widths, and their mask."
+    directions = torch.linalg.qr(torch.randn(size**2, 8))[0]
+    pictures = torch.randn(20*n, 8) * torch.arange(8, 0, -1.) @ directions.T
+    return pictures.view(n, 1, 20, size, size), torch.ones(n, 20, dtype=torch.bool)
+
+def test_eigenlips_are_the_principal_components_of_scikit_learn():
+    from sklearn.decomposition import PCA
+    eigen, (lips, mask) = Eigenlips(4, 6), mouths()
+    eigen.fit(lips, mask)
+    x = eigen.even(lips, mask)
+    reference = torch.from_numpy(PCA(4, whiten=True).fit_transform(x.numpy())).float()
+    z = eigen(lips, mask)[mask]
+    inside = (reference.abs() < 4.9).all(1)
+    test_same((z.sign()*z)[inside], reference.abs()[inside], atol=.02)
+    assert (F.cosine_similarity(z.T, reference.T).abs() > .9999).all()
+
+def test_eigenlips_do_not_see_the_light():
+    eigen, (lips, mask) = Eigenlips(4, 6), mouths()
+    eigen.fit(lips, mask)
+    test_same(eigen(3*lips - 7, mask), eigen(lips, mask), atol=1e-3)
+
+def test_eigenlips_of_a_black_clip_are_finite():
+    eigen, (lips, mask) = Eigenlips(4, 6), mouths()
+    eigen.fit(lips, mask)
+    assert eigen(0*lips, mask).isfinite().all()
+
+def eigenlip_encoder(**kw):
+    net, (lips, mask) = EigenlipEncoder(8, 32, 16, **kw), batch()
+    net.eigen.fit(F.avg_pool3d(lips, (1, net.scale, net.scale)), mask)
+    return net, lips, mask
+
+@pytest.mark.parametrize("scale", [1, 2])
+@torch.no_grad()
+def test_eigenlip_encoder_does_not_feel_padding(scale):
+    net, lips, mask = eigenlip_encoder(scale=scale)
+    net.eval()
+    padded = net(F.pad(lips, (0, 0, 0, 0, 0, 3), value=7.), F.pad(mask, (0, 3)))
+    test_same(padded[:, :9], net(lips, mask), atol=1e-4)
+    assert not padded[~F.pad(mask, (0, 3))].any()
+    test_same(padded[1, :5], net(lips[1:, :, :5], mask[1:, :5])[0], atol=1e-4)
+
+def test_eigenlip_encoder_learns_with_every_parameter_and_keeps_its_pictures():
+    net, lips, mask = eigenlip_encoder()
+    net(lips, mask).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert {"eigen.mean", "eigen.basis"} <= net.state_dict().keys() and not {"eigen.mean", "eigen.basis"} & dict(net.named_parameters()).keys()
+
 def test_make_lip_encoder_matches_the_preset():
-    assert make_lip_encoder(TINY).dim == TINY.dim
+    assert make_lip_encoder(TINY).dim == TINY.dim and make_lip_encoder(GRID).dim == GRID.dim
     with torch.device("meta"): big = make_lip_encoder(PAPER)
     assert big.dim == 1024 and [n for n, p in big.named_parameters() if p.requires_grad] == ["weights"]
 

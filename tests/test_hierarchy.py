@@ -67,7 +67,7 @@ def test_total_is_the_weighted_sum_and_padding_of_the_targets_does_not_count():
     batch.units[1, 10:] = -100
     batch.lips[1, :, 5:] = 0.
     with torch.no_grad(): a = model.loss(batch)
-    same(a.total, a.ce + SMALL.masked_weight*a.masked_ce + sum(WEIGHTS[k]*getattr(a, k) for k in ("speaker", "pitch", "voicing", "energy", "prior")), atol=1e-5)
+    same(a.total, a.ce + SMALL.masked_weight*a.masked_ce + SMALL.prior_weight*a.prior + sum(WEIGHTS[k]*getattr(a, k) for k in ("speaker", "pitch", "voicing", "energy")), atol=1e-5)
     for x, n in ((batch.mel.transpose(1, 2), 4), (batch.log_f0, 2), (batch.voiced, 2), (batch.energy, 2)): x[1, 5*n:] = .9
     with torch.no_grad(): b = model.loss(batch)
     for x, y in zip(a, b): same(x, y, atol=1e-5)
@@ -196,3 +196,9 @@ def test_judge_stages_from_a_folder(tmp_path):
     with pytest.raises(CorpusError, match="phones"): known(model, tmp_path, Entry("c0", tmp_path/"c0.mp4"), ["a"])
     pytest.importorskip("matplotlib").use("Agg")
     show_probes(record); assert len(show_figures(record)) == len(record["figures"])
+
+@pytest.mark.parametrize("share", [0., 1.])
+def test_the_preset_says_how_often_the_teacher_speaks(share):
+    model, batch = Hierarchy(replace(SMALL, teacher_forcing=share)).eval(), made_batch(SMALL, 2, 8)
+    with torch.no_grad(): same(model.loss(batch).prior, model.loss(batch, share == 1).prior)
+    with torch.no_grad(): assert (model.loss(batch, True).prior - model.loss(batch, False).prior).abs() > 1e-6
