@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'EULER_STEPS',
-           'TEMPERATURE', 'NOTATION', 'TINY', 'GRID', 'PAPER', 'PRESETS', 'markdown_table', 'F2VError', 'MediaError',
-           'NoFaceError', 'CheckpointError', 'CorpusError', 'ToolMissingError', 'atomic_path', 'seed_everything',
-           'pick_device', 'test_same', 'check', 'Looking', 'Stages', 'Sounding', 'Preset']
+           'TEMPERATURE', 'NOTATION', 'TINY', 'GRID', 'EIGENLIPS', 'PAPER', 'PRESETS', 'markdown_table', 'F2VError',
+           'MediaError', 'NoFaceError', 'CheckpointError', 'CorpusError', 'ToolMissingError', 'atomic_path',
+           'seed_everything', 'pick_device', 'test_same', 'check', 'Looking', 'Stages', 'Sounding', 'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
 import os, random, tempfile
@@ -204,15 +204,16 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #07a24096
+# %% ../nbs/00_core.ipynb #faa52ebf
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128,
-    lip_encoder="eigenlips", prior_weight=10., teacher_forcing=0., dropout=.2,
-    steps=TINY.steps | dict(hierarchy=1800, vocoder=1000), batch=TINY.batch | dict(hierarchy=16), lr=TINY.lr | dict(hierarchy=2e-3))
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
+    steps=TINY.steps | dict(hierarchy=3600, decoder=2500, vocoder=1000))
+EIGENLIPS = replace(GRID, name="eigenlips", lip_encoder="eigenlips", dropout=.2, prior_weight=10., teacher_forcing=0.,
+    steps=GRID.steps | dict(hierarchy=1800), batch=GRID.batch | dict(hierarchy=16), lr=GRID.lr | dict(hierarchy=2e-3))
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3, vocoder_source=False,
     steps=dict(hierarchy=50_000, decoder=400_000, vocoder=1_000_000, speaker=50_000, locator=0),
     batch=dict(hierarchy=32, decoder=32, vocoder=16, speaker=64, locator=0),
     lr=dict(hierarchy=1e-3, decoder=1e-4, vocoder=2e-4, speaker=1e-4, locator=0.))
-PRESETS = {p.name: p for p in (TINY, GRID, PAPER)}
+PRESETS = {p.name: p for p in (TINY, GRID, EIGENLIPS, PAPER)}

@@ -36,17 +36,18 @@ VARIANTS = dict(whole=(), masked=("masked",), timbre=("timbre",), prosody=("pros
 # %% ../nbs/18_experiments.ipynb #e97de274
 JUDGED = {"prior loss": "↓", "error, dB": "↓", "unit accuracy in speech": "↑", "energy, r": "↑", "voice similarity": "↑", "mean F0 in μ, R²": "↑", "mean F0 predicted, r": "↑"}
 
-# %% ../nbs/18_experiments.ipynb #b88f318c
-def interval(values:list) -> str: # "mean ± half of the 95 % interval", by Student's t; a single value stands alone
+# %% ../nbs/18_experiments.ipynb #77e012ff
+def interval(values:list) -> str|None: # "mean ± half of the 95 % interval", by Student's t; one or two values stand as they are
     "What some runs with different seeds say together."
     from scipy.stats import sem, t
     if None in values or not values: return None
-    return f"{np.mean(values):.3f}" + (f" ± {t.ppf(.975, len(values) - 1)*sem(values):.3f}" if len(values) > 1 else "")
+    if len(values) < 3: return ", ".join(f"{v:.3f}" for v in values)
+    return f"{np.mean(values):.3f} ± {t.ppf(.975, len(values) - 1)*sem(values):.3f}"
 
-# %% ../nbs/18_experiments.ipynb #5c1e517d
+# %% ../nbs/18_experiments.ipynb #0865b578
 def show_ablation(rows:list # from `ablation`
                  ) -> str: # Markdown
-    "The ablation as a table of means and 95 % intervals over the seeds, with its command below."
+    "The ablation as a table of means and 95 % intervals over the seeds (two seeds side by side), with its command below."
     label = lambda name: "whole" if name == "whole" else f"without {name}"
     groups = {name: [r for r in rows if r["without"] == name] for name in VARIANTS}
     body = [[label(name), len(rs), *(interval([r.get(k) for r in rs]) for k in JUDGED), f"{rs[0]['weights']/1e6:.2f}"] for name, rs in groups.items() if rs]

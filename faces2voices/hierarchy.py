@@ -244,13 +244,13 @@ def content_terms(content, units, preset) -> dict:
     if content.masked_logits is not None: return dict(zip(("ce", "masked_ce"), content_loss(content, units, preset)))
     return dict(ce=content_loss(content._replace(masked_logits=content.logits), units, preset)[0])
 
-# %% ../nbs/10_hierarchy.ipynb #a694d8a9
+# %% ../nbs/10_hierarchy.ipynb #d9804254
 @patch
 def loss(self:Hierarchy, batch, # Batch
          teacher_forcing:bool|None=None # feed the true speaker, pitch, voicing and energy; None: in the preset's share of calls
         ) -> HierarchyLoss:
     "Every stage against its own acoustic counterpart, and μ against the mel spectrogram."
-    if teacher_forcing is None: teacher_forcing = torch.rand(()) < self.preset.teacher_forcing
+    if teacher_forcing is None: teacher_forcing = self.preset.teacher_forcing == 1 or torch.rand(()) < self.preset.teacher_forcing
     out = self(*see(batch), batch if teacher_forcing else None)
     terms = {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]}
     terms["prior"] = prior_loss(out.mu, batch.mel, batch.mask.repeat_interleave(4, 1))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from faces2voices.core import CheckpointError, GRID, PAPER, TINY, seed_everything, test_same
+from faces2voices.core import CheckpointError, EIGENLIPS, PAPER, TINY, seed_everything, test_same
 from faces2voices.avhubert import (AVHUBERT_SIZES, AVHubert, BasicBlock, EigenlipEncoder, Eigenlips, FrozenAVHubert, SlimLipEncoder, convert_avhubert, filter_banks,
                                    influence, load_avhubert, make_lip_encoder, official_weights, stack_frames, torch_layer)
 
@@ -104,7 +104,7 @@ def test_eigenlip_encoder_learns_with_every_parameter_and_keeps_its_pictures():
     assert {"eigen.mean", "eigen.basis"} <= net.state_dict().keys() and not {"eigen.mean", "eigen.basis"} & dict(net.named_parameters()).keys()
 
 def test_make_lip_encoder_matches_the_preset():
-    assert make_lip_encoder(TINY).dim == TINY.dim and make_lip_encoder(GRID).dim == GRID.dim
+    assert make_lip_encoder(TINY).dim == TINY.dim and make_lip_encoder(EIGENLIPS).dim == EIGENLIPS.dim
     with torch.device("meta"): big = make_lip_encoder(PAPER)
     assert big.dim == 1024 and [n for n, p in big.named_parameters() if p.requires_grad] == ["weights"]
 
