@@ -230,7 +230,7 @@ def wrong_by_slot(heard:list, said:list # sentences
     rows = [[a != b for a, b in zip(h.split(), s.split())] if len(h.split()) == len(s.split()) else [True]*len(s.split()) for h, s in zip(heard, said)]
     return np.mean(rows, 0).round(4).tolist()
 
-# %% ../nbs/18_experiments.ipynb #09ee9ddb
+# %% ../nbs/18_experiments.ipynb #d2a95b4c
 def plot_slots(found:dict # of `slot_study`
               ):
     "Bars of wrong words, a group a slot: the original in grey, the synthesised in colour, a panel a recogniser."
@@ -240,7 +240,7 @@ def plot_slots(found:dict # of `slot_study`
     for ax, judge in zip(axes, ("CTC", "pocketsphinx")):
         for shift, what, color in ((-.2, "original", "0.6"), (.2, "synthesised", "#0072B2")):
             ax.bar(place + shift, 100*np.array(found["wrong"][f"{judge}, {what}"]), .4, label=what, color=color)
-        ax.set(title=f"heard by {judge}", xticks=place, xticklabels=names, ylim=(0, 100)); ax.spines[["top", "right"]].set_visible(False)
+        ax.set(title=f"heard by {judge}", xticks=place, ylim=(0, 100)); ax.set_xticklabels(names, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("words wrong, %"); axes[0].legend(frameon=False)
     return fig
 
