@@ -194,18 +194,20 @@ class EigenlipEncoder(nn.Module):
         self.rnn = nn.GRU(dim, memory, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
         self.out = nn.Linear(2*memory, dim)
 
-# %% ../nbs/06_avhubert.ipynb #afd9d3ea
+# %% ../nbs/06_avhubert.ipynb #aaca66ba
 @patch
-def coordinates(self:EigenlipEncoder, lips, mask): # (B, 1, T, 88, 88), (B, T) bool
-    "Eigenlips of the shrunken lips, in float32 whatever the autocast: (B, T, n), zero on padding."
-    with torch.autocast(lips.device.type, enabled=False):
-        return self.eigen(F.avg_pool3d(lips.float(), (1, self.scale, self.scale)), mask)
+def shrunk(self:EigenlipEncoder, lips): return F.avg_pool3d(lips.float(), (1, self.scale, self.scale))
 
 @patch
-def forward(self:EigenlipEncoder, lips, mask): # as in `coordinates`; padding at the end
-    "Features (B, T, D), zero on padding."
-    z = self.coordinates(lips, mask)
-    frames = self.motion(F.pad(z, (0, 0, 3, 3)).unfold(1, 7, 1).flatten(2)).float() * mask[..., None]
+def fit(self:EigenlipEncoder, lips, mask): # (B, 1, T, 88, 88), (B, T) bool
+    "Find the principal pictures of some lips: before any training."
+    self.eigen.fit(self.shrunk(lips), mask)
+
+@patch
+def forward(self:EigenlipEncoder, lips, mask): # as in `fit`; padding at the end
+    "Features (B, T, D), zero on padding; the coordinates are found in float32 whatever the autocast."
+    with torch.autocast(lips.device.type, enabled=False): z = self.eigen(self.shrunk(lips), mask)
+    frames = self.motion(F.pad(z, (0, 0, 3, 3)).unfold(1, 7, 1).flatten(2)).float()
     return (frames + self.out(run_packed(self.rnn, frames, mask))) * mask[..., None]
 
 # %% ../nbs/06_avhubert.ipynb #9ea4da0b

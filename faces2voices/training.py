@@ -403,13 +403,13 @@ def watched(data) -> Batch: # of one clip
     val = ClipDataset(data, split="val")
     return collate([(val if len(val) else ClipDataset(data, split="train"))[0]])
 
-# %% ../nbs/16_training.ipynb #584703d3
+# %% ../nbs/16_training.ipynb #ced49047
 def fit_eigenlips(hierarchy, dataset, limit:int=300, seed:int=0):
     "The principal pictures of some training clips, for a hierarchy that looks through eigenlips and has none yet."
     lips = hierarchy.lips
     if not isinstance(lips, EigenlipEncoder) or lips.eigen.basis.any(): return
     b = collate([dataset[i] for i in shuffled(len(dataset), min(limit, len(dataset)), seed)(0)], train=1, rng=torch.Generator().manual_seed(seed))
-    lips.eigen.fit(torch.nn.functional.avg_pool3d(b.lips[:, :, ::5], (1, lips.scale, lips.scale)).to(lips.eigen.mean.device), b.mask[:, ::5])
+    lips.fit(b.lips[:, :, ::5].to(lips.eigen.mean.device), b.mask[:, ::5])
 
 # %% ../nbs/16_training.ipynb #0bdc8894
 def train_hierarchy(model, dataset, preset, run, seed, board=None):
