@@ -29,7 +29,7 @@ def vowel(f0, # (N,) pitch in Hz at every sample
         out += torch.where(h*f0 < 7800, weight, 0.)*torch.sin(h*phase)
     return (0.5*out/out.abs().max()).float()
 
-# %% ../nbs/01_audio.ipynb #1e9e7467
+# %% ../nbs/01_audio.ipynb #063fcf60
 @dataclass(frozen=True)
 class MelSpec:
     "The mel contract: call it on sound to get the natural-log mel spectrogram."
@@ -44,6 +44,7 @@ class MelSpec:
     std: float = 2.5
 
 @lru_cache
+@torch.inference_mode(False)          # what is kept for later must serve training too
 def _mel_filters(spec) -> torch.Tensor:
     "(n_mels, n_fft/2 + 1) Slaney filters."
     import librosa

@@ -145,13 +145,14 @@ def prepare(
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
     raise typer.Exit(int(done.failed > 0))
 
-# %% ../nbs/20_cli.ipynb #ea64224f
+# %% ../nbs/20_cli.ipynb #dc4cf3fb
 @app.command()
 def train(
     data: Annotated[Optional[Path], typer.Argument(help="Prepared clips. Without it, `tiny` makes its own talkers first.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run: checkpoints, logs, and the model at the end.")] = Path("runs/tiny"),
     preset: Annotated[Preset, typer.Option(help="Sizes and lengths: `tiny` (drawn faces, 2 cores), `grid` (real faces), `eigenlips` (the same, without a network for pictures), `paper`.")] = Preset.tiny,
-    init: Annotated[Optional[str], typer.Option(help="Start the vocoder and speaker encoder from this model, for example `talkers`.")] = None,
+    init: Annotated[Optional[str], typer.Option(help="Take speaker encoder and vocoder from this model, for example `talkers`, as they are.")] = None,
+    voices: Annotated[Optional[Path], typer.Option(help="More prepared clips. The vocoder learns their sound too, and will speak both worlds.", show_default=False)] = None,
     only: Annotated[Optional[str], typer.Option(help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only count: weights, memory, operations, and hours on some GPUs.")] = False,
     board: Annotated[bool, typer.Option(help="Log for TensorBoard too; needs pip install faces2voices[board].")] = False,
@@ -162,8 +163,8 @@ def train(
     from faces2voices import training
     from faces2voices.core import PRESETS
     if dry_run: return say.print(training.show_costs(training.dry_run(PRESETS[preset.value])), markup=False)
-    command = f"faces2voices train {data or ''} --preset {preset.value}".replace("  ", " ") + (f" --init {init}" if init else "") + (f" --seed {seed}" if seed else "")
-    folder = training.train_system(PRESETS[preset.value], out, data, init=init, only=only.split(",") if only else None, workers=workers, seed=seed, board=board, command=command)
+    command = f"faces2voices train {data or ''} --preset {preset.value}".replace("  ", " ") + (f" --init {init}" if init else "") + (f" --voices {voices}" if voices else "") + (f" --seed {seed}" if seed else "")
+    folder = training.train_system(PRESETS[preset.value], out, data, init=init, voices=voices, only=only.split(",") if only else None, workers=workers, seed=seed, board=board, command=command)
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/20_cli.ipynb #4c5b44ad

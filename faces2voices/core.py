@@ -170,7 +170,7 @@ class Stages:
     dropout: float = 0.1
     speaker_dim: int = 256
 
-# %% ../nbs/00_core.ipynb #31fc9791
+# %% ../nbs/00_core.ipynb #4654ce68
 @dataclass(frozen=True)
 class Sounding:
     "Sizes of the flow-matching decoder and of the vocoder."
@@ -178,21 +178,21 @@ class Sounding:
     decoder_mid: int = 2
     sigma_min: float = 1e-4
     condition_drop: float = 0.1         # share of examples without condition, for guidance
-    vocoder_channels: int = 256
-    vocoder_kernels: tuple = (3, 7)
-    vocoder_dilations: tuple = ((1,), (3,))
-    vocoder_source: bool = True         # drive the vocoder with the harmonics of the predicted pitch
+    vocoder_channels: int = 128
+    vocoder_blocks: int = 7             # of a vocoder that shapes a source of tones and hiss
+    vocoder_kernels: tuple = ()         # of HiFi-GAN's residual blocks; none: a vocoder with a source
+    vocoder_dilations: tuple = ()
 
-# %% ../nbs/00_core.ipynb #0b676d07
+# %% ../nbs/00_core.ipynb #09705860
 @dataclass(frozen=True)
 class Preset(Looking, Stages, Sounding):
     "Every size and every training length of one system."
     name: str = "tiny"
     vary: int = 1                       # how much training clips are varied: see `collate`
     # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
-    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=400, hierarchy=2300, decoder=2500, vocoder=3000))
-    batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=8))
-    lr: dict = field(default_factory=lambda: dict(locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=1e-3))
+    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=400, hierarchy=2300, decoder=2500, vocoder=6500))
+    batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=16))
+    lr: dict = field(default_factory=lambda: dict(locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=2e-3))
 
     def to_json(self) -> dict: "A dict that JSON can hold."; return asdict(self)
 
@@ -204,15 +204,15 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #faa52ebf
+# %% ../nbs/00_core.ipynb #fe3e36ee
 TINY = Preset()
 GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
-    steps=TINY.steps | dict(hierarchy=3600, decoder=2500, vocoder=1000))
+    steps=TINY.steps | dict(hierarchy=3600))
 EIGENLIPS = replace(GRID, name="eigenlips", lip_encoder="eigenlips", dropout=.2, prior_weight=10., teacher_forcing=0.,
     steps=GRID.steps | dict(hierarchy=1800), batch=GRID.batch | dict(hierarchy=16), lr=GRID.lr | dict(hierarchy=2e-3))
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
-    vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3, vocoder_source=False,
+    vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3,
     steps=dict(hierarchy=50_000, decoder=400_000, vocoder=1_000_000, speaker=50_000, locator=0),
     batch=dict(hierarchy=32, decoder=32, vocoder=16, speaker=64, locator=0),
     lr=dict(hierarchy=1e-3, decoder=1e-4, vocoder=2e-4, speaker=1e-4, locator=0.))

@@ -23,7 +23,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../nbs/15_synthesis.ipynb #631775c6
+# %% ../nbs/15_synthesis.ipynb #e7b225be
 from .core import EULER_STEPS, TEMPERATURE, FPS, MELS_PER_FRAME, CheckpointError, F2VError, MediaError, NoFaceError, Preset, atomic_path, pick_device, test_same
 from .audio import MEL, load_audio, save_wav, show_speech
 from .video import MAX_PIXELS, TAG, Both, Crops, FaceBackend, Film, Looked, Track, Video, align_face, best_face, crop_in_parts, crops_figure, dub as dub_video, make_backend, track_face
@@ -36,7 +36,7 @@ from .prosody import denormalize_energy, denormalize_pitch, movement
 from .hierarchy import Hierarchy
 from .solvers import euler, time_grid
 from .decoder import Decoder
-from .vocoder import STRETCH, Generator, noise, sing
+from .vocoder import STRETCH, make_vocoder, noise, sing
 
 # %% ../nbs/15_synthesis.ipynb #ecd5e3a8
 class Speech:
@@ -106,7 +106,7 @@ def plot_speech(speech # a `Speech`
     plt.close(fig)
     return fig
 
-# %% ../nbs/15_synthesis.ipynb #de28d5d7
+# %% ../nbs/15_synthesis.ipynb #5d400e0c
 WEIGHTS = Path(__file__).parent/"weights" if "__file__" in globals() else Path("../faces2voices/weights")
 
 class FacesToVoices(nn.Module, PyTorchModelHubMixin, library_name="faces2voices", tags=["video-to-speech", "flow-matching"]):
@@ -120,7 +120,7 @@ class FacesToVoices(nn.Module, PyTorchModelHubMixin, library_name="faces2voices"
         self.speaker_encoder = SpeakerEncoder()
         self.hierarchy = Hierarchy(self.preset)
         self.decoder = Decoder(self.preset)
-        self.vocoder = Generator(self.preset)
+        self.vocoder = make_vocoder(self.preset)
         if self.preset.face_backend == "locator": self.locator = Locator()
         self.register_buffer("mean_identity", torch.zeros(self.preset.identity_dim))
         self.eval()

@@ -271,19 +271,19 @@ def show_history(log, # lines of `fit`, or the path of its .jsonl
     ends = ", ".join(f"{name} {line.get_ydata()[0]:.3g} to {line.get_ydata()[-1]:.3g}" for name, line in zip(ax.get_legend_handles_labels()[1], ax.lines))
     display(fig, metadata={"alt": f"Losses over {log[-1]['step']} steps: {ends}"}); plt.close(fig)
 
-# %% ../nbs/16_training.ipynb #b6bf41a5
+# %% ../nbs/16_training.ipynb #f7953e04
 import os, platform, subprocess
 from dataclasses import replace
 from torch.fx.experimental import _config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
 from . import __version__
-from .core import MEL_RATE, MELS_PER_FRAME, CorpusError, Preset, ToolMissingError, markdown_table
+from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table
 from .corpora import Batch, ClipDataset, batches, collate, prepare, read_manifest
 from .avhubert import EigenlipEncoder
 from .synthesis import FacesToVoices
 from .timbre import train_speaker_encoder
 from .audio import MEL, griffin_lim, save_wav
-from .vocoder import drive, train_vocoder
+from .vocoder import train_vocoder
 
 # %% ../nbs/16_training.ipynb #057fc163
 class Scene(NamedTuple):
@@ -430,12 +430,12 @@ def train_speaker(model, dataset, preset, first, seed):
     encoder, _ = train_speaker_encoder(several, preset.steps["speaker"], preset.batch["speaker"], preset.lr["speaker"], seed=seed)
     model.speaker_encoder.load_state_dict(encoder.state_dict())
 
-# %% ../nbs/16_training.ipynb #29eb9b80
-def train_the_vocoder(model, dataset, preset, run, first, seed):
-    "HiFi-GAN on the true mels, driven by the true pitch where the preset says so."
-    clips = list(dataset)
-    sources = [drive(MEL.denormalize(c.mel), c.log_f0, c.voiced) for c in clips] if preset.vocoder_source else None
-    train_vocoder([c.wav for c in clips], model.vocoder, preset, run_dir=run, init=first and first.vocoder, sources=sources, seed=seed)
+# %% ../nbs/16_training.ipynb #fd984dfd
+def train_the_vocoder(model, worlds:list, preset, run, first, seed):
+    "On the true mels and, where it takes a source, the true pitch; or the vocoder of a first model, as it is."
+    if first and first is not model: return model.vocoder.load_state_dict(first.vocoder.state_dict())
+    wavs, contours = zip(*((c.wav, torch.stack([c.log_f0, c.voiced])) for world in worlds for c in world))
+    train_vocoder(wavs, model.vocoder, preset, run_dir=run, contours=contours if model.vocoder.sourced else None, seed=seed)
 
 # %% ../nbs/16_training.ipynb #3fa533f6
 def train_decoder(model, dataset, preset, run, seed, board=None):
@@ -457,11 +457,12 @@ def training_clips(data) -> ClipDataset:
 # %% ../nbs/16_training.ipynb #a7cb8945
 KEPT = "locator", "units", "speaker" # what `adapt` leaves as it is
 
-# %% ../nbs/16_training.ipynb #307fdeb7
+# %% ../nbs/16_training.ipynb #0522c62c
 def train_system(preset:Preset,
                  out, # folder of the run
                  data=None, # prepared clips; None: `tiny` makes its world first
-                 init:str|None=None, # a model whose speaker encoder is kept and whose vocoder is the start
+                 init:str|None=None, # a model whose speaker encoder and vocoder are kept
+                 voices=None, # more prepared clips, for the vocoder alone
                  adapt:bool=False, # go on from `init` altogether
                  only:list|None=None, # parts that may be trained now; None: all
                  workers:int=2, seed:int=0, board:bool=False, # log for TensorBoard too
@@ -479,7 +480,7 @@ def train_system(preset:Preset,
     ds.add(units=model.units, speaker=model.speaker_encoder)
     step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer))
     step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer))
-    step("vocoder", model.vocoder, lambda: train_the_vocoder(model, ds, preset, run, first, seed))
+    step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds, *map(training_clips, [voices] if voices else [])], preset, run, first, seed))
     return assemble(model, run, ds, command)
 
 # %% ../nbs/16_training.ipynb #bb310151
@@ -561,18 +562,17 @@ def adapt(model:str, # to go on from
     brief = dict(vary=2, steps=preset.steps | dict.fromkeys(("hierarchy", "decoder", "vocoder"), steps), lr={k: v/3 for k, v in preset.lr.items()})
     return train_system(replace(preset, **brief), out, data, init=model, adapt=True, **kw)
 
-# %% ../nbs/16_training.ipynb #8d705ad6
-SECONDS = dict(hierarchy=433*3600/151_000, decoder=WINDOW/MEL_RATE, vocoder=.5)   # of speech in one item of a batch: a mean clip of LRS3, a window, a segment
+# %% ../nbs/16_training.ipynb #034ef4ea
+SECONDS = dict(hierarchy=433*3600/151_000, decoder=WINDOW/MEL_RATE)   # of speech in one item of a batch: a mean clip of LRS3, a window
 GPUS = {"RTX 3090": 71e12, "A100": 312e12, "H100": 989e12}             # multiply-adds count as two; bfloat16, dense, from the data sheets
 USED = .3                                                              # share of that peak that training reaches: an assumption
 
-# %% ../nbs/16_training.ipynb #2eb1c9e7
+# %% ../nbs/16_training.ipynb #a20281cc
 def one_second(model) -> dict: # part → function without arguments that runs it on a second of speech
     "The three parts that learn from pictures and sound, each ready to be run once."
     p, zeros = model.preset, lambda *shape: torch.zeros(1, *shape, device=next(model.parameters()).device)
     seen = zeros(1, 25, 88, 88), zeros(3, 112, 112), zeros(p.identity_dim), zeros(25, p.expression_dim), zeros(25) == 0
-    source = zeros(16000) if p.vocoder_source else None
-    return dict(hierarchy=lambda: model.hierarchy(*seen).mu, vocoder=lambda: model.vocoder(zeros(80, 100), source),
+    return dict(hierarchy=lambda: model.hierarchy(*seen).mu, vocoder=lambda: model.vocoder(zeros(80, 100), zeros(2, 16000)),
                 decoder=lambda: model.decoder(zeros(80, 100), zeros()[0], zeros(80, 100), zeros(1, 100), zeros(p.speaker_dim)))
 
 # %% ../nbs/16_training.ipynb #273f8bd7
@@ -585,14 +585,15 @@ class Cost(NamedTuple):
     gflops: float        # forward and backward, for a second of speech
     hours: dict          # GPU → hours for the preset's steps and batch
 
-# %% ../nbs/16_training.ipynb #4789b7bf
+# %% ../nbs/16_training.ipynb #ef438c7d
 def cost(model, name:str, run) -> Cost:
     "Count one part's work on `meta`."
     sizes = [(p.numel(), p.requires_grad) for p in getattr(model, name).parameters()]
     total, learned = sum(n for n, _ in sizes), sum(n for n, wanted in sizes if wanted)
     with FlopCounterMode(display=False) as counter, assume_all_frames_real(): run().sum().backward()
     flops, p = counter.get_total_flops(), model.preset
-    work = flops*SECONDS[name]*p.batch[name]*p.steps[name]
+    seconds = model.vocoder.segment/SAMPLE_RATE if name == "vocoder" else SECONDS[name]
+    work = flops*seconds*p.batch[name]*p.steps[name]
     return Cost(name, total/1e6, learned/1e6, 4*(2*total + 3*learned)/1e9, flops/1e9, {gpu: work/(peak*USED)/3600 for gpu, peak in GPUS.items()})
 
 # %% ../nbs/16_training.ipynb #7fbafd8c

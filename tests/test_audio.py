@@ -188,3 +188,11 @@ def test_sound_that_is_not_numbers_is_refused(tmp_path):
     (tmp_path/"empty.wav").touch()
     with pytest.raises(MediaError, match="nan.wav: its sound holds values that are not numbers"): load_audio(tmp_path/"nan.wav")
     with pytest.raises(MediaError, match="empty.wav: its sound cannot be read"): load_audio(tmp_path/"empty.wav")
+
+def test_a_mel_made_for_inference_first_can_still_be_trained_through():
+    from faces2voices.audio import _mel_filters
+    _mel_filters.cache_clear()
+    with torch.inference_mode(): MEL(vowel(torch.full((SECOND,), 120.)))
+    wav = vowel(torch.full((SECOND,), 120.)).requires_grad_()
+    MEL(wav).mean().backward()
+    assert wav.grad.isfinite().all()

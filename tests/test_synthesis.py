@@ -10,7 +10,7 @@ from faces2voices.core import TEMPERATURE, F2VError, MediaError, NoFaceError, te
 from faces2voices.corpora import collate
 from faces2voices.prosody import denormalize_pitch
 from faces2voices.video import read_video, write_video
-from faces2voices.vocoder import drive, sing
+from faces2voices.vocoder import excitation, sing
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = sorted((ROOT/"data_samples").glob("*.mp4"))
@@ -56,7 +56,7 @@ def test_one_window_is_the_whole_clip(f2v, clip):
     out = f2v.hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
     x = f2v.decoder.sample(out.mu, speaker=out.speaker, temperature=TEMPERATURE, steps=3, guidance=1.5, seed=9)
     mel = MEL.denormalize(x).clamp(min=float(np.log(MEL.floor)), max=3.)
-    wav = f2v.vocoder(mel, drive(mel[0], out.prosody.log_f0[0], out.prosody.voiced_logit[0].sigmoid().round(), 9)[None])[0]
+    wav = f2v.vocoder(mel, excitation(out.prosody.log_f0[0], out.prosody.voiced_logit[0].sigmoid().round(), 9)[None])[0]
     speech = f2v.voice(clip, steps=3, guidance=1.5, seed=9)
     same(speech.mel, mel[0], atol=1e-5); same(speech.wav, wav, atol=1e-5)
     same(speech.log_f0, out.prosody.log_f0[0], atol=1e-6); same(speech.units, out.content.logits[0].argmax(-1))

@@ -1,12 +1,15 @@
 "The training loop: resume, averages, the guard, checkpoints, adversaries, two processes."
 import json, math, os, runpy, signal, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 import pytest, torch
 from safetensors.torch import load_file
 from torch import nn
 from faces2voices.core import PRESETS, CheckpointError, ToolMissingError, test_same as same
-from faces2voices.training import EMA, Watch, adapt, dry_run, fit, open_board, schedule, shuffled
+from faces2voices import training
+from faces2voices.training import EMA, Watch, adapt, dry_run, fit, fit_eigenlips, open_board, schedule, shuffled, train_the_vocoder
 
 def batch_of(step):
     g = torch.Generator().manual_seed(step)
@@ -269,3 +272,37 @@ def test_adapting_keeps_units_and_voices_and_moves_the_rest(tmp_path):
 def test_adapting_to_nothing_is_an_error(tmp_path):
     from faces2voices.core import CorpusError
     with pytest.raises(CorpusError): adapt("talkers", tmp_path, tmp_path/"run", steps=1)
+
+def small(**kw):
+    from faces2voices.synthesis import FacesToVoices
+    from faces2voices.core import TINY
+    return FacesToVoices(replace(TINY, lip_width=8, dim=32, decoder_channels=(32, 32), vocoder_channels=16, vocoder_blocks=1, **kw).to_json())
+
+def test_a_first_model_hands_on_its_vocoder_as_it_is(tmp_path):
+    first, model = small(), small()
+    train_the_vocoder(model, [], model.preset, tmp_path, first, 0)
+    for a, b in zip(first.vocoder.parameters(), model.vocoder.parameters()): same(a, b)
+
+def test_the_vocoder_hears_all_worlds_and_their_pitch(tmp_path):
+    model = small(steps=dict(vocoder=4), batch=dict(vocoder=2), lr=dict(vocoder=1e-3))
+    clip = lambda hz: SimpleNamespace(wav=.1*torch.sin(hz*torch.arange(9600.)/16000), log_f0=torch.full((30,), 5.), voiced=torch.ones(30))
+    heard = []
+    def listen(wavs, generator, preset, **kw): heard.extend(zip(wavs, kw["contours"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_vocoder", listen)
+        train_the_vocoder(model, [[clip(100), clip(200)], [clip(300)]], model.preset, tmp_path, None, 0)
+    assert len(heard) == 3 and all(c.shape == (2, len(w)//320) for w, c in heard)
+    train_the_vocoder(model, [[clip(100), clip(200)], [clip(300)]], model.preset, tmp_path, None, 0)
+    assert (tmp_path/"vocoder-plain.ckpt").exists() and (tmp_path/"vocoder-critics.ckpt").exists()
+
+def test_eigenlips_are_fitted_once_and_only_where_they_are(monkeypatch):
+    from faces2voices.avhubert import EigenlipEncoder, SlimLipEncoder
+    lips = torch.rand(4, 1, 20, 88, 88, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(training, "collate", lambda clips, **kw: SimpleNamespace(lips=lips, mask=torch.ones(4, 20, dtype=torch.bool)))
+    encoder = EigenlipEncoder(8, 32, 16)
+    fit_eigenlips(SimpleNamespace(lips=encoder), [0]*4)
+    first = encoder.eigen.basis.clone()
+    assert first.any()
+    lips = 1 - lips
+    fit_eigenlips(SimpleNamespace(lips=encoder), [0]*4); same(encoder.eigen.basis, first)
+    fit_eigenlips(SimpleNamespace(lips=SlimLipEncoder.__new__(SlimLipEncoder)), [0]*4)       # nothing to fit
