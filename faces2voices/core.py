@@ -183,7 +183,7 @@ class Sounding:
     vocoder_kernels: tuple = ()         # of HiFi-GAN's residual blocks; none: a vocoder with a source
     vocoder_dilations: tuple = ()
 
-# %% ../nbs/00_core.ipynb #09705860
+# %% ../nbs/00_core.ipynb #4a95f803
 @dataclass(frozen=True)
 class Preset(Looking, Stages, Sounding):
     "Every size and every training length of one system."
@@ -199,7 +199,7 @@ class Preset(Looking, Stages, Sounding):
     @classmethod
     def from_json(cls, d:dict):
         "The preset that `to_json` wrote; unknown keys are an error, lists become tuples again."
-        if extra := set(d) - set(cls.__dataclass_fields__): raise CheckpointError("config.json", f"unknown preset keys {sorted(extra)}", "Was it written by a newer version?")
+        if extra := set(d) - set(cls.__dataclass_fields__): raise CheckpointError("config.json", f"unknown preset keys {sorted(extra)}", "Another version wrote it: use that one, or train again")
         return cls(**{k: _tuples(v) for k, v in d.items()})
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
