@@ -287,6 +287,14 @@ def test_a_killed_worker_loses_nothing(eight, scheduler, tmp_path):
     right = contents(eight/"by_one")
     assert {k: v for k, v in contents(tmp_path/"out").items() if k.endswith("npz")} == {k: v for k, v in right.items() if k.endswith("npz") and k != "3.npz"}
 
+def test_a_task_that_nobody_takes_up_does_not_keep_the_others_waiting(scheduler, monkeypatch):
+    from distributed import Client
+    from faces2voices import corpora
+    monkeypatch.setattr(corpora, "IDLE", 1)
+    with Client(scheduler) as client:
+        tasks = [client.submit(time.sleep, 3, pure=False), client.submit(abs, -1, workers=["tcp://127.0.0.1:1"], pure=False), client.submit(abs, -2, pure=False)]
+        assert [t.key for t in corpora._finished(tasks, client)] == [tasks[2].key, tasks[0].key]       # a long task is waited for
+
 class Slow(Eyes):
     def detect(self, frame): time.sleep(.15); return super().detect(frame)
 
