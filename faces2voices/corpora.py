@@ -364,7 +364,7 @@ def _compile_once(client):
     of_machine = {address.rsplit(":", 1)[0]: address for address in client.nthreads()}
     client.gather([client.submit(pitch, torch.zeros(SAMPLE_RATE), workers=[a], pure=False) for a in of_machine.values()])
 
-# %% ../nbs/04_corpora.ipynb #6176c6bb
+# %% ../nbs/04_corpora.ipynb #4cdf9a5d
 _made = {} # the face backend of a worker
 
 def _task(entry, out, pickled:bytes) -> dict:
@@ -385,6 +385,7 @@ def _by_dask(entries, out, backend, client):
         yield name.pop(task.key), result
     yield from ((n, dict(reason="Lost: no worker took it up again; give the same command once more")) for n in name.values())
 
+# %% ../nbs/04_corpora.ipynb #29a4e5de
 IDLE = 60   # seconds
 
 def _finished(tasks, client):
