@@ -457,7 +457,7 @@ def training_clips(data) -> ClipDataset:
 # %% ../nbs/16_training.ipynb #a7cb8945
 KEPT = "locator", "units", "speaker" # what `adapt` leaves as it is
 
-# %% ../nbs/16_training.ipynb #0522c62c
+# %% ../nbs/16_training.ipynb #82521df9
 def train_system(preset:Preset,
                  out, # folder of the run
                  data=None, # prepared clips; None: `tiny` makes its world first
@@ -480,7 +480,7 @@ def train_system(preset:Preset,
     ds.add(units=model.units, speaker=model.speaker_encoder)
     step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer))
     step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer))
-    step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds, *map(training_clips, [voices] if voices else [])], preset, run, first, seed))
+    step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed))
     return assemble(model, run, ds, command)
 
 # %% ../nbs/16_training.ipynb #bb310151

@@ -57,7 +57,7 @@ class Generator(nn.Module):
         self.resblocks = nn.ModuleList(block(c, k, d) for c in width[1:] for k, d in zip(preset.vocoder_kernels, preset.vocoder_dilations))
         self.conv_post = conv(width[-1], 1, 7)
 
-# %% ../nbs/14_vocoder.ipynb #efa641db
+# %% ../nbs/14_vocoder.ipynb #36abd9f7
 @patch
 def forward(self:Generator, mel:torch.Tensor, # (B, 80, L) natural-log mel, not normalised
             source=None # none is needed
@@ -66,7 +66,7 @@ def forward(self:Generator, mel:torch.Tensor, # (B, 80, L) natural-log mel, not 
     for i, up in enumerate(self.ups):
         x = up(F.leaky_relu(x, .1))
         x = sum(block(x) for block in self.resblocks[n*i:n*i + n])/n
-    return torch.tanh(self.conv_post(F.leaky_relu(x)))[:, 0]
+    return torch.tanh(self.conv_post(F.leaky_relu(x)).float())[:, 0]
 
 @patch
 def remove_weight_norm(self:Generator):
@@ -209,11 +209,11 @@ def tract(mel:torch.Tensor, # (B, 80, L) ln mel that is wanted
     gain = F.conv2d(F.pad((mel - MEL(e))[:, None], (1, 1, 2, 2), "replicate"), h[None, None])[:, 0]
     return to_bins(gain.clamp(-12, 9))
 
-# %% ../nbs/14_vocoder.ipynb #d3fb9438
-def spectrum(x:torch.Tensor # (B, 160 L)
-            ) -> torch.Tensor: # (B, 321, L + 1) complex
-    "STFT with the mel's window and hop."
-    return torch.stft(x, MEL.n_fft, MEL.hop, window=torch.hann_window(MEL.n_fft, device=x.device), return_complex=True)
+# %% ../nbs/14_vocoder.ipynb #80022e94
+def spectrum(x:torch.Tensor, # (B, N)
+             n_fft:int=MEL.n_fft) -> torch.Tensor: # (B, n_fft/2 + 1, frames) complex
+    "STFT with a hop of a quarter window, which is the mel's where nothing else is said."
+    return torch.stft(x, n_fft, n_fft//4, window=torch.hann_window(n_fft, device=x.device), return_complex=True)
 
 def sounded(S:torch.Tensor # (B, 321, L + 1) complex
            ) -> torch.Tensor: # (B, 160 L)
@@ -231,7 +231,7 @@ class ConvNeXt(nn.Module):
     def forward(self, x): # (B, L, D) → (B, L, D)
         return x + self.scale*self.mix(self.norm(self.time(x.mT).mT))
 
-# %% ../nbs/14_vocoder.ipynb #4007f2d4
+# %% ../nbs/14_vocoder.ipynb #05645e93
 class SourceFilter(nn.Module):
     "A network that shapes a known source with complex gains, frame by frame and bin by bin."
     sourced, segment = True, 16000
@@ -250,7 +250,7 @@ def forward(self:SourceFilter, mel:torch.Tensor, # (B, 80, L) natural-log mel, n
     S, g = spectrum(source.flatten(0, 1)).unflatten(0, (-1, 2)), tract(mel, source.sum(1))
     between = F.avg_pool1d(F.pad(mel, (1, 1), "replicate"), 2, 1)      # (B, 80, L + 1)
     x = self.mel((between + 4)/2.5).mT + self.source((S.abs() + 1e-4).log().flatten(1, 2).mT + 3)
-    a, turn = self.gains(self.norm(self.blocks(x))).mT.unflatten(1, (2, 2, BINS)).unbind(1)  # (B, 2, 321, L + 1) each
+    a, turn = self.gains(self.norm(self.blocks(x))).float().mT.unflatten(1, (2, 2, BINS)).unbind(1)  # (B, 2, 321, L + 1) each
     return sounded((S*torch.polar((g[:, None] + a).clamp(-14, 11).exp(), turn)).sum(1)).clamp(-1, 1)
 
 # %% ../nbs/14_vocoder.ipynb #ad590215
@@ -258,11 +258,11 @@ def make_vocoder(preset) -> nn.Module:
     "The vocoder of a preset: HiFi-GAN where it gives kernels, else a `SourceFilter`."
     return Generator(preset) if preset.vocoder_kernels else SourceFilter(preset)
 
-# %% ../nbs/14_vocoder.ipynb #da3769f1
+# %% ../nbs/14_vocoder.ipynb #767ec2a2
 def magnitude(wav:torch.Tensor, # (B, N)
               n_fft:int) -> torch.Tensor: # (B, n_fft/2 + 1, frames)
     "|STFT| with a hop of a quarter window, never quite zero."
-    S = torch.stft(wav, n_fft, n_fft//4, window=torch.hann_window(n_fft, device=wav.device), return_complex=True)
+    S = spectrum(wav, n_fft)
     return (S.real**2 + S.imag**2 + 1e-9).sqrt()
 
 def mel_loss(fake, real): "Mean distance of the ln mels of two (B, N) sounds."; return F.l1_loss(MEL(fake), MEL(real))
@@ -353,7 +353,7 @@ class Segments(NamedTuple):
     wav: torch.Tensor # (B, 160 L)
     source: torch.Tensor|None = None # (B, 2, 160 L) excitation, for a generator that takes one
 
-# %% ../nbs/14_vocoder.ipynb #e9a800b8
+# %% ../nbs/14_vocoder.ipynb #0e3d1e6b
 def segment_batches(wavs:list, # (N,) sounds at 16 kHz
                     batch:int, length:int=8000, # samples, a multiple of 320
                     softened:bool=False, seed:int=0,
@@ -369,7 +369,8 @@ def segment_batches(wavs:list, # (N,) sounds at 16 kHz
             at = int(torch.randint((len(wavs[i]) - length - 2*margin)//320 + 1, (), generator=rng))
             names.append(f"clip {i} at {320*at}"); wide.append(wavs[i][320*at:][:length + 2*margin])
             if contours: tunes.append(contours[i][:, at:][:, :length//320 + 2])
-        wide, mel = torch.stack(wide), MEL(torch.stack(wide))[..., 2:-2]
+        wide = torch.stack(wide)
+        mel = MEL(wide)[..., 2:-2]
         source = excitation(*torch.cat(tunes, 1), seed=step).unflatten(1, (batch, -1)).movedim(1, 0)[..., margin:-margin] if tunes else None
         return Segments(names, soften(mel, rng) if softened else mel, wide[:, margin:-margin], source)
     return segments

@@ -184,6 +184,13 @@ def test_gains_are_those_of_channel_and_bin(shaper):
         a_tones.fill_(math.log(2)); same(shaper(mel, e), 2*both - hiss, atol=1e-4)
         a_tones.fill_(0.); turn_hiss.fill_(math.pi); same(shaper(mel, e), both - 2*hiss, atol=1e-4)
 
+@pytest.mark.parametrize("kind", ["generator", "shaper"])
+def test_half_precision_inside_is_float_outside(kind, request):
+    "Losses on spectrograms cannot be taken in bfloat16."
+    g, mel, e = request.getfixturevalue(kind), torch.randn(1, 80, 20) - 5, torch.randn(1, 2, 3200)*.1
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16): half = g(mel, e)
+    with torch.inference_mode(): assert half.dtype == torch.float32 and (half - g(mel, e)).abs().max() < .1
+
 def test_a_preset_decides_which_vocoder():
     assert isinstance(make_vocoder(SMALL), Generator) and isinstance(make_vocoder(DRIVEN), SourceFilter)
     assert n_weights(make_vocoder(TINY))*2 < 8e6, "shipped in half precision"
