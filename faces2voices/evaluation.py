@@ -11,9 +11,10 @@ __all__ = ['GRAMMARS', 'HISS', 'GRID_WORDS', 'METRICS', 'ROWS', 'SLOW', 'POOLS',
            'mean_f0', 'f0_error', 'energy_correlation', 'Sound', 'Take', 'voice_similarity', 'unit_accuracy',
            'errors_heard', 'mean', 'ratio', 'over_clips', 'bootstrap', 'standard_error', 'interval', 'Metric',
            'no_syncnet', 'wrong_face', 'wrong_lips', 'with_lips', 'takes', 'wanted', 'blank', 'listeners', 'measure',
-           'pooled', 'score', 'unseen', 'by_beginning', 'machine', 'test_clips', 'metric_card', 'score_text',
-           'show_card', 'beginnings_text', 'plot_scores', 'beeps', 'level', 'listening_test', 'read_ratings', 'Opinion',
-           'opinion', 'read_key', 'opinions', 'mos_card', 'show_mos', 'sounds_in', 'sounds_of', 'claims']
+           'pooled', 'score', 'unseen', 'by_beginning', 'by_speaker', 'machine', 'test_clips', 'metric_card',
+           'score_text', 'show_card', 'speakers_table', 'beginnings_text', 'plot_scores', 'beeps', 'level',
+           'listening_test', 'read_ratings', 'Opinion', 'opinion', 'read_key', 'opinions', 'mos_card', 'show_mos',
+           'sounds_in', 'sounds_of', 'claims']
 
 # %% ../nbs/17_evaluation.ipynb #a6fc0f3b
 import csv, hashlib, html, json, os, platform, re, sys, time
@@ -592,6 +593,19 @@ def by_beginning(values:dict, # from `measure`
             if POOLS[name] is ratio and v: found[kind].setdefault(name, {})[row] = [_number(x) for x in (ratio(np.stack(v)), *interval(np.stack(v), ratio))]
     return found
 
+# %% ../nbs/17_evaluation.ipynb #1fd120d3
+def by_speaker(values:dict, # from `measure`
+               clips:list
+              ) -> dict: # speaker → dict(clips, rows, errors), empty where there is only one
+    "The pooled numbers of each speaker who has five clips or more, where there are several speakers."
+    found, speakers = {}, {c.speaker for c in clips}
+    for speaker in sorted(speakers) if len(speakers) > 1 else ():
+        mine = {c.name for c in clips if c.speaker == speaker}
+        if len(mine) < 5: continue
+        rows, errors = pooled({k: part for k, of in values.items() if (part := {n: v for n, v in of.items() if n in mine})})
+        found[speaker] = dict(clips=len(mine), rows=rows, errors=errors)
+    return found
+
 # %% ../nbs/17_evaluation.ipynb #8b8ae21f
 def machine() -> str:
     "What this runs on."
@@ -611,7 +625,7 @@ def test_clips(data, # folder of prepared clips
     return list(ClipDataset(data, names=set(names))), left_out
 test_clips.__test__ = False
 
-# %% ../nbs/17_evaluation.ipynb #f4fafbff
+# %% ../nbs/17_evaluation.ipynb #507eb33c
 def metric_card(model, # FacesToVoices
                 data, # folder of prepared clips
                 split:str="test", limit:int|None=None, # at most so many clips
@@ -628,9 +642,10 @@ def metric_card(model, # FacesToVoices
     wer = f"pocketsphinx, en-us model, grammar of {grammar}, hiss at −65 dB; jiwer, micro-average; uniform guesses make {100*guess_wer(grammar):.1f} %" if grammar else ""
     return dict(command=command, preset=model.preset.name, info=model.info, data=Path(data).name, clips=len(clips), speakers=len({c.speaker for c in clips}),
         seconds_of_speech=round(sum(len(c.wav) for c in clips)/SAMPLE_RATE, 1), left_out=left_out, steps=steps, guidance=guidance, seed=seed, wer_protocol=wer,
-        rows=rows, errors=errors, reasons=reasons, by_beginning=by_beginning(values, clips, known), machine=machine(), versions={p: tool_version(p) for p in PACKAGES}, seconds=round(time.time() - began, 1))
+        rows=rows, errors=errors, reasons=reasons, by_beginning=by_beginning(values, clips, known), by_speaker=by_speaker(values, clips),
+        machine=machine(), versions={p: tool_version(p) for p in PACKAGES}, seconds=round(time.time() - began, 1))
 
-# %% ../nbs/17_evaluation.ipynb #34295453
+# %% ../nbs/17_evaluation.ipynb #62533978
 def score_text(card:dict, row:str, name:str) -> str:
     "A number with its standard error, or nothing."
     value, error = (card[k].get(row, {}).get(name) for k in ("rows", "errors"))
@@ -649,7 +664,14 @@ def show_card(card:dict # from `metric_card`
     notes += [f"± is one standard error over clips; WER: {card['wer_protocol'] or 'not measured'}", f"made by `{card['command']}` in {card['seconds']:.0f} s on {card['machine']}"]
     because = {reason: ", ".join(n for n, r in card["reasons"].items() if r == reason) for reason in card["reasons"].values()}
     notes += beginnings_text(card) + [f"blank: {names}, because {reason}" for reason, names in because.items()]
-    return table + "\n\n" + "\n".join(f"- {n}" for n in notes)
+    return table + "\n\n" + speakers_table(card) + "\n".join(f"- {n}" for n in notes)
+
+# %% ../nbs/17_evaluation.ipynb #35bbc81c
+def speakers_table(card:dict) -> str: # Markdown
+    "The synthesised speech of each speaker, where the card tells them apart."
+    if not (speakers := card.get("by_speaker")): return ""
+    cells = [[f"{m.name} {m.better}", *(score_text(of, "synthesised", m.name) for of in speakers.values())] for m in METRICS]
+    return markdown_table(["synthesised", *(f"{who}, {of['clips']} clips" for who, of in speakers.items())], [c for c in cells if any(c[1:])]) + "\n\n"
 
 # %% ../nbs/17_evaluation.ipynb #03862b9d
 def beginnings_text(card:dict) -> list: # of lines

@@ -293,6 +293,15 @@ def test_beginnings_that_were_trained_on_are_told_apart():
     assert "the 2 clips" in lines[0] and "original 25.0 % [16.7, 33.3]" in lines[0] and "the 1 clips" not in lines[0]
     assert ev.beginnings_text({}) == [] and ev.beginnings_text(dict(by_beginning=ev.by_beginning(values, clips, set()))) == []
 
+def test_speakers_with_enough_clips_get_numbers_of_their_own():
+    clips = [Clip(f"c{i}", "many" if i < 5 else "few", "bin blue at f two now", *[None]*8) for i in range(7)]
+    values = {("synthesised", "WER"): {c.name: np.array([i, 6]) for i, c in enumerate(clips)}, ("original", "ESTOI"): {"c6": np.array([1.])}}
+    found = json.loads(json.dumps(ev.by_speaker(values, clips)))
+    assert found.keys() == {"many"} and found["many"]["clips"] == 5 and found["many"]["rows"] == {"synthesised": {"WER": round(10/30, 5)}}
+    table = ev.speakers_table(dict(by_speaker=found))
+    assert "many, 5 clips" in table and "33.3 ±" in table and "ESTOI" not in table
+    assert ev.by_speaker(values, clips[:5]) == {} and ev.speakers_table({}) == ev.speakers_table(dict(by_speaker={})) == ""
+
 def test_cards_of_before_are_still_shown():
     card = ex.stored_card("grid")
     if card is None: pytest.skip("no card of GRID is stored")
