@@ -178,23 +178,21 @@ class SlimLipEncoder(nn.Module):
         frames = seen.new_zeros(*mask.shape, self.dim).masked_scatter(mask[..., None], seen)
         return frames + run_packed(self.rnn, frames, mask)
 
-# %% ../nbs/06_avhubert.ipynb #c7490d62
+# %% ../nbs/06_avhubert.ipynb #a76f1e9c
 class EigenlipEncoder(nn.Module):
     "Lips to one vector a frame without a network for pictures: eigenlips, seven frames at once, bidirectional GRU."
     def __init__(self, n:int=96, # eigenlips
-                 dim:int=128, # D, size of a frame's vector
-                 memory:int=160, # units of each direction of the GRU
+                 memory:int=192, # units of each direction of the GRU
                  scale:int=2, # shrink the 88 × 88 lips by this factor first
                  dropout:float=0.1
                 ):
         super().__init__()
-        self.dim, self.scale = dim, scale
+        self.dim, self.scale = 2*memory, scale
         self.eigen = Eigenlips(n, 88//scale)
-        self.motion = nn.Sequential(nn.Linear(7*n, dim), nn.LayerNorm(dim), nn.ReLU(), nn.Dropout(dropout))
-        self.rnn = nn.GRU(dim, memory, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
-        self.out = nn.Linear(2*memory, dim)
+        self.motion = nn.Sequential(nn.Dropout(.1), nn.Linear(7*n, memory), nn.LayerNorm(memory), nn.ReLU(), nn.Dropout(dropout))
+        self.rnn, self.drop = nn.GRU(memory, memory, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout), nn.Dropout(dropout)
 
-# %% ../nbs/06_avhubert.ipynb #aaca66ba
+# %% ../nbs/06_avhubert.ipynb #f4b13601
 @patch
 def shrunk(self:EigenlipEncoder, lips): return F.avg_pool3d(lips.float(), (1, self.scale, self.scale))
 
@@ -208,7 +206,7 @@ def forward(self:EigenlipEncoder, lips, mask): # as in `fit`; padding at the end
     "Features (B, T, D), zero on padding; the coordinates are found in float32 whatever the autocast."
     with torch.autocast(lips.device.type, enabled=False): z = self.eigen(self.shrunk(lips), mask)
     frames = self.motion(F.pad(z, (0, 0, 3, 3)).unfold(1, 7, 1).flatten(2)).float()
-    return (frames + self.out(run_packed(self.rnn, frames, mask))) * mask[..., None]
+    return self.drop(run_packed(self.rnn, frames, mask))
 
 # %% ../nbs/06_avhubert.ipynb #9ea4da0b
 def influence(f, # x -> features (T', D)
@@ -462,12 +460,12 @@ class FrozenAVHubert(nn.Module):
         mixed = torch.einsum("l,lbtd->btd", self.weights.softmax(0), F.layer_norm(states, (self.dim,)))
         return mixed * mask[..., None]
 
-# %% ../nbs/06_avhubert.ipynb #ca754c8e
+# %% ../nbs/06_avhubert.ipynb #cc21dde1
 def make_lip_encoder(preset:Preset,
                      weights=None # AV-HuBERT checkpoint; None: the architecture alone, to be filled from a saved system
                     ) -> nn.Module:
     "The preset's lip encoder; `.dim` is the size of its features."
     if preset.lip_encoder == "slim": return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_scale, preset.dropout)
-    if preset.lip_encoder == "eigenlips": return EigenlipEncoder(preset.eigenlips, preset.dim, preset.lip_memory, preset.lip_scale, preset.dropout)
+    if preset.lip_encoder == "eigenlips": return EigenlipEncoder(preset.eigenlips, preset.lip_memory, preset.lip_scale, preset.dropout)
     size = AVHUBERT_SIZES[preset.lip_encoder.removeprefix("avhubert-")]
     return FrozenAVHubert(AVHubert(**size) if weights is None else load_avhubert(weights))

@@ -17,7 +17,7 @@ from rich.console import Console
 from .core import EULER_STEPS, F2VError, atomic_path
 from .course import app as course_app
 
-# %% ../nbs/20_cli.ipynb #f9f39815
+# %% ../nbs/20_cli.ipynb #a8776670
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="From a silent face to its voice. Start with `faces2voices synthesize data_samples/*.mp4 -o speech`.")
 app.add_typer(course_app, name="course")
@@ -26,7 +26,7 @@ complain = Console(stderr=True, highlight=False, soft_wrap=True)
 Device = enum.StrEnum("Device", ["auto", "cpu", "cuda"]) if hasattr(enum, "StrEnum") else enum.Enum("Device", {d: d for d in ("auto", "cpu", "cuda")}, type=str)
 Bench = enum.Enum("Bench", {d: d for d in ("vocoder", "flow")}, type=str)
 Layout = enum.Enum("Layout", {d: d for d in ("lrs2", "lrs3", "voxmm")}, type=str)
-Preset = enum.Enum("Preset", {d: d for d in ("tiny", "grid", "eigenlips", "paper")}, type=str)
+Preset = enum.Enum("Preset", {d: d for d in ("tiny", "grid", "eigenlips", "slim", "paper")}, type=str)
 
 # %% ../nbs/20_cli.ipynb #d371a2db
 def main():
@@ -145,12 +145,12 @@ def prepare(
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
     raise typer.Exit(int(done.failed > 0))
 
-# %% ../nbs/20_cli.ipynb #dc4cf3fb
+# %% ../nbs/20_cli.ipynb #d0689706
 @app.command()
 def train(
     data: Annotated[Optional[Path], typer.Argument(help="Prepared clips. Without it, `tiny` makes its own talkers first.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run: checkpoints, logs, and the model at the end.")] = Path("runs/tiny"),
-    preset: Annotated[Preset, typer.Option(help="Sizes and lengths: `tiny` (drawn faces, 2 cores), `grid` (real faces), `eigenlips` (the same, without a network for pictures), `paper`.")] = Preset.tiny,
+    preset: Annotated[Preset, typer.Option(help="Sizes and lengths: `tiny` (drawn faces, 2 cores), `grid` (real faces, taught words too), `eigenlips` (the same without words), `slim` (with a network for pictures instead), `paper`.")] = Preset.tiny,
     init: Annotated[Optional[str], typer.Option(help="Take speaker encoder and vocoder from this model, for example `talkers`, as they are.")] = None,
     voices: Annotated[Optional[Path], typer.Option(help="More prepared clips. The vocoder learns their sound too, and will speak both worlds.", show_default=False)] = None,
     only: Annotated[Optional[str], typer.Option(help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder.")] = None,

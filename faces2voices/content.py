@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'norm_real', 'ConvBlock', 'MaskedConvBlock', 'Content', 'ContentEncoder', 'receptive_field',
            'show_receptive_field', 'content_loss', 'unit_accuracy', 'padded', 'train_content', 'see_and_hear',
-           'judge_content', 'paired', 'masked_ce_study', 'show_masked_ce']
+           'judge_content', 'paired', 'masked_ce_study', 'show_masked_ce', 'word_loss']
 
 # %% ../nbs/07_content.ipynb #cb86c802
 from pathlib import Path
@@ -63,14 +63,15 @@ class MaskedConvBlock(nn.Module):
     def forward(self, x # (B, C, L)
                ): return torch.tanh(F.conv1d(x, self.conv.weight*self.taps, self.conv.bias, padding=self.conv.padding))
 
-# %% ../nbs/07_content.ipynb #d0a403a5
+# %% ../nbs/07_content.ipynb #bf2061f6
 class Content(NamedTuple):
     "What the content stage hands on."
     hidden: torch.Tensor         # (B, 2T, dim), plain path, zero on padding
     logits: torch.Tensor         # (B, 2T, K), from the plain path
     masked_logits: torch.Tensor  # (B, 2T, K), from the neighbours alone
+    words: torch.Tensor|None = None # (B, 2T, 1 + words), where there is a head for them; 0 is for no word
 
-# %% ../nbs/07_content.ipynb #58cabe04
+# %% ../nbs/07_content.ipynb #103c0d94
 class ContentEncoder(nn.Module):
     "Lip features at 25 Hz to speech units at 50 Hz: ConvBlocks, with a Masked ConvBlock hanging off each."
     def __init__(self, in_dim:int, # D, size of a lip feature
@@ -82,8 +83,16 @@ class ContentEncoder(nn.Module):
         self.blocks = nn.ModuleList(ConvBlock(dim, p.dropout) for _ in range(p.n_blocks))
         self.masked = nn.ModuleList(MaskedConvBlock(dim, p.mask_kernel, p.mask_size + 2*i) for i in range(1, p.n_blocks + 1))
         self.head, self.masked_head = nn.Linear(dim, p.n_units), nn.Linear(dim, p.n_units)
+        self.word_head = nn.Linear(in_dim, UNITS_PER_FRAME*(1 + len(p.words))) if p.words else None
 
-# %% ../nbs/07_content.ipynb #8e9a4068
+# %% ../nbs/07_content.ipynb #be3625a5
+@patch
+def named(self:ContentEncoder, features # (B, T, D)
+         ) -> torch.Tensor|None: # (B, 2T, 1 + words)
+    "Logits of words, where there is a head for them."
+    return self.word_head(features).unflatten(2, (UNITS_PER_FRAME, -1)).flatten(1, 2) if self.word_head else None
+
+# %% ../nbs/07_content.ipynb #146ca68c
 @patch
 def paths(self:ContentEncoder, x, # (B, dim, 2T), zero on padding
           mask # (B, 2T) bool
@@ -101,7 +110,7 @@ def forward(self:ContentEncoder, features, # (B, T, D)
            ) -> Content:
     mask = mask.repeat_interleave(UNITS_PER_FRAME, 1)
     plain, masked = self.paths(self.upsample(features.mT) * mask[:, None], mask)
-    return Content(plain.mT, self.head(plain.mT), self.masked_head(masked.mT))
+    return Content(plain.mT, self.head(plain.mT), self.masked_head(masked.mT), self.named(features))
 
 # %% ../nbs/07_content.ipynb #a3141477
 def receptive_field(encoder:ContentEncoder, # in eval mode
@@ -123,7 +132,7 @@ def show_receptive_field(encoder:ContentEncoder, t:int=30, length:int=61):
     axes[0].set_ylabel("influence\n(largest = 1)")
     display(fig, metadata={"alt": "Influence of the units around one on its prediction: plain path and masked path"}); plt.close(fig)
 
-# %% ../nbs/07_content.ipynb #de5cbe4d
+# %% ../nbs/07_content.ipynb #3898e186
 def content_loss(content:Content,
                  units, # (B, 2T) long, -100 on padding
                  preset:Preset
@@ -231,3 +240,10 @@ def show_masked_ce(studies:dict # name of a world → what `masked_ce_study` gav
     axes[0].set(yticks=range(len(studies)), yticklabels=list(studies), ylim=(-.6, len(studies) - .4))
     found = "; ".join(f"{name}: {s['gain'][0]:+.3f} nats, {100*s['gain'][1]:+.2f} points" for name, s in studies.items())
     display(fig, metadata={"alt": f"Change of the plain path's cross-entropy and accuracy when the masked loss is added. {found}"}); plt.close(fig)
+
+# %% ../nbs/07_content.ipynb #de7ee571
+def word_loss(logits, # (B, 2T, 1 + words)
+              words # (B, 2T) long, -100 where they are not known
+             ):
+    "Cross-entropy of the words; zero where none is known."
+    return F.cross_entropy(logits.mT, words, ignore_index=-100, label_smoothing=.1, reduction="sum")/(words != -100).sum().clamp(min=1)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'EULER_STEPS',
-           'TEMPERATURE', 'NOTATION', 'TINY', 'GRID', 'EIGENLIPS', 'PAPER', 'PRESETS', 'markdown_table', 'F2VError',
-           'MediaError', 'NoFaceError', 'CheckpointError', 'CorpusError', 'ToolMissingError', 'atomic_path',
-           'seed_everything', 'pick_device', 'test_same', 'check', 'Looking', 'Stages', 'Sounding', 'Preset']
+           'TEMPERATURE', 'NOTATION', 'GRID_WORDS', 'TINY', 'GRID', 'EIGENLIPS', 'SLIM', 'PAPER', 'PRESETS',
+           'markdown_table', 'F2VError', 'MediaError', 'NoFaceError', 'CheckpointError', 'CorpusError',
+           'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device', 'test_same', 'check', 'Looking',
+           'Stages', 'Sounding', 'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
 import os, random, tempfile
@@ -140,7 +141,7 @@ def _place(x) -> str:
     "Where `x` is largest, in words; nothing for a single number."
     return f" at position {[int(i) for i in np.unravel_index(int(x.to(torch.float64).argmax()), x.shape)]}" if x.dim() else ""
 
-# %% ../nbs/00_core.ipynb #0083db4f
+# %% ../nbs/00_core.ipynb #7d1c6629
 @dataclass(frozen=True)
 class Looking:
     "What a model looks at."
@@ -150,16 +151,17 @@ class Looking:
     lip_encoder: str = "slim"           # `slim`, `eigenlips`, `avhubert-base`, `avhubert-large`
     lip_width: int = 16                 # channels of the slim encoder's stem
     eigenlips: int = 96                 # principal pictures, where the encoder is made of them
-    lip_memory: int = 160               # units of each direction of that encoder's GRU
+    lip_memory: int = 192               # units of each direction of that encoder's GRU
     lip_scale: int = 2                  # both shrink the 88 × 88 lips by this factor first
 
-# %% ../nbs/00_core.ipynb #f3760f56
+# %% ../nbs/00_core.ipynb #effcdd5b
 @dataclass(frozen=True)
 class Stages:
     "Sizes of the hierarchy."
     n_units: int = 100                  # K
     unit_features: str = "mfcc"         # `mfcc` or `hubert`
     dim: int = 128                      # width of the hierarchy
+    words: tuple = ()                   # vocabulary of a head for words, taught where word times are known; none: sound alone teaches
     n_blocks: int = 3                   # ConvBlocks of the content stage
     mask_kernel: int = 15               # taps of a Masked ConvBlock
     mask_size: int = 5                  # of them, held at zero in the middle
@@ -204,16 +206,20 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #fe3e36ee
+# %% ../nbs/00_core.ipynb #dae4860c
+GRID_WORDS = tuple("""bin lay place set blue green red white at by in with a b c d e f g h i j k l m n o p q r s t u v x y z
+    zero one two three four five six seven eight nine again now please soon""".split())
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_width=24,
-    steps=TINY.steps | dict(hierarchy=3600))
-EIGENLIPS = replace(GRID, name="eigenlips", lip_encoder="eigenlips", dropout=.2, prior_weight=10., teacher_forcing=0.,
-    steps=GRID.steps | dict(hierarchy=1800), batch=GRID.batch | dict(hierarchy=16), lr=GRID.lr | dict(hierarchy=2e-3))
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_encoder="eigenlips", words=GRID_WORDS,
+    dropout=.2, prior_weight=10., teacher_forcing=0.,
+    steps=TINY.steps | dict(hierarchy=1200), batch=TINY.batch | dict(hierarchy=16), lr=TINY.lr | dict(hierarchy=3e-3))
+EIGENLIPS = replace(GRID, name="eigenlips", words=())
+SLIM = replace(EIGENLIPS, name="slim", lip_encoder="slim", lip_width=24, dropout=.1, prior_weight=1., teacher_forcing=1.,
+    steps=TINY.steps | dict(hierarchy=3600), batch=TINY.batch, lr=TINY.lr)
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3,
     steps=dict(hierarchy=50_000, decoder=400_000, vocoder=1_000_000, speaker=50_000, locator=0),
     batch=dict(hierarchy=32, decoder=32, vocoder=16, speaker=64, locator=0),
     lr=dict(hierarchy=1e-3, decoder=1e-4, vocoder=2e-4, speaker=1e-4, locator=0.))
-PRESETS = {p.name: p for p in (TINY, GRID, EIGENLIPS, PAPER)}
+PRESETS = {p.name: p for p in (TINY, GRID, EIGENLIPS, SLIM, PAPER)}

@@ -6,10 +6,10 @@
 __all__ = ['GRID_GRAMMAR', 'VIDEO_SUFFIXES', 'GRID_RECORD', 'IDLE', 'Entry', 'read_manifest', 'write_manifest', 'grid_text',
            'grid_jsgf', 'grid', 'Word', 'grid_words', 'download', 'download_grid', 'lrs3', 'voxmm', 'lrs2', 'folder',
            'Clip', 'clip_of', 'code_lips', 'decode_lips', 'save_clip', 'load_clip', 'prepare', 'Prepared', 'Plan',
-           'plan', 'with_targets', 'ClipDataset', 'Batch', 'mask_to', 'collate', 'show_batch', 'BucketSampler',
-           'batches']
+           'plan', 'word_labels', 'with_targets', 'ClipDataset', 'Batch', 'mask_to', 'collate', 'show_batch',
+           'BucketSampler', 'batches']
 
-# %% ../nbs/04_corpora.ipynb #dec2976c
+# %% ../nbs/04_corpora.ipynb #3479f7cd
 import hashlib, json, pickle, re, shutil, tempfile, time, zipfile
 from contextlib import contextmanager
 from fractions import Fraction
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch.nn.utils.rnn import pad_sequence
-from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, ToolMissingError, atomic_path
+from .core import FPS, UNIT_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, ToolMissingError, atomic_path
 from .audio import MEL, energy, fit_length, pitch
 from .video import look
 
@@ -98,7 +98,7 @@ def grid_jsgf() -> str:
     slots = " ".join(f"({' | '.join(words.values())})" for words in GRID_GRAMMAR.values())
     return f"#JSGF V1.0;\ngrammar grid;\npublic <sentence> = {slots};\n"
 
-# %% ../nbs/04_corpora.ipynb #89437882
+# %% ../nbs/04_corpora.ipynb #b4d7e042
 VIDEO_SUFFIXES = (".mp4", ".mpg", ".avi", ".mov", ".mkv", ".webm")
 
 def _videos(folder:Path) -> list[Path]:
@@ -120,21 +120,24 @@ def grid(root, # folder that holds s1, s2, … and perhaps align and splits
     entries = [Entry(f"{speaker}_{p.stem}", p, speaker, grid_text(p.stem), split_of.get(p.stem, "")) for p in _videos(root/speaker)]
     kept = [e for e in entries if split in (None, e.split)]
     if not kept: raise CorpusError(root/"splits"/f"{speaker}_{split}.txt", "lists no clip that is there", "One name a line, as bbaf2n")
-    return kept
+    return [e._replace(extra=dict(words=grid_words(e))) if _align(e) else e for e in kept]
 
-# %% ../nbs/04_corpora.ipynb #652ef866
+# %% ../nbs/04_corpora.ipynb #33b76bf4
 class Word(NamedTuple):
     "A word and when it is said, in seconds."
     start: float
     end: float
     text: str
 
-def grid_words(entry:Entry) -> list[Word]:
-    "Word times of a GRID clip, without its silences."
+def _align(entry:Entry) -> Path|None:
+    "The file of a GRID clip's word times, if it is there."
     path = Path(entry.path)
     places = [path.parents[1]/folder/entry.speaker/f"{path.stem}.align" for folder in ("align", "alignments")] + [path.with_suffix(".align")]
-    found = next((p for p in places if p.is_file()), None)
-    if found is None: raise CorpusError(path, "has no word times", f"Looked for {places[0]}")
+    return next((p for p in places if p.is_file()), None)
+
+def grid_words(entry:Entry) -> list[Word]:
+    "Word times of a GRID clip, without its silences."
+    if (found := _align(entry)) is None: raise CorpusError(entry.path, "has no word times", f"Looked for align/{entry.speaker}/{Path(entry.path).stem}.align beside its folder")
     rows = [line.split() for line in found.read_text().splitlines() if line.strip()]
     try: return [Word(int(a)/25000, int(b)/25000, w) for a, b, w in rows if w not in ("sil", "sp")]
     except ValueError as e: raise CorpusError(found, "is not a list of word times", "A line looks like `14250 19750 bin`") from e
@@ -239,7 +242,7 @@ def folder(root) -> list[Entry]:
     root = Path(root)
     return [Entry(_flat(p.relative_to(root)), p, p.parent.name) for p in _videos(root)]
 
-# %% ../nbs/04_corpora.ipynb #b43b6f87
+# %% ../nbs/04_corpora.ipynb #7c981e74
 class Clip(NamedTuple):
     "All that one training example holds. Without sound, the arrays of the sound are empty."
     name: str
@@ -253,8 +256,10 @@ class Clip(NamedTuple):
     log_f0: torch.Tensor             # (2T,) ln Hz
     voiced: torch.Tensor             # (2T,) 0 or 1
     energy: torch.Tensor             # (2T,) ln RMS
-    mel: torch.Tensor|None = None    # (80, 4T) normalised: this and the next two are filled by `with_targets`
+    spoken: tuple = ()               # of Word: when each word is said, where the manifest knows
+    mel: torch.Tensor|None = None    # (80, 4T) normalised: this and the next three are filled by `with_targets`
     units: torch.Tensor|None = None  # (2T,)
+    words: torch.Tensor|None = None  # (2T,) 1 + place in a vocabulary, 0 between words, −100 where it is not known
     voice: torch.Tensor|None = None  # (256,) speaker embedding
 
 # %% ../nbs/04_corpora.ipynb #04946ccf
@@ -461,24 +466,37 @@ def plan(video_hours:float, # length of the corpus
     "Hours and disk for each number of cores, if all are kept busy."
     return [Plan(n, round(video_hours/speed/n, 1), round(video_hours*3600*size/1e9)) for n in cores]
 
-# %% ../nbs/04_corpora.ipynb #c5751597
+# %% ../nbs/04_corpora.ipynb #831815ce
+def word_labels(spoken, # of Word
+                length:int, # L
+                vocabulary:tuple # of words
+               ) -> torch.Tensor: # (L,) 1 + place in the vocabulary, 0 between words, −100 where it is not known
+    "The word of every 20 ms."
+    label = torch.full((length,), 0 if spoken else -100)
+    at = lambda seconds: round(seconds*UNIT_RATE)
+    for start, end, text in spoken: label[at(start):at(end)] = 1 + vocabulary.index(text) if text in vocabulary else -100
+    return label
+
+# %% ../nbs/04_corpora.ipynb #eba177a2
 @torch.no_grad()
 def with_targets(clip:Clip,
                  units=None, # a UnitQuantizer
-                 speaker=None # a SpeakerEncoder
+                 speaker=None, # a SpeakerEncoder
+                 words:tuple=() # vocabulary
                 ) -> Clip:
-    "Fill in the normalised mel, and the units and the speaker embedding where there is something to compute them with."
+    "Fill in the normalised mel, and units, speaker embedding and words where there is something to tell them by."
     T = len(clip.lips)
     if not len(clip.wav):
         silence = torch.zeros(UNITS_PER_FRAME*T)
         return clip._replace(log_f0=silence, voiced=silence, energy=silence, mel=torch.zeros(MEL.n_mels, MELS_PER_FRAME*T))
     if clip.mel is None: clip = clip._replace(mel=MEL.normalize(MEL(clip.wav)))
     if units is not None: clip = clip._replace(units=units(clip.wav).cpu())
+    if words: clip = clip._replace(words=word_labels(clip.spoken, UNITS_PER_FRAME*T, words))
     if speaker is None: return clip
     mel = clip.mel[None].to(next(speaker.parameters()).device)
     return clip._replace(voice=speaker(mel, torch.ones_like(mel[:, 0], dtype=torch.bool))[0].cpu())
 
-# %% ../nbs/04_corpora.ipynb #508e2a47
+# %% ../nbs/04_corpora.ipynb #672b427e
 class ClipDataset(torch.utils.data.Dataset):
     "Prepared clips, each read once and kept in memory with its targets."
     def __init__(self, clips, # a folder that `prepare` wrote, or a list of clips
@@ -486,12 +504,13 @@ class ClipDataset(torch.utils.data.Dataset):
                  split:str|None=None, # only this split of a folder
                  sound:bool=True # only clips that have sound
                 ):
-        self.folder, self.cache, self.targets = None, {}, {}
+        self.folder, self.cache, self.targets, self.spoken = None, {}, {}, {}
         if isinstance(clips, (str, Path)): self.folder, found = Path(clips), _prepared(Path(clips), split)
         else: found = [(c.name, len(c.lips), len(c.wav) > 0, c) for c in clips]
         found = [f for f in found if (names is None or f[0] in names) and (f[2] or not sound)]
         self.names, self.lengths = [f[0] for f in found], [f[1] for f in found]
         if self.folder is None: self.cache = {i: with_targets(f[3]) for i, f in enumerate(found)}
+        else: self.spoken = {f[0]: f[3] for f in found}
 
     def __len__(self): return len(self.names)
 
@@ -499,27 +518,37 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i:int) -> Clip:
         name = self.names[i]
-        if i not in self.cache: self.cache[i] = with_targets(load_clip(self.folder/f"{name}.npz"), **self.targets)
+        if i not in self.cache: self.cache[i] = with_targets(load_clip(self.folder/f"{name}.npz")._replace(spoken=self.spoken[name]), **self.targets)
         return self.cache[i]
 
-# %% ../nbs/04_corpora.ipynb #8877cae7
+# %% ../nbs/04_corpora.ipynb #cf994f1f
 def _prepared(folder:Path, split) -> list:
-    "Name, length and whether there is sound, for the prepared clips of a split."
+    "Name, length, whether there is sound, and the words with their times, for the prepared clips of a split."
     entries = read_manifest(folder/"manifest.jsonl")
     if any("frames" not in e.extra for e in entries): raise CorpusError(folder, "does not hold prepared clips", "Run `prepare` on its manifest first")
-    return [(e.name, e.extra["frames"], e.extra["sound"]) for e in entries if split in (None, e.split)]
+    return [(e.name, e.extra["frames"], e.extra["sound"], _spoken(e, folder)) for e in entries if split in (None, e.split)]
+
+def _spoken(entry, folder) -> tuple: # of Word
+    "The word times of a line of the manifest, checked."
+    try:
+        words = tuple(Word(float(start), float(end), str(text)) for start, end, text in entry.extra.get("words", ()))
+        if all(0 <= w.start <= w.end < 1e6 for w in words): return words
+    except (TypeError, ValueError): pass
+    raise CorpusError(folder/"manifest.jsonl", f"has word times of {entry.name} that are none", 'They look like [[0.57, 0.79, "bin"], [0.79, 0.99, "blue"]]')
 
 @patch
 def add(self:ClipDataset,
         units=None, # a UnitQuantizer
-        speaker=None # a SpeakerEncoder
+        speaker=None, # a SpeakerEncoder
+        words:tuple=() # vocabulary
        ) -> ClipDataset:
-    "Compute the units and speaker embeddings of every clip, now or when it is first read."
-    self.targets |= {k: v for k, v in dict(units=units, speaker=speaker).items() if v is not None}
-    self.cache = {i: with_targets(c, units, speaker) for i, c in self.cache.items()}
+    "Find the units, speaker embeddings and words of every clip, now or when it is first read."
+    new = {k: v for k, v in dict(units=units, speaker=speaker, words=words or None).items() if v is not None}
+    self.targets |= new
+    self.cache = {i: with_targets(c, **new) for i, c in self.cache.items()}
     return self
 
-# %% ../nbs/04_corpora.ipynb #12a6cfb4
+# %% ../nbs/04_corpora.ipynb #8186fd77
 class Batch(NamedTuple):
     "Clips padded to one length T; `mask` says which frames are real."
     names: list               # B names
@@ -534,6 +563,7 @@ class Batch(NamedTuple):
     voiced: torch.Tensor      # (B, 2T)
     energy: torch.Tensor      # (B, 2T)
     mask: torch.Tensor        # (B, T) bool
+    words: torch.Tensor|None = None # (B, 2T) long, 0 between words, −100 where they are not known
 
     def to(self, device):
         "The batch on another device."
@@ -577,19 +607,19 @@ def _hidden(mask, rng, longest:int=10 # frames
             row |= (at >= start) & (at < start + length)
     return hidden
 
-# %% ../nbs/04_corpora.ipynb #a8f9d688
+# %% ../nbs/04_corpora.ipynb #82c43ddd
 def _joined(clips:list, rng) -> list:
     "One in two of the clips ends like another one of the same speaker."
     def join(a, b):
         T = min(len(a.lips), len(b.lips)); t = T//4 + _draw(max(1, T//2), rng)
         along = lambda x, y, n: torch.cat([x[..., :n*t], y[..., n*t:n*T]], -1)
         parts = dict(lips=torch.cat([a.lips[:t], b.lips[t:T]]), expression=torch.cat([a.expression[:t], b.expression[t:T]]))
-        rates = dict(wav=SAMPLES_PER_FRAME, mel=MELS_PER_FRAME, units=UNITS_PER_FRAME, log_f0=UNITS_PER_FRAME, voiced=UNITS_PER_FRAME, energy=UNITS_PER_FRAME)
+        rates = dict(wav=SAMPLES_PER_FRAME, mel=MELS_PER_FRAME, units=UNITS_PER_FRAME, words=UNITS_PER_FRAME, log_f0=UNITS_PER_FRAME, voiced=UNITS_PER_FRAME, energy=UNITS_PER_FRAME)
         return a._replace(**parts, **{k: along(getattr(a, k), getattr(b, k), n) for k, n in rates.items() if getattr(a, k) is not None})
     partners = [[b for b in clips if b is not a and b.speaker == a.speaker and len(b.wav) and len(a.wav)] for a in clips]
     return [join(a, bs[_draw(len(bs), rng)]) if bs and _draw(2, rng) else a for a, bs in zip(clips, partners)]
 
-# %% ../nbs/04_corpora.ipynb #f89502d8
+# %% ../nbs/04_corpora.ipynb #8963dcbd
 def collate(clips:list, # of Clip
             units=None, # a UnitQuantizer, for clips that carry no units yet
             speaker=None, # a SpeakerEncoder, the same
@@ -607,7 +637,8 @@ def collate(clips:list, # of Clip
         pad(c.expression for c in clips), stack(c.identity for c in clips), pad(c.mel.T for c in clips).transpose(1, 2).contiguous(),
         pad((torch.full((UNITS_PER_FRAME*len(c.lips),), -100) if c.units is None else c.units for c in clips), -100),
         stack(torch.zeros(256) if c.voice is None else c.voice for c in clips),
-        *(pad(getattr(c, k) for c in clips) for k in ("log_f0", "voiced", "energy")), mask)
+        *(pad(getattr(c, k) for c in clips) for k in ("log_f0", "voiced", "energy")), mask,
+        pad((torch.full((UNITS_PER_FRAME*len(c.lips),), -100) if c.words is None else c.words for c in clips), -100))
 
 # %% ../nbs/04_corpora.ipynb #77d004ff
 def show_batch(batch:Batch, # on the CPU

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'JUDGED', 'RESULTS', 'GIVEN', 'SWEPT', 'PEERS', 'OTHERS', 'OURS', 'SWAPPED', 'CREDIT', 'across_seeds',
            'show_ablation', 'plot_ablation', 'sung', 'hear_ablation', 'preset_for', 'loudness', 'judge_mu', 'judge',
-           'targets', 'train_variant', 'ablation', 'told', 'teacher_study', 'show_teacher', 'slot_study',
+           'targets', 'train_variant', 'ablation', 'told', 'teacher_study', 'show_teacher', 'lip_read', 'slot_study',
            'wrong_by_slot', 'plot_slots', 'of_speaker', 'adaptation', 'show_adaptation', 'swept', 'sweep', 'flow_study',
            'recorded_study', 'show_study', 'interleaved', 'empty_clip', 'speak_mel', 'bench_vocoder', 'peer',
            'solver_jobs', 'decoder_nets', 'forward_of', 'decoder_jobs', 'torchaudio_griffin_lim', 'sound_jobs',
            'flow_jobs', 'compared', 'absent_peers', 'flow_times', 'bench_flow', 'bench_text', 'stored_card', 'ledger',
            'ledger_markdown', 'model_card']
 
-# %% ../nbs/18_experiments.ipynb #bee38a47
+# %% ../nbs/18_experiments.ipynb #b6619978
 import json, math, re, statistics, time
 from dataclasses import replace
 from itertools import product
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .core import EULER_STEPS, GRID, TINY, CheckpointError, Preset, atomic_path, markdown_table, seed_everything
+from .core import EULER_STEPS, GRID, GRID_WORDS, TINY, CheckpointError, Preset, atomic_path, markdown_table, seed_everything
 from .audio import MEL, griffin_lim, load_audio, save_wav, vowel
 from .corpora import GRID_GRAMMAR, Clip, ClipDataset, batches, collate, read_manifest
 from .timbre import SpeakerEncoder
@@ -28,7 +28,7 @@ from .hierarchy import Hierarchy, prior_loss, probe, see, show_mus
 from .synthesis import WEIGHTS, FacesToVoices
 from .training import commit, fit, fit_eigenlips, part, shuffled, train_speaker
 from .vocoder import excitation
-from .evaluation import Sound, correlation, energy_correlation, grammar_of, grid_listener, listener, loud, machine, mcd, mean_f0, plot_scores, score_text, show_card, stoi, unit_accuracy, word_errors
+from .evaluation import Sound, best_sentence, correlation, energy_correlation, grammar_of, grid_listener, listener, loud, machine, mcd, mean_f0, plot_scores, score_text, show_card, stoi, unit_accuracy, word_errors
 
 # %% ../nbs/18_experiments.ipynb #0e16efde
 VARIANTS = dict(whole=(), masked=("masked",), timbre=("timbre",), prosody=("prosody",), hierarchy=("hierarchy",)) # name → `without`
@@ -212,15 +212,26 @@ def show_teacher(found:list # of `teacher_study`
     body = [[k, *(f"{f['errors'][k]:.4f}" for f in found)] for k in GIVEN]
     return markdown_table(head, body) + "\n\nmade by " + "; ".join(f"`{f['command']}` ({f['clips']} clips, commit {f['commit']})" for f in found) + f" on {found[0]['machine']}"
 
-# %% ../nbs/18_experiments.ipynb #993b17cf
+# %% ../nbs/18_experiments.ipynb #b4242e7e
+@torch.no_grad()
+def lip_read(model, # FacesToVoices, with a head for GRID's words
+             clip:Clip) -> str:
+    "The likeliest sentence of GRID's grammar, from the lips alone."
+    beliefs = model.hierarchy(*see(collate([clip]).to(model.device))).content.words
+    found = best_sentence(beliefs[0].log_softmax(-1).cpu(), [len(words) for words in GRID_GRAMMAR.values()])
+    return " ".join(GRID_WORDS[s - 1] for s in found)
+
+# %% ../nbs/18_experiments.ipynb #57fa15ef
 def slot_study(name:str, # of a model
                data, # folder of prepared GRID clips
                split:str="test", limit:int=55) -> dict: # what JSON can hold
-    "Share of wrong words in each slot of GRID's grammar, for two recognisers, of the original and of the model's speech."
+    "Share of wrong words in each slot of GRID's grammar: of the original and of the model's speech, as two recognisers hear them, and as the model reads the lips."
     model, ds = FacesToVoices.from_pretrained(name), ClipDataset(data, split=split)
     clips, judges = [ds[i] for i in range(min(limit, len(ds)))], {"CTC": grid_listener(), "pocketsphinx": listener("grid")}
     sounds = {"original": [c.wav for c in clips], "synthesised": [model.voice(c).wav for c in tqdm(clips, desc="speaking")]}
-    wrong = {f"{who}, {what}": wrong_by_slot([hear(w) for w in wavs], [c.text for c in clips]) for what, wavs in sounds.items() for who, hear in judges.items()}
+    heard = {f"{who}, {what}": [hear(w) for w in wavs] for what, wavs in sounds.items() for who, hear in judges.items()}
+    if model.preset.words: heard["read from the lips"] = [lip_read(model, c) for c in clips]
+    wrong = {k: wrong_by_slot(sentences, [c.text for c in clips]) for k, sentences in heard.items()}
     return dict(command=f"slot_study('{Path(name).name}', '{Path(data).name}', '{split}', {limit})", model=Path(name).name, clips=len(clips), machine=machine(), wrong=wrong)
 
 # %% ../nbs/18_experiments.ipynb #822ba394
@@ -230,16 +241,18 @@ def wrong_by_slot(heard:list, said:list # sentences
     rows = [[a != b for a, b in zip(h.split(), s.split())] if len(h.split()) == len(s.split()) else [True]*len(s.split()) for h, s in zip(heard, said)]
     return np.mean(rows, 0).round(4).tolist()
 
-# %% ../nbs/18_experiments.ipynb #d2a95b4c
+# %% ../nbs/18_experiments.ipynb #4bc8fe06
 def plot_slots(found:dict # of `slot_study`
               ):
-    "Bars of wrong words, a group a slot: the original in grey, the synthesised in colour, a panel a recogniser."
+    "Bars of wrong words, a group a slot, a panel a recogniser: the original, what the model reads from the lips, and what it speaks."
     import matplotlib.pyplot as plt
     names, place = list(GRID_GRAMMAR), np.arange(len(GRID_GRAMMAR))
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
     for ax, judge in zip(axes, ("CTC", "pocketsphinx")):
-        for shift, what, color in ((-.2, "original", "0.6"), (.2, "synthesised", "#0072B2")):
-            ax.bar(place + shift, 100*np.array(found["wrong"][f"{judge}, {what}"]), .4, label=what, color=color)
+        bars = {"original": (f"{judge}, original", "0.6"), "read from the lips": ("read from the lips", "#E69F00"), "synthesised": (f"{judge}, synthesised", "#0072B2")}
+        bars = {what: bar for what, bar in bars.items() if bar[0] in found["wrong"]}
+        for i, (what, (key, color)) in enumerate(bars.items()):
+            ax.bar(place + .27*(i - (len(bars) - 1)/2), 100*np.array(found["wrong"][key]), .27, label=what, color=color)
         ax.set(title=f"heard by {judge}", xticks=place, ylim=(0, 100)); ax.set_xticklabels(names, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("words wrong, %"); axes[0].legend(frameon=False)
     return fig

@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'WEIGHTS', 'PROBES', 'BARS', 'fixed', 'smooth', 'made_facto
            'spread', 'Observed', 'observed', 'questions', 'probe_stages', 'known', 'learn_phones', 'judge_stages',
            'show_figures', 'show_probes']
 
-# %% ../nbs/10_hierarchy.ipynb #f5d193a3
+# %% ../nbs/10_hierarchy.ipynb #57790483
 from pathlib import Path
 from typing import NamedTuple
 import math
@@ -19,7 +19,7 @@ from .core import CorpusError
 from .corpora import Batch, collate, load_clip, read_manifest
 from .units import phone_labels, phone_reader, read_phones
 from .avhubert import make_lip_encoder
-from .content import Content, ContentEncoder, content_loss
+from .content import Content, ContentEncoder, content_loss, word_loss
 from .timbre import FaceEncoder, FiLM, TimbreEncoder, timbre_loss
 from .prosody import ConvNorm, ExpressionEncoder, Prosody, ProsodyEncoder, prosody_loss
 
@@ -101,7 +101,7 @@ def prior_loss(mu, # (B, 80, L)
     nll = .5 * ((x1 - mu)**2 + math.log(2*math.pi))
     return (nll * mask[:, None]).sum() / (mask.sum() * mu.shape[1])
 
-# %% ../nbs/10_hierarchy.ipynb #cd3cbeb7
+# %% ../nbs/10_hierarchy.ipynb #4d1dac5c
 class PlainContent(ContentEncoder):
     "The content stage without Masked ConvBlocks: units are predicted from the plain path alone."
     def __init__(self, in_dim:int, preset):
@@ -112,7 +112,7 @@ class PlainContent(ContentEncoder):
         mask = mask.repeat_interleave(2, 1)
         x = self.upsample(features.mT) * mask[:, None]
         for block in self.blocks: x = block(x, mask)
-        return Content(x.mT, self.head(x.mT), None)
+        return Content(x.mT, self.head(x.mT), None, self.named(features))
 
 # %% ../nbs/10_hierarchy.ipynb #b52b5910
 class FlatEncoder(nn.Module):
@@ -143,7 +143,7 @@ class Mu(NamedTuple):
     content: Content|None
     prosody: Prosody|None
 
-# %% ../nbs/10_hierarchy.ipynb #4a16c7b5
+# %% ../nbs/10_hierarchy.ipynb #25fa41b5
 class Hierarchy(nn.Module):
     "Lips → content → speaker → prosody → μ."
     def __init__(self, preset, # Preset
@@ -160,6 +160,7 @@ class Hierarchy(nn.Module):
     def _build_stages(self, preset):
         self.content = (PlainContent if "masked" in self.without else ContentEncoder)(self.lips.dim, preset)
         self.from_units = nn.Linear(preset.n_units, preset.dim, bias=False)
+        self.from_words = nn.Linear(1 + len(preset.words), preset.dim, bias=False) if preset.words else None
         self.timbre = None if "timbre" in self.without else TimbreEncoder(preset)
         self.film = None if "timbre" in self.without else FiLM(preset.dim, preset.speaker_dim)
         self.prosody = None if "prosody" in self.without else ProsodyEncoder(preset)
@@ -173,12 +174,18 @@ def _fed_speaker(self:Hierarchy, predicted, teacher):
     coin = torch.rand(len(predicted), 1, device=predicted.device) < .5
     return torch.where(coin, teacher.speaker, predicted)
 
-# %% ../nbs/10_hierarchy.ipynb #0538c073
+# %% ../nbs/10_hierarchy.ipynb #a8204f62
+@patch
+def from_content(self:Hierarchy, content): # → (B, 2T, dim)
+    "The content features, and linear maps of the softmax over units and, where there is a head for them, over words."
+    hidden = content.hidden + self.from_units(content.logits.softmax(-1))
+    return hidden if content.words is None else hidden + self.from_words(content.words.softmax(-1))
+
 @patch
 def add_content(self:Hierarchy, seen, mask): # → Content, (B, 2T, dim)
-    "What: the content features and a linear map of the softmax over units."
+    "What: the content, and the features that go on."
     content = self.content(seen, mask)
-    return content, content.hidden + self.from_units(content.logits.softmax(-1))
+    return content, self.from_content(content)
 
 # %% ../nbs/10_hierarchy.ipynb #537ab5ac
 @patch
@@ -223,28 +230,30 @@ def _flat(self:Hierarchy, seen, *others):
 # %% ../nbs/10_hierarchy.ipynb #9577658a
 def see(batch:Batch) -> tuple: "All of a batch that a camera gives, in the order of `forward`."; return batch.lips, batch.face, batch.identity, batch.expression, batch.mask
 
-# %% ../nbs/10_hierarchy.ipynb #0f362858
-WEIGHTS = dict(ce=1., speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; of masked_ce and prior: the preset's
+# %% ../nbs/10_hierarchy.ipynb #7828a58b
+WEIGHTS = dict(ce=1., words=8., speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; of masked_ce and prior: the preset's
 
-# %% ../nbs/10_hierarchy.ipynb #5e57812c
+# %% ../nbs/10_hierarchy.ipynb #3b153fdd
 class HierarchyLoss(NamedTuple):
     "The weighted total and its unweighted terms; zero where there is no such stage."
     total: torch.Tensor
     ce: torch.Tensor
     masked_ce: torch.Tensor
+    words: torch.Tensor
     speaker: torch.Tensor
     pitch: torch.Tensor
     voicing: torch.Tensor
     energy: torch.Tensor
     prior: torch.Tensor
 
-# %% ../nbs/10_hierarchy.ipynb #79d41afa
-def content_terms(content, units, preset) -> dict:
-    "`ce` and, where there is a masked path, `masked_ce`."
-    if content.masked_logits is not None: return dict(zip(("ce", "masked_ce"), content_loss(content, units, preset)))
-    return dict(ce=content_loss(content._replace(masked_logits=content.logits), units, preset)[0])
+# %% ../nbs/10_hierarchy.ipynb #dac12139
+def content_terms(content, batch, preset) -> dict:
+    "`ce` and, where there is a masked path, `masked_ce`; `words` where there is a head for them."
+    known = dict(words=word_loss(content.words, batch.words)) if content.words is not None and batch.words is not None else {}
+    if content.masked_logits is not None: return known | dict(zip(("ce", "masked_ce"), content_loss(content, batch.units, preset)))
+    return known | dict(ce=content_loss(content._replace(masked_logits=content.logits), batch.units, preset)[0])
 
-# %% ../nbs/10_hierarchy.ipynb #d9804254
+# %% ../nbs/10_hierarchy.ipynb #5ee11276
 @patch
 def loss(self:Hierarchy, batch, # Batch
          teacher_forcing:bool|None=None # feed the true speaker, pitch, voicing and energy; None: in the preset's share of calls
@@ -254,7 +263,7 @@ def loss(self:Hierarchy, batch, # Batch
     out = self(*see(batch), batch if teacher_forcing else None)
     terms = {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]}
     terms["prior"] = prior_loss(out.mu, batch.mel, batch.mask.repeat_interleave(4, 1))
-    if out.content is not None: terms |= content_terms(out.content, batch.units, self.preset)
+    if out.content is not None: terms |= content_terms(out.content, batch, self.preset)
     if not self.flat and self.timbre is not None: terms["speaker"] = timbre_loss(out.speaker, batch.speaker)
     if out.prosody is not None: terms |= prosody_loss(out.prosody, batch)._asdict()
     weights = WEIGHTS | dict(masked_ce=self.preset.masked_weight, prior=self.preset.prior_weight)

@@ -304,7 +304,7 @@ def expressed(prosody, hidden, moved, mask, # as in `contours`
     pitch0, _, energy0 = contours(prosody, hidden, torch.zeros_like(moved), mask)
     return torch.lerp(pitch0, pitch, expression), voiced, torch.lerp(energy0, energy, expression)
 
-# %% ../nbs/15_synthesis.ipynb #2566c291
+# %% ../nbs/15_synthesis.ipynb #f812d298
 @patch
 def read(self:FacesToVoices, clip:Clip, w:Window, speaker, # (256,)
          still, # (E,) the face at rest
@@ -314,7 +314,7 @@ def read(self:FacesToVoices, clip:Clip, w:Window, speaker, # (256,)
     b = collate([seen_only("", clip.lips[w.start:w.stop], clip.face, clip.expression[w.start:w.stop], clip.identity)]).to(self.device)
     h, kept = self.hierarchy, slice(2*(w.begin - w.start), 2*(w.end - w.start))
     content = h.content(h.lips(b.lips, b.mask), b.mask)
-    hidden = h.film(content.hidden + h.from_units(content.logits.softmax(-1)), speaker[None])
+    hidden = h.film(h.from_content(content), speaker[None])
     told = expressed(h.prosody, hidden, b.expression - still, b.mask, expression)
     return Told(*(x[0, kept].cpu() for x in (hidden, content.logits.argmax(-1), *told)))
 

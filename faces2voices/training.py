@@ -403,12 +403,12 @@ def watched(data) -> Batch: # of one clip
     val = ClipDataset(data, split="val")
     return collate([(val if len(val) else ClipDataset(data, split="train"))[0]])
 
-# %% ../nbs/16_training.ipynb #ced49047
+# %% ../nbs/16_training.ipynb #de387811
 def fit_eigenlips(hierarchy, dataset, limit:int=300, seed:int=0):
     "The principal pictures of some training clips, for a hierarchy that looks through eigenlips and has none yet."
     lips = hierarchy.lips
     if not isinstance(lips, EigenlipEncoder) or lips.eigen.basis.any(): return
-    b = collate([dataset[i] for i in shuffled(len(dataset), min(limit, len(dataset)), seed)(0)], train=1, rng=torch.Generator().manual_seed(seed))
+    b = collate([dataset[i] for i in shuffled(len(dataset), min(limit, len(dataset)), seed)(0)])
     lips.fit(b.lips[:, :, ::5].to(lips.eigen.mean.device), b.mask[:, ::5])
 
 # %% ../nbs/16_training.ipynb #0bdc8894
@@ -457,7 +457,7 @@ def training_clips(data) -> ClipDataset:
 # %% ../nbs/16_training.ipynb #a7cb8945
 KEPT = "locator", "units", "speaker" # what `adapt` leaves as it is
 
-# %% ../nbs/16_training.ipynb #82521df9
+# %% ../nbs/16_training.ipynb #84b62f08
 def train_system(preset:Preset,
                  out, # folder of the run
                  data=None, # prepared clips; None: `tiny` makes its world first
@@ -477,7 +477,7 @@ def train_system(preset:Preset,
     ds = training_clips(data or make_world(model, run, preset, workers, seed))
     step("units", model.units, lambda: model.units.fit([ds[i].wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
     step("speaker", model.speaker_encoder, lambda: train_speaker(model, ds, preset, first, seed))
-    ds.add(units=model.units, speaker=model.speaker_encoder)
+    ds.add(units=model.units, speaker=model.speaker_encoder, words=preset.words)
     step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer))
     step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer))
     step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed))
@@ -504,14 +504,14 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     write_card(model, run/"model"/"README.md")
     return run/"model"
 
-# %% ../nbs/16_training.ipynb #072e61cb
+# %% ../nbs/16_training.ipynb #06366748
 def write_card(model, path):
     "The model card: what it is, what it was trained on, what it must not be used for."
     info, p = model.info, model.preset
     with atomic_path(path, overwrite=True) as tmp: tmp.write_text(_CARD.format(name=p.name, n=sum(x.numel() for x in model.parameters())/1e6, backend=p.face_backend,
-        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items()), **info), encoding="utf-8")
+        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items()), words=f" Training was told which of {len(p.words)} words is said when; speaking needs no text." if p.words else "", **info), encoding="utf-8")
 
-# %% ../nbs/16_training.ipynb #8b0ebf39
+# %% ../nbs/16_training.ipynb #eb323795
 _CARD = """---
 library_name: faces2voices
 license: apache-2.0
@@ -525,7 +525,7 @@ tags: [video-to-speech, flow-matching]
 
     {command}
 
-at commit {commit}, on {data} ({machine}); {times}.
+at commit {commit}, on {data} ({machine}); {times}.{words}
 
 ## Use and limits
 

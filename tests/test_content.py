@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from faces2voices.core import TINY, CorpusError, seed_everything, test_same
 from faces2voices.avhubert import influence
-from faces2voices.content import (MEASURES, Content, ContentEncoder, ConvBlock, MaskedConvBlock, content_loss, judge_content, masked_ce_study, norm_real,
+from faces2voices.content import (MEASURES, Content, ContentEncoder, ConvBlock, MaskedConvBlock, content_loss, judge_content, masked_ce_study, norm_real, word_loss,
                                   padded, paired, receptive_field, see_and_hear, show_receptive_field, show_masked_ce, train_content, unit_accuracy)
 
 SMALL = replace(TINY, dim=32, n_units=11)
@@ -174,3 +174,13 @@ def test_figure():
     import matplotlib.pyplot as plt
     show_receptive_field(ContentEncoder(8, SMALL).eval())
     assert not plt.get_fignums()                                           # shown and closed
+
+def test_the_vocabulary_of_grid_is_its_grammar():
+    from faces2voices.core import GRID_WORDS
+    from faces2voices.corpora import GRID_GRAMMAR
+    assert GRID_WORDS == tuple(w for words in GRID_GRAMMAR.values() for w in words.values())
+
+def test_word_loss_is_cross_entropy_where_words_are_known():
+    logits, words = torch.randn(2, 5, 4), torch.tensor([[1, 0, 3, -100, 2], [-100]*5])
+    test_same(word_loss(logits, words), F.cross_entropy(logits[0, [0, 1, 2, 4]], words[0, [0, 1, 2, 4]], label_smoothing=.1), atol=1e-6)
+    assert word_loss(logits, torch.full_like(words, -100)) == 0

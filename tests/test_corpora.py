@@ -1,5 +1,5 @@
 "Manifests, corpus readers, preparation and batches."
-import hashlib, io, json, os, signal, socket, struct, subprocess, sys, threading, time, zipfile
+import hashlib, io, json, os, shutil, signal, socket, struct, subprocess, sys, threading, time, zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -62,6 +62,26 @@ def test_grid_of_the_real_corpus_agrees_with_its_word_times(shared):
     assert [len(grid_words(e)) for e in beside] == [6]*3 and beside[0].split == ""
     words = grid_words(s1[0])
     assert all(a.end <= b.start for a, b in zip(words, words[1:])) and words[-1].end < 3
+
+def test_word_times_travel_from_the_corpus_to_the_batch(shared, prepared, tmp_path):
+    "From GRID's reader through a manifest; the clips are some other clips under the names of GRID's."
+    from faces2voices.core import GRID_WORDS
+    said = grid(shared/"grid", "s1", "test")[0].extra["words"]
+    entries = read_manifest(prepared/"manifest.jsonl")
+    with_words = [entries[0]._replace(extra=entries[0].extra | dict(words=said)), *entries[1:]]
+    for e in entries: shutil.copy(prepared/f"{e.name}.npz", tmp_path)
+    write_manifest(with_words, tmp_path/"manifest.jsonl")
+    b = collate(list(ClipDataset(tmp_path, sound=False).add(words=GRID_WORDS)))
+    middle = {round(25*(w.start + w.end)): 1 + GRID_WORDS.index(w.text) for w in said}
+    assert b.words.shape == b.units.shape and (b.words[1:] == -100).all() and b.words[0, 0] == 0
+    assert all(b.words[0, t] == w for t, w in middle.items() if t < 2*b.mask[0].sum())
+    assert (collate(list(ClipDataset(tmp_path, sound=False))).words == -100).all()
+
+@pytest.mark.parametrize("words", [5, [["bin", 0, 1]], [[0, 1]], [[1, 0, "bin"]], [[0, float("inf"), "bin"]], [[-1, 0, "bin"]]])
+def test_word_times_that_are_none_are_an_error(prepared, tmp_path, words):
+    entries = read_manifest(prepared/"manifest.jsonl")
+    write_manifest([e._replace(extra=e.extra | dict(words=words)) for e in entries], tmp_path/"manifest.jsonl")
+    with pytest.raises(CorpusError, match="word times"): ClipDataset(tmp_path)
 
 def test_grid_says_what_it_misses(tmp_path):
     touch(tmp_path/"s1/bbaf2n.mpg"); touch(tmp_path/"s1/._bbaf2n.mpg"); touch(tmp_path/"s2/holiday.mpg")

@@ -45,7 +45,7 @@ def terms(without):
     return {k for k, v in found._asdict().items() if k != "total" and v > 0}
 
 def test_ablations_have_fewer_losses():
-    every = set(HierarchyLoss._fields) - {"total"}
+    every = set(HierarchyLoss._fields) - {"total", "words"}
     assert terms(()) == every
     assert terms(("masked",)) == every - {"masked_ce"}
     assert terms(("timbre",)) == every - {"speaker"}
@@ -60,6 +60,27 @@ def test_every_parameter_gets_a_gradient(without):
     model.loss(batch).total.backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
     for name, stage in model.named_children(): assert any(p.grad.abs().sum() > 0 for p in stage.parameters()), name
+
+WORDY = replace(SMALL, words=("bin", "blue", "at"))
+
+@pytest.mark.parametrize("without", [(), ("masked",)])
+def test_words_are_learned_where_they_are_known(without):
+    model, batch = Hierarchy(WORDY, without), made_batch(WORDY, 4, 6)
+    assert model.loss(batch).words == 0 and model.loss(batch._replace(words=torch.full_like(batch.units, -100))).words == 0
+    loss = model.loss(batch._replace(words=batch.units % 4))
+    assert loss.words > 0
+    loss.total.backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    out = model.eval()(*see(batch))
+    assert out.content.words.shape == (4, 12, 4)
+
+def test_what_is_believed_of_words_reaches_mu():
+    model, batch = Hierarchy(WORDY).eval(), made_batch(WORDY, 2, 6)
+    torch.nn.init.zeros_(model.content.word_head.weight)
+    def mu(word):
+        model.content.word_head.bias.data = 20*F.one_hot(torch.tensor(word), 4).float()
+        with torch.no_grad(): return model(*see(batch)).mu
+    assert (mu(1) - mu(2)).abs().max() > 1e-3 and (mu(1) == mu(1)).all()
 
 def test_total_is_the_weighted_sum_and_padding_of_the_targets_does_not_count():
     model, batch = Hierarchy(SMALL).eval(), made_batch(SMALL, 2, 8)

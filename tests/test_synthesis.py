@@ -1,12 +1,13 @@
 "Films of any length in windows, the three dials, and what is written: against the whole clip, by ear of the pitch tracker, and by weight."
 import io, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from faces2voices import FacesToVoices, synthesis as S
 from faces2voices.audio import MEL, load_audio, pitch, save_wav
-from faces2voices.core import TEMPERATURE, F2VError, MediaError, NoFaceError, test_same as same
+from faces2voices.core import TEMPERATURE, TINY, F2VError, MediaError, NoFaceError, test_same as same
 from faces2voices.corpora import collate
 from faces2voices.prosody import denormalize_pitch
 from faces2voices.video import read_video, write_video
@@ -60,6 +61,15 @@ def test_one_window_is_the_whole_clip(f2v, clip):
     speech = f2v.voice(clip, steps=3, guidance=1.5, seed=9)
     same(speech.mel, mel[0], atol=1e-5); same(speech.wav, wav, atol=1e-5)
     same(speech.log_f0, out.prosody.log_f0[0], atol=1e-6); same(speech.units, out.content.logits[0].argmax(-1))
+
+@torch.no_grad()
+def test_what_is_believed_of_words_is_spoken(clip):
+    "A model with a head for words says in a window what its hierarchy says."
+    torch.manual_seed(0)
+    wordy = S.FacesToVoices(replace(TINY, lip_width=8, dim=32, decoder_channels=(32, 32), vocoder_channels=32, words=("bin", "blue")).to_json()).eval()
+    torch.nn.init.normal_(wordy.hierarchy.from_words.weight)
+    mu = wordy.hierarchy(*see(collate([clip]))).mu
+    same(wordy.voice(clip, steps=0).mel, MEL.denormalize(mu)[0].clamp(min=float(np.log(MEL.floor)), max=3.), atol=1e-4)
 
 def test_a_film_in_windows_is_near_the_whole(f2v, film, small, monkeypatch):
     parts = list(f2v.speak(film))
