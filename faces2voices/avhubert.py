@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AVHUBERT_SIZES', 'show_lips', 'stack_frames', 'show_stem', 'BasicBlock', 'SlimTrunk', 'Eigenlips', 'show_eigenlips',
-           'run_packed', 'SlimLipEncoder', 'EigenlipEncoder', 'influence', 'show_influence', 'LipResNet',
+           'run_packed', 'SlimLipEncoder', 'EigenlipEncoder', 'with_motion', 'influence', 'show_influence', 'LipResNet',
            'filter_banks', 'SelfAttention', 'Layer', 'torch_layer', 'Encoder', 'AVHubert', 'load_avhubert',
            'official_weights', 'convert_avhubert', 'FrozenAVHubert', 'make_lip_encoder']
 
@@ -178,21 +178,28 @@ class SlimLipEncoder(nn.Module):
         frames = seen.new_zeros(*mask.shape, self.dim).masked_scatter(mask[..., None], seen)
         return frames + run_packed(self.rnn, frames, mask)
 
-# %% ../nbs/06_avhubert.ipynb #a76f1e9c
+# %% ../nbs/06_avhubert.ipynb #9eba805a
 class EigenlipEncoder(nn.Module):
-    "Lips to one vector a frame without a network for pictures: eigenlips, seven frames at once, bidirectional GRU."
+    "Lips to one vector a frame without a network for pictures: eigenlips, their speed and acceleration, bidirectional GRU."
     def __init__(self, n:int=96, # eigenlips
                  memory:int=192, # units of each direction of the GRU
                  scale:int=2, # shrink the 88 × 88 lips by this factor first
-                 dropout:float=0.1
+                 dropout:float=0.3
                 ):
         super().__init__()
         self.dim, self.scale = 2*memory, scale
         self.eigen = Eigenlips(n, 88//scale)
-        self.motion = nn.Sequential(nn.Dropout(.1), nn.Linear(7*n, memory), nn.LayerNorm(memory), nn.ReLU(), nn.Dropout(dropout))
+        self.motion = nn.Sequential(nn.Dropout(.1), nn.Conv1d(3*n, memory, 5, padding=2), nn.BatchNorm1d(memory), nn.ReLU(), nn.Dropout(dropout))
         self.rnn, self.drop = nn.GRU(memory, memory, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout), nn.Dropout(dropout)
 
-# %% ../nbs/06_avhubert.ipynb #f4b13601
+# %% ../nbs/06_avhubert.ipynb #1d0b4869
+def with_motion(z:torch.Tensor # (B, n, T)
+               ) -> torch.Tensor: # (B, 3n, T)
+    "Positions, speeds and accelerations, by differences of the neighbouring frames."
+    before, after = F.pad(z, (1, 0))[..., :-1], F.pad(z, (0, 1))[..., 1:]
+    return torch.cat([z, after - before, after + before - 2*z], 1)
+
+# %% ../nbs/06_avhubert.ipynb #8b77c606
 @patch
 def shrunk(self:EigenlipEncoder, lips): return F.avg_pool3d(lips.float(), (1, self.scale, self.scale))
 
@@ -205,7 +212,7 @@ def fit(self:EigenlipEncoder, lips, mask): # (B, 1, T, 88, 88), (B, T) bool
 def forward(self:EigenlipEncoder, lips, mask): # as in `fit`; padding at the end
     "Features (B, T, D), zero on padding; the coordinates are found in float32 whatever the autocast."
     with torch.autocast(lips.device.type, enabled=False): z = self.eigen(self.shrunk(lips), mask)
-    frames = self.motion(F.pad(z, (0, 0, 3, 3)).unfold(1, 7, 1).flatten(2)).float()
+    frames = self.motion(with_motion(z.mT) * mask[:, None]).float().mT
     return self.drop(run_packed(self.rnn, frames, mask))
 
 # %% ../nbs/06_avhubert.ipynb #9ea4da0b
@@ -460,12 +467,12 @@ class FrozenAVHubert(nn.Module):
         mixed = torch.einsum("l,lbtd->btd", self.weights.softmax(0), F.layer_norm(states, (self.dim,)))
         return mixed * mask[..., None]
 
-# %% ../nbs/06_avhubert.ipynb #cc21dde1
+# %% ../nbs/06_avhubert.ipynb #9c3a44e7
 def make_lip_encoder(preset:Preset,
                      weights=None # AV-HuBERT checkpoint; None: the architecture alone, to be filled from a saved system
                     ) -> nn.Module:
     "The preset's lip encoder; `.dim` is the size of its features."
     if preset.lip_encoder == "slim": return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_scale, preset.dropout)
-    if preset.lip_encoder == "eigenlips": return EigenlipEncoder(preset.eigenlips, preset.lip_memory, preset.lip_scale, preset.dropout)
+    if preset.lip_encoder == "eigenlips": return EigenlipEncoder(preset.eigenlips, preset.lip_memory, preset.lip_scale)
     size = AVHUBERT_SIZES[preset.lip_encoder.removeprefix("avhubert-")]
     return FrozenAVHubert(AVHubert(**size) if weights is None else load_avhubert(weights))

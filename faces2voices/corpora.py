@@ -575,14 +575,15 @@ def mask_to(mask:torch.Tensor, # (B, T) bool at 25 Hz
     "The mask at a faster rate."
     return mask.repeat_interleave(times, -1)
 
-# %% ../nbs/04_corpora.ipynb #e502f4fd
+# %% ../nbs/04_corpora.ipynb #1190a3ff
 def _draw(n:int, rng) -> int: "A number in [0, n)."; return int(torch.randint(n, (), generator=rng))
 
 def _window(lips, train:int, rng) -> torch.Tensor: # (T, 96, 96) bytes → (T, 88, 88)
     "The centre; or a random window (at strength 2 also a larger or smaller one), perhaps mirrored."
     if not train: return lips[:, 4:92, 4:92]
     side = 80 + _draw(17, rng) if train > 1 else 88
-    y, x, mirror = _draw(97 - side, rng), _draw(97 - side, rng), _draw(2, rng)
+    y, x = (_draw(97 - side, rng) if train > 1 else 2 + _draw(5, rng) for _ in "yx")
+    mirror = _draw(2, rng)
     view = lips[:, y:y+side, x:x+side]
     if side != 88: view = F.interpolate(view[:, None].float(), (88, 88), mode="bilinear")[:, 0].round().byte()
     return view.flip(-1) if mirror else view

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'WEIGHTS', 'PROBES', 'BARS', 'fixed', 'smooth', 'made_factors', 'made_pictures', 'made_sound', 'made_batch',
-           'MuHead', 'prior_loss', 'PlainContent', 'FlatEncoder', 'Mu', 'Hierarchy', 'see', 'HierarchyLoss',
-           'content_terms', 'show_mus', 'probe', 'after_each_stage', 'unseen_entries', 'clip_scores', 'figures',
-           'spread', 'Observed', 'observed', 'questions', 'probe_stages', 'known', 'learn_phones', 'judge_stages',
-           'show_figures', 'show_probes']
+           'MuHead', 'prior_loss', 'PlainContent', 'FlatEncoder', 'Mu', 'Hierarchy', 'see', 'weights_of',
+           'HierarchyLoss', 'content_terms', 'show_mus', 'probe', 'after_each_stage', 'unseen_entries', 'clip_scores',
+           'figures', 'spread', 'Observed', 'observed', 'questions', 'probe_stages', 'known', 'learn_phones',
+           'judge_stages', 'show_figures', 'show_probes']
 
 # %% ../nbs/10_hierarchy.ipynb #57790483
 from pathlib import Path
@@ -230,8 +230,10 @@ def _flat(self:Hierarchy, seen, *others):
 # %% ../nbs/10_hierarchy.ipynb #9577658a
 def see(batch:Batch) -> tuple: "All of a batch that a camera gives, in the order of `forward`."; return batch.lips, batch.face, batch.identity, batch.expression, batch.mask
 
-# %% ../nbs/10_hierarchy.ipynb #7828a58b
-WEIGHTS = dict(ce=1., words=8., speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; of masked_ce and prior: the preset's
+# %% ../nbs/10_hierarchy.ipynb #b7b75138
+WEIGHTS = dict(speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; those of content and of μ are the preset's
+
+def weights_of(preset) -> dict: "The weight of every loss."; return WEIGHTS | dict(ce=preset.unit_weight, masked_ce=preset.masked_weight, words=preset.word_weight, prior=preset.prior_weight)
 
 # %% ../nbs/10_hierarchy.ipynb #3b153fdd
 class HierarchyLoss(NamedTuple):
@@ -253,7 +255,7 @@ def content_terms(content, batch, preset) -> dict:
     if content.masked_logits is not None: return known | dict(zip(("ce", "masked_ce"), content_loss(content, batch.units, preset)))
     return known | dict(ce=content_loss(content._replace(masked_logits=content.logits), batch.units, preset)[0])
 
-# %% ../nbs/10_hierarchy.ipynb #5ee11276
+# %% ../nbs/10_hierarchy.ipynb #62fbaa75
 @patch
 def loss(self:Hierarchy, batch, # Batch
          teacher_forcing:bool|None=None # feed the true speaker, pitch, voicing and energy; None: in the preset's share of calls
@@ -266,7 +268,7 @@ def loss(self:Hierarchy, batch, # Batch
     if out.content is not None: terms |= content_terms(out.content, batch, self.preset)
     if not self.flat and self.timbre is not None: terms["speaker"] = timbre_loss(out.speaker, batch.speaker)
     if out.prosody is not None: terms |= prosody_loss(out.prosody, batch)._asdict()
-    weights = WEIGHTS | dict(masked_ce=self.preset.masked_weight, prior=self.preset.prior_weight)
+    weights = weights_of(self.preset)
     return HierarchyLoss(sum(weights[k]*v for k, v in terms.items()), **terms)
 
 # %% ../nbs/10_hierarchy.ipynb #0ba62552

@@ -83,7 +83,7 @@ def test_eigenlips_of_a_black_clip_are_finite():
     assert eigen(0*lips, mask).isfinite().all()
 
 def eigenlip_encoder(**kw):
-    net, (lips, mask) = EigenlipEncoder(8, 32, 16, **kw), batch()
+    net, (lips, mask) = EigenlipEncoder(8, 16, **kw), batch()
     net.fit(lips, mask)
     return net, lips, mask
 
