@@ -154,7 +154,7 @@ class Looking:
     lip_memory: int = 192               # units of each direction of that encoder's GRU
     lip_scale: int = 2                  # both shrink the 88 × 88 lips by this factor first
 
-# %% ../nbs/00_core.ipynb #24c71d10
+# %% ../nbs/00_core.ipynb #38bf78ad
 @dataclass(frozen=True)
 class Stages:
     "Sizes of the hierarchy."
@@ -165,9 +165,8 @@ class Stages:
     n_blocks: int = 3                   # ConvBlocks of the content stage
     mask_kernel: int = 15               # taps of a Masked ConvBlock
     mask_size: int = 5                  # of them, held at zero in the middle
-    unit_weight: float = 1.             # of the cross-entropy of units, among the losses
     masked_weight: float = 0.5          # λ of the masked cross-entropy
-    word_weight: float = 8.             # of the cross-entropy of words
+    word_weight: float = 4.             # of the cross-entropy of words
     label_smoothing: float = 0.1
     teacher_forcing: float = 1.         # share of training steps in which μ is given the true voice and contours
     prior_weight: float = 1.            # of the distance from μ to the mel, among the losses
@@ -208,15 +207,14 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #975d0fde
+# %% ../nbs/00_core.ipynb #31be8c15
 GRID_WORDS = tuple("""bin lay place set blue green red white at by in with a b c d e f g h i j k l m n o p q r s t u v x y z
     zero one two three four five six seven eight nine again now please soon""".split())
 TINY = Preset()
 GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_encoder="eigenlips", words=GRID_WORDS,
-    dropout=.2, unit_weight=.5, prior_weight=10., teacher_forcing=0.,
-    steps=TINY.steps | dict(hierarchy=1200), batch=TINY.batch | dict(hierarchy=16), lr=TINY.lr | dict(hierarchy=3e-3))
-EIGENLIPS = replace(GRID, name="eigenlips", words=())
-SLIM = replace(EIGENLIPS, name="slim", lip_encoder="slim", lip_width=24, dropout=.1, unit_weight=1., prior_weight=1., teacher_forcing=1.,
+    dropout=.2, steps=TINY.steps | dict(hierarchy=1200), batch=TINY.batch | dict(hierarchy=16), lr=TINY.lr | dict(hierarchy=3e-3))
+EIGENLIPS = replace(GRID, name="eigenlips", words=(), prior_weight=10., teacher_forcing=0.)
+SLIM = replace(GRID, name="slim", words=(), lip_encoder="slim", lip_width=24, dropout=.1,
     steps=TINY.steps | dict(hierarchy=3600), batch=TINY.batch, lr=TINY.lr)
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),

@@ -140,7 +140,7 @@ def judge(hierarchy, dataset, speaker_encoder) -> dict: # name → number
     found["mean F0 predicted, r"] = correlation(predicted, true_f0) if predicted else None
     return {k: None if v is None or not np.isfinite(v) else round(v, 4) for k, v in found.items()}
 
-# %% ../nbs/18_experiments.ipynb #06c05373
+# %% ../nbs/18_experiments.ipynb #f9f32f19
 def targets(data, out, seed) -> tuple: # training set, validation set, speaker encoder, preset
     "The clips with the targets that all variants share."
     train, val = ClipDataset(data, split="train"), ClipDataset(data, split="val")
@@ -150,7 +150,8 @@ def targets(data, out, seed) -> tuple: # training set, validation set, speaker e
     model = FacesToVoices(preset.to_json())
     part(out, "units", model.units, lambda: model.units.fit([train[i].wav for i in shuffled(len(train), min(len(train), 300), seed)(0)], preset.n_units, seed))
     part(out, "speaker", model.speaker_encoder, lambda: train_speaker(model, train, preset, None, seed))
-    return train.add(model.units, model.speaker_encoder), val.add(model.units, model.speaker_encoder), model.speaker_encoder, preset
+    shared = model.units, model.speaker_encoder, preset.words
+    return train.add(*shared), val.add(*shared), model.speaker_encoder, preset
 
 # %% ../nbs/18_experiments.ipynb #73f18c82
 def train_variant(name:str, # of VARIANTS
@@ -263,7 +264,7 @@ def of_speaker(data, speaker:str, *splits) -> ClipDataset:
     entries = read_manifest(Path(data)/"manifest.jsonl")
     return ClipDataset(data, names={e.name for e in entries if e.speaker == speaker and e.split in splits})
 
-# %% ../nbs/18_experiments.ipynb #4bced962
+# %% ../nbs/18_experiments.ipynb #88518101
 def adaptation(data, # prepared clips of both
                out, first:str="s1", then:str="s4", # speakers
                steps:int=1500, more:int=300, # steps on the first speaker's clips, and then on the second's
@@ -272,7 +273,7 @@ def adaptation(data, # prepared clips of both
     out, rows = Path(out), []
     out.mkdir(parents=True, exist_ok=True)
     train, _, voices, preset = targets(data, out, seed)
-    clips = lambda who, *splits: of_speaker(data, who, *splits).add(train.targets["units"], voices)
+    clips = lambda who, *splits: of_speaker(data, who, *splits).add(train.targets["units"], voices, preset.words)
     seen, held = ({who: clips(who, *splits) for who in (first, then)} for splits in (("train",), ("val", "test")))
     hierarchy = Hierarchy(preset)
     fit_eigenlips(hierarchy, seen[first])

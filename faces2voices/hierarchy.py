@@ -230,10 +230,10 @@ def _flat(self:Hierarchy, seen, *others):
 # %% ../nbs/10_hierarchy.ipynb #9577658a
 def see(batch:Batch) -> tuple: "All of a batch that a camera gives, in the order of `forward`."; return batch.lips, batch.face, batch.identity, batch.expression, batch.mask
 
-# %% ../nbs/10_hierarchy.ipynb #b7b75138
-WEIGHTS = dict(speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; those of content and of μ are the preset's
+# %% ../nbs/10_hierarchy.ipynb #b751ade8
+WEIGHTS = dict(ce=1., speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; the others are the preset's
 
-def weights_of(preset) -> dict: "The weight of every loss."; return WEIGHTS | dict(ce=preset.unit_weight, masked_ce=preset.masked_weight, words=preset.word_weight, prior=preset.prior_weight)
+def weights_of(preset) -> dict: "The weight of every loss."; return WEIGHTS | dict(masked_ce=preset.masked_weight, words=preset.word_weight, prior=preset.prior_weight)
 
 # %% ../nbs/10_hierarchy.ipynb #3b153fdd
 class HierarchyLoss(NamedTuple):

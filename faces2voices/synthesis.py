@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'WINDOW', 'CONTEXT', 'FADE', 'HEARD', 'Speech', 'plot_contours', 'plot_speech', 'FacesToVoices',
-           'packaged_models', 'Window', 'windows', 'Rows', 'seen_only', 'mean_row', 'Told', 'contours', 'expressed',
-           'hushed', 'faded', 'read_picture', 'plot_gap', 'plot_dials', 'show_dials', 'players', 'live', 'dials_widget',
-           'voice_without', 'plot_takes', 'mute_widget', 'write_report', 'Done', 'write_parts', 'synthesize_file']
+           'for_training', 'packaged_models', 'Window', 'windows', 'Rows', 'seen_only', 'mean_row', 'Told', 'contours',
+           'expressed', 'hushed', 'faded', 'read_picture', 'plot_gap', 'plot_dials', 'show_dials', 'players', 'live',
+           'dials_widget', 'voice_without', 'plot_takes', 'mute_widget', 'write_report', 'Done', 'write_parts',
+           'synthesize_file']
 
 # %% ../nbs/15_synthesis.ipynb #efaf5954
 import html, io, json, tempfile, time
@@ -128,11 +129,13 @@ class FacesToVoices(nn.Module, PyTorchModelHubMixin, library_name="faces2voices"
     @property
     def device(self): return self.mean_identity.device
 
-# %% ../nbs/15_synthesis.ipynb #d61270c8
+# %% ../nbs/15_synthesis.ipynb #be0cc09f
+def for_training(name:str) -> bool: "Is this a weight of the masked path?"; return name.startswith("hierarchy.content.masked")
+
 @patch
 def _save_pretrained(self:FacesToVoices, save_directory):
-    "Half-precision weights; the mixin writes `config.json` beside them."
-    state = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in self.state_dict().items()}
+    "Half-precision weights of all that speaks; the mixin writes `config.json` beside them."
+    state = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in self.state_dict().items() if not for_training(k)}
     save_file(state, Path(save_directory)/"model.safetensors", metadata={"format": "pt"})
     config = dict(preset=self.preset.to_json(), info=self.info)
     (Path(save_directory)/"config.json").write_text(json.dumps(config, indent=1))
@@ -145,7 +148,7 @@ def _whole(folder # that should hold a model
         if not (Path(folder)/name).is_file(): raise CheckpointError(folder, f"has no {name}", "Give a folder written by `save_pretrained` or `faces2voices train`")
     return Path(folder)
 
-# %% ../nbs/15_synthesis.ipynb #a532816c
+# %% ../nbs/15_synthesis.ipynb #9513c7b2
 @patch(cls_method=True)
 def from_folder(cls:FacesToVoices, folder # a folder that holds config.json and model.safetensors
                ) -> FacesToVoices:
@@ -153,7 +156,8 @@ def from_folder(cls:FacesToVoices, folder # a folder that holds config.json and 
     folder = _whole(folder)
     try:
         model = cls(**json.loads((folder/"config.json").read_text()))
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder/"model.safetensors").items()})
+        afresh = {k: v for k, v in model.state_dict().items() if for_training(k)}
+        model.load_state_dict(afresh | {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder/"model.safetensors").items()})
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as e:
         raise CheckpointError(folder, f"cannot be read as a faces2voices model ({str(e).splitlines()[0]})", "Was it written by another version, or cut short?") from e
     return model.eval()
