@@ -22,13 +22,14 @@ FPS, UNIT_RATE, MEL_RATE, SAMPLE_RATE = 25, 50, 100, 16000
 UNITS_PER_FRAME, MELS_PER_FRAME, SAMPLES_PER_FRAME = 2, 4, 640
 EULER_STEPS, TEMPERATURE = 2, .3   # of the flow at synthesis, unless told; chosen on validation clips in lessons 13 and 18
 
-# %% ../nbs/00_core.ipynb #14266f8c
+# %% ../nbs/00_core.ipynb #b9914d37
 NOTATION = [  # symbol, name in code, shape, unit and rate
     ("video",      "frames",         "(B, T, H, W, 3) uint8",       "25 fps"),
     ("lips",       "lips",           "(B, 1, T, 88, 88)",           "25 fps, grey, (x − 0.421) / 0.165"),
     ("face",       "face",           "(B, 3, 112, 112)",            "one aligned crop"),
     ("expression", "expression",     "(B, T, E)",                   "25 fps"),
     ("units",      "units",          "(B, 2T) int in [0, K)",       "50 Hz"),
+    ("words",      "words",          "(B, 2T) int in [0, V]",       "50 Hz, 0 between words"),
     ("speaker",    "speaker",        "(B, 256), unit norm",         "one per clip"),
     ("pitch",      "log_f0, voiced", "(B, 2T)",                     "50 Hz, ln Hz and a voicing flag"),
     ("energy",     "energy",         "(B, 2T)",                     "50 Hz, ln RMS"),

@@ -504,12 +504,12 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     write_card(model, run/"model"/"README.md")
     return run/"model"
 
-# %% ../nbs/16_training.ipynb #06366748
+# %% ../nbs/16_training.ipynb #106bb2e1
 def write_card(model, path):
     "The model card: what it is, what it was trained on, what it must not be used for."
     info, p = model.info, model.preset
     with atomic_path(path, overwrite=True) as tmp: tmp.write_text(_CARD.format(name=p.name, n=sum(x.numel() for x in model.parameters())/1e6, backend=p.face_backend,
-        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items()), words=f" Training was told which of {len(p.words)} words is said when; speaking needs no text." if p.words else "", **info), encoding="utf-8")
+        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items() if v >= 1), words=f" Training was told which of {len(p.words)} words is said when; speaking needs no text." if p.words else "", **info), encoding="utf-8")
 
 # %% ../nbs/16_training.ipynb #eb323795
 _CARD = """---

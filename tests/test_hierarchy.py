@@ -78,7 +78,7 @@ def test_what_is_believed_of_words_reaches_mu():
     model, batch = Hierarchy(WORDY).eval(), made_batch(WORDY, 2, 6)
     torch.nn.init.zeros_(model.content.word_head.weight)
     def mu(word):
-        model.content.word_head.bias.data = 20*F.one_hot(torch.tensor(word), 4).float()
+        model.content.word_head.bias.data = 20*F.one_hot(torch.tensor(word), 4).float().repeat(2)
         with torch.no_grad(): return model(*see(batch)).mu
     assert (mu(1) - mu(2)).abs().max() > 1e-3 and (mu(1) == mu(1)).all()
 

@@ -9,6 +9,7 @@ from faces2voices import FacesToVoices, synthesis as S
 from faces2voices.audio import MEL, load_audio, pitch, save_wav
 from faces2voices.core import TEMPERATURE, TINY, F2VError, MediaError, NoFaceError, test_same as same
 from faces2voices.corpora import collate
+from faces2voices.hierarchy import see
 from faces2voices.prosody import denormalize_pitch
 from faces2voices.video import read_video, write_video
 from faces2voices.vocoder import excitation, sing
