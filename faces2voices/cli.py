@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'say', 'complain', 'Device', 'Bench', 'Layout', 'Preset', 'Model', 'Steps', 'Guidance', 'Seed', 'OtherFace',
-           'Reference', 'Expression', 'Dub', 'Report', 'Faces', 'Workers', 'listen', 'main', 'synthesize', 'talkers',
-           'prepare', 'train', 'adapt', 'evaluate', 'listen_page', 'listen_marks', 'sweep', 'ablate', 'bench',
-           'download']
+           'Reference', 'Expression', 'Dub', 'Report', 'Faces', 'Workers', 'listen', 'new_file', 'main', 'synthesize',
+           'talkers', 'prepare', 'train', 'adapt', 'evaluate', 'listen_page', 'listen_marks', 'sweep', 'ablate',
+           'bench', 'download']
 
 # %% ../nbs/20_cli.ipynb #8a564655
 import enum, sys
@@ -27,6 +27,12 @@ Device = enum.StrEnum("Device", ["auto", "cpu", "cuda"]) if hasattr(enum, "StrEn
 Bench = enum.Enum("Bench", {d: d for d in ("vocoder", "flow")}, type=str)
 Layout = enum.Enum("Layout", {d: d for d in ("lrs2", "lrs3", "voxmm")}, type=str)
 Preset = enum.Enum("Preset", {d: d for d in ("tiny", "grid", "eigenlips", "slim", "paper")}, type=str)
+
+# %% ../nbs/20_cli.ipynb #6d6e13e3
+def new_file(path:Optional[Path]) -> Optional[Path]:
+    "A file that is not there yet; nothing is overwritten, and nobody has to wait to hear it."
+    if path and path.exists(): raise typer.BadParameter(f"{path} exists already. Give another name, or remove it", param_hint="--out")
+    return path
 
 # %% ../nbs/20_cli.ipynb #d371a2db
 def main():
@@ -181,7 +187,7 @@ def adapt(
     folder = training.adapt(model, data, out, steps, seed=seed, command=f"faces2voices adapt {data} --model {model} --steps {steps}" + (f" --seed {seed}" if seed else ""))
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
-# %% ../nbs/20_cli.ipynb #047c8538
+# %% ../nbs/20_cli.ipynb #7a9c2895
 @app.command()
 def evaluate(
     data: Annotated[Path, typer.Argument(help="Prepared clips with sound and text.")],
@@ -190,7 +196,7 @@ def evaluate(
     limit: Annotated[Optional[int], typer.Option(help="At most so many clips.")] = None,
     steps: Steps = EULER_STEPS, guidance: Guidance = 1.,
     seed: Seed = 0,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Write the metric card (JSON) here.")] = None,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="Write the metric card (JSON) here.")] = None,
 ):
     "The metric card: original, vocoder-resynthesised and synthesised speech, and the same with the wrong face and the wrong lips."
     from faces2voices.evaluation import metric_card, show_card
@@ -233,12 +239,12 @@ def listen_page(
     listening_test(asked, test, seed, question)
     say.print(f"{sum(map(len, asked.values())) + 1} sounds; open {_plain(test)}/page/index.html, give away that folder, and keep key.json; next: [bold]faces2voices listen marks {_plain(test)} marks-*.csv[/]")
 
-# %% ../nbs/20_cli.ipynb #64135b5e
+# %% ../nbs/20_cli.ipynb #b52ea575
 @listen.command("marks")
 def listen_marks(
     test: Annotated[Path, typer.Argument(help="The folder of the test, with its key.json.", show_default=False)],
     files: Annotated[list[Path], typer.Argument(help="What listeners saved: marks-NAME.csv.", show_default=False)],
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Write the scores (JSON) here too.")] = None,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="Write the scores (JSON) here too.")] = None,
 ):
     """Mean opinion scores of a listening test, with t intervals over listeners and clips.
 
@@ -250,14 +256,14 @@ def listen_marks(
         with atomic_path(out) as tmp: tmp.write_text(json.dumps(found, indent=1))
     say.print(show_mos(found), markup=False)
 
-# %% ../nbs/20_cli.ipynb #ba34b4b4
+# %% ../nbs/20_cli.ipynb #9f75ae1a
 @app.command()
 def sweep(
     data: Annotated[Path, typer.Argument(help="Prepared clips with sound; those of the split `val` are spoken.")],
     model: Model = "talkers",
     limit: Annotated[int, typer.Option(min=1, help="So many clips.")] = 10,
     seed: Seed = 0,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="Write the table (JSON) here.")] = None,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="Write the table (JSON) here.")] = None,
 ):
     "Speak validation clips without the flow, with few and many steps of it, and with weak and strong guidance."
     import json
@@ -281,7 +287,7 @@ def ablate(
     except ValueError: raise typer.BadParameter("whole numbers with commas between them, as 0,1,2", param_hint="--seeds")
     say.print(show_ablation(ablation(data, out, steps=steps, seeds=chosen)), markup=False)
 
-# %% ../nbs/20_cli.ipynb #5670c468
+# %% ../nbs/20_cli.ipynb #064f1b10
 @app.command()
 def bench(
     what: Annotated[Bench, typer.Argument(help="`vocoder`: against Griffin-Lim; `flow`: solver, field and mel against other packages (extra `bench`).")] = Bench.vocoder,
@@ -289,7 +295,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=.4, help="Length of the speech.")] = 3.,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median counts.")] = 5,
     processor: Annotated[bool, typer.Option(help="`flow`: count processor time instead of the clock's, for a machine that does other things too.")] = False,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", help="`flow`: write the figures (JSON) here.")] = None,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="`flow`: write the figures (JSON) here.")] = None,
 ):
     "Time ours against others on the same input, in the same run; prints ratios."
     from faces2voices.experiments import bench_flow, bench_vocoder

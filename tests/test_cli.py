@@ -40,6 +40,12 @@ def test_wrong_calls_end_with_2(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(*args).exit_code == 2 and not any(tmp_path.iterdir())
 
+@pytest.mark.parametrize("args", [("evaluate", "no-data"), ("sweep", "no-data"), ("bench", "flow"), ("listen", "marks", "key", "a.csv")], ids=" ".join)
+def test_a_result_that_is_there_is_refused_before_the_work(args, tmp_path):
+    (tmp_path/"card.json").write_text("mine")
+    result = run(*args, "-o", tmp_path/"card.json")
+    assert result.exit_code == 2 and "exists already" in result.output and (tmp_path/"card.json").read_text() == "mine"
+
 def test_an_error_of_the_input_is_one_line_and_1(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["faces2voices", "listen", "marks", "nowhere", "marks-a.csv"])
     with pytest.raises(SystemExit) as end: cli.main()
