@@ -521,7 +521,7 @@ class ClipDataset(torch.utils.data.Dataset):
         if i not in self.cache: self.cache[i] = with_targets(load_clip(self.folder/f"{name}.npz")._replace(spoken=self.spoken[name]), **self.targets)
         return self.cache[i]
 
-# %% ../nbs/04_corpora.ipynb #cf994f1f
+# %% ../nbs/04_corpora.ipynb #8e7c4e2a
 def _prepared(folder:Path, split) -> list:
     "Name, length, whether there is sound, and the words with their times, for the prepared clips of a split."
     entries = read_manifest(folder/"manifest.jsonl")
@@ -536,6 +536,7 @@ def _spoken(entry, folder) -> tuple: # of Word
     except (TypeError, ValueError): pass
     raise CorpusError(folder/"manifest.jsonl", f"has word times of {entry.name} that are none", 'They look like [[0.57, 0.79, "bin"], [0.79, 0.99, "blue"]]')
 
+# %% ../nbs/04_corpora.ipynb #cb71868b
 @patch
 def add(self:ClipDataset,
         units=None, # a UnitQuantizer
@@ -548,7 +549,7 @@ def add(self:ClipDataset,
     self.cache = {i: with_targets(c, **new) for i, c in self.cache.items()}
     return self
 
-# %% ../nbs/04_corpora.ipynb #8186fd77
+# %% ../nbs/04_corpora.ipynb #7584ebc4
 class Batch(NamedTuple):
     "Clips padded to one length T; `mask` says which frames are real."
     names: list               # B names
@@ -569,6 +570,7 @@ class Batch(NamedTuple):
         "The batch on another device."
         return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
 
+# %% ../nbs/04_corpora.ipynb #c50440c3
 def mask_to(mask:torch.Tensor, # (B, T) bool at 25 Hz
             times:int # 2 for units, 4 for mel
            ) -> torch.Tensor: # (B, times T)
