@@ -6,12 +6,12 @@
 __all__ = ['GRAMMARS', 'HISS', 'METRICS', 'ROWS', 'SLOW', 'POOLS', 'beginning', 'PACKAGES', 'SCALE', 'PAGE', 'ASKED', 'CLAIMS',
            'tool', 'tool_version', 'stoi', 'pesq', 'dnsmos', 'utmos', 'grammar_of', 'guess_wer', 'listener',
            'word_errors', 'Recogniser', 'collapse', 'slot_states', 'best_sentence', 'roughen', 'hidden', 'Spoken',
-           'spoken', 'ctc_loss', 'flat_start', 'flat_loss', 'hearing', 'train_recogniser', 'recogniser_card',
-           'grid_listener', 'plain_words', 'whisper', 'loud', 'cepstrum', 'mcd', 'correlation', 'both_voiced',
-           'mean_f0', 'f0_error', 'energy_correlation', 'Sound', 'Take', 'voice_similarity', 'unit_accuracy',
-           'errors_heard', 'mean', 'ratio', 'over_clips', 'bootstrap', 'standard_error', 'interval', 'Metric',
-           'no_syncnet', 'wrong_face', 'wrong_lips', 'with_lips', 'takes', 'wanted', 'blank', 'listeners', 'measure',
-           'pooled', 'score', 'unseen', 'by_beginning', 'by_speaker', 'machine', 'test_clips', 'metric_card',
+           'spoken', 'ctc_loss', 'flat_start', 'flat_loss', 'spelled', 'grid_sentence', 'hearing', 'train_recogniser',
+           'recogniser_card', 'grid_listener', 'plain_words', 'whisper', 'loud', 'cepstrum', 'mcd', 'correlation',
+           'both_voiced', 'mean_f0', 'f0_error', 'energy_correlation', 'Sound', 'Take', 'voice_similarity',
+           'unit_accuracy', 'errors_heard', 'mean', 'ratio', 'over_clips', 'bootstrap', 'standard_error', 'interval',
+           'Metric', 'no_syncnet', 'wrong_face', 'wrong_lips', 'with_lips', 'takes', 'wanted', 'blank', 'listeners',
+           'measure', 'pooled', 'score', 'unseen', 'by_beginning', 'by_speaker', 'machine', 'test_clips', 'metric_card',
            'score_text', 'show_card', 'speakers_table', 'beginnings_text', 'plot_scores', 'beeps', 'level',
            'listening_test', 'read_ratings', 'Opinion', 'opinion', 'read_key', 'opinions', 'mos_card', 'show_mos',
            'sounds_in', 'sounds_of', 'claims']
@@ -227,17 +227,24 @@ def flat_start(mel, # (B, 80, L) normalised
 
 def flat_loss(model:Recogniser, b:Spoken) -> torch.Tensor: "Cross entropy against the flat start."; return F.nll_loss(model(b.mel, b.mask).mT, flat_start(b.mel, b.words))
 
-# %% ../nbs/17_evaluation.ipynb #c8ba5c71
+# %% ../nbs/17_evaluation.ipynb #76ff885d
+def spelled(symbols) -> str: "Symbols as words."; return " ".join(GRID_WORDS[s - 1] for s in symbols)
+
+def grid_sentence(scores # (T, 1 + words) log probabilities, on the CPU
+                 ) -> str:
+    "The likeliest sentence of GRID's grammar."
+    return spelled(best_sentence(scores, [len(words) for words in GRID_GRAMMAR.values()]))
+
+# %% ../nbs/17_evaluation.ipynb #1ec3d077
 def hearing(model:Recogniser) -> Callable: # (N,) sound → words
     "The recogniser as a listener, with or without the grammar."
-    sizes = [len(words) for words in GRID_GRAMMAR.values()]
     @torch.no_grad()
     def listen(wav, grammar:bool=True) -> str:
         frames = len(wav)//SAMPLES_PER_FRAME
-        if frames < 2*len(sizes): return ""
+        if frames < 2*len(GRID_GRAMMAR): return ""
         mel = MEL.normalize(MEL(torch.as_tensor(wav)[:frames*SAMPLES_PER_FRAME].float()))
         scores = model(mel[None], torch.ones(1, frames, dtype=torch.bool))[0]
-        return " ".join(GRID_WORDS[s - 1] for s in (best_sentence(scores, sizes) if grammar else collapse(scores.argmax(-1))))
+        return grid_sentence(scores) if grammar else spelled(collapse(scores.argmax(-1)))
     return listen
 
 # %% ../nbs/17_evaluation.ipynb #71b5c81c

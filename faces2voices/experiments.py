@@ -12,7 +12,7 @@ __all__ = ['VARIANTS', 'JUDGED', 'RESULTS', 'GIVEN', 'SWEPT', 'PEERS', 'OTHERS',
            'flow_jobs', 'compared', 'absent_peers', 'flow_times', 'bench_flow', 'bench_text', 'stored_card', 'ledger',
            'ledger_markdown', 'model_card']
 
-# %% ../nbs/18_experiments.ipynb #b6619978
+# %% ../nbs/18_experiments.ipynb #7d3f7894
 import json, math, re, statistics, time
 from dataclasses import replace
 from itertools import product
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .core import EULER_STEPS, GRID, GRID_WORDS, TINY, CheckpointError, Preset, atomic_path, markdown_table, seed_everything
+from .core import EULER_STEPS, GRID, TINY, CheckpointError, Preset, atomic_path, markdown_table, seed_everything
 from .audio import MEL, griffin_lim, load_audio, save_wav, vowel
 from .corpora import GRID_GRAMMAR, Clip, ClipDataset, batches, collate, read_manifest
 from .timbre import SpeakerEncoder
@@ -28,7 +28,7 @@ from .hierarchy import Hierarchy, prior_loss, probe, see, show_mus
 from .synthesis import WEIGHTS, FacesToVoices
 from .training import commit, fit, fit_eigenlips, part, shuffled, train_speaker
 from .vocoder import excitation
-from .evaluation import Sound, best_sentence, correlation, energy_correlation, grammar_of, grid_listener, listener, loud, machine, mcd, mean_f0, plot_scores, score_text, show_card, stoi, unit_accuracy, word_errors
+from .evaluation import Sound, correlation, energy_correlation, grammar_of, grid_listener, grid_sentence, listener, loud, machine, mcd, mean_f0, plot_scores, score_text, show_card, stoi, unit_accuracy, word_errors
 
 # %% ../nbs/18_experiments.ipynb #0e16efde
 VARIANTS = dict(whole=(), masked=("masked",), timbre=("timbre",), prosody=("prosody",), hierarchy=("hierarchy",)) # name → `without`
@@ -213,14 +213,13 @@ def show_teacher(found:list # of `teacher_study`
     body = [[k, *(f"{f['errors'][k]:.4f}" for f in found)] for k in GIVEN]
     return markdown_table(head, body) + "\n\nmade by " + "; ".join(f"`{f['command']}` ({f['clips']} clips, commit {f['commit']})" for f in found) + f" on {found[0]['machine']}"
 
-# %% ../nbs/18_experiments.ipynb #b4242e7e
+# %% ../nbs/18_experiments.ipynb #b1d1a31d
 @torch.no_grad()
 def lip_read(model, # FacesToVoices, with a head for GRID's words
              clip:Clip) -> str:
     "The likeliest sentence of GRID's grammar, from the lips alone."
     beliefs = model.hierarchy(*see(collate([clip]).to(model.device))).content.words
-    found = best_sentence(beliefs[0].log_softmax(-1).cpu(), [len(words) for words in GRID_GRAMMAR.values()])
-    return " ".join(GRID_WORDS[s - 1] for s in found)
+    return grid_sentence(beliefs[0].log_softmax(-1).cpu())
 
 # %% ../nbs/18_experiments.ipynb #57fa15ef
 def slot_study(name:str, # of a model

@@ -447,17 +447,19 @@ def train_decoder(model, dataset, preset, run, seed, board=None):
     fit(lambda s: model.decoder.loss(s.x1, s.mask, s.mu, s.speaker), model.decoder, scene_batches(seen, preset.batch["decoder"], seed=seed),
         preset.steps["decoder"], preset.lr["decoder"], name="decoder", run_dir=run, bf16=True, seed=seed, callback=watch)
 
-# %% ../nbs/16_training.ipynb #7752fd9f
-def training_clips(data) -> ClipDataset:
-    "The clips of the training split; CorpusError where there are none."
+# %% ../nbs/16_training.ipynb #83ae0f23
+def training_clips(data, told=False # must some have word times?
+                  ) -> ClipDataset:
+    "The clips of the training split; CorpusError where there are none, or none that serve."
     ds = ClipDataset(data, split="train")
     if not len(ds): raise CorpusError(data, "holds no clips with sound whose split is `train`", "Prepare a corpus with `faces2voices prepare`")
+    if told and not any(ds.spoken.values()): raise CorpusError(data, "has no word times, and this preset learns from them", "Prepare the corpus once more (its clips are kept), or choose --preset eigenlips")
     return ds
 
 # %% ../nbs/16_training.ipynb #a7cb8945
 KEPT = "locator", "units", "speaker" # what `adapt` leaves as it is
 
-# %% ../nbs/16_training.ipynb #84b62f08
+# %% ../nbs/16_training.ipynb #6c0f8685
 def train_system(preset:Preset,
                  out, # folder of the run
                  data=None, # prepared clips; None: `tiny` makes its world first
@@ -474,7 +476,7 @@ def train_system(preset:Preset,
     model, writer = first if adapt else FacesToVoices(preset.to_json()), open_board(run) if board else None
     step = lambda name, module, train: part(run, name, module, (lambda: None) if adapt and name in KEPT else train, only)
     if preset.face_backend == "locator": step("locator", model.locator, lambda: train_the_locator(model, preset, seed))
-    ds = training_clips(data or make_world(model, run, preset, workers, seed))
+    ds = training_clips(data or make_world(model, run, preset, workers, seed), told=preset.words and not adapt)
     step("units", model.units, lambda: model.units.fit([ds[i].wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
     step("speaker", model.speaker_encoder, lambda: train_speaker(model, ds, preset, first, seed))
     ds.add(units=model.units, speaker=model.speaker_encoder, words=preset.words)

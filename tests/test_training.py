@@ -295,6 +295,14 @@ def test_the_vocoder_hears_all_worlds_and_their_pitch(tmp_path):
     train_the_vocoder(model, [[clip(100), clip(200)], [clip(300)]], model.preset, tmp_path, None, 0)
     assert (tmp_path/"vocoder-plain.ckpt").exists() and (tmp_path/"vocoder-critics.ckpt").exists()
 
+def test_a_head_for_words_is_not_trained_on_nothing(tmp_path, monkeypatch):
+    from faces2voices import training
+    from faces2voices.core import GRID, CorpusError
+    class Wordless(list): spoken = {"a": (), "b": ()}
+    monkeypatch.setattr(training, "ClipDataset", lambda data, split: Wordless("ab"))
+    with pytest.raises(CorpusError, match="no word times"): training.train_system(GRID, tmp_path, "DATA")
+    assert training.training_clips("DATA") == ["a", "b"]
+
 def test_eigenlips_are_fitted_once_and_only_where_they_are(monkeypatch):
     from faces2voices.avhubert import EigenlipEncoder, SlimLipEncoder
     lips = torch.rand(4, 1, 20, 88, 88, generator=torch.Generator().manual_seed(0))
