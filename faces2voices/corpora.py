@@ -349,27 +349,29 @@ def _try(entry, out, backend) -> dict:
     except (ToolMissingError, CorpusError): raise
     except Exception as e: return dict(reason=f"{type(e).__name__}: {e}")
 
-# %% ../nbs/04_corpora.ipynb #b352c22e
+# %% ../nbs/04_corpora.ipynb #3ba0925c
 def _client(workers, scheduler):
     "A Dask client: of the scheduler at an address, or of processes on this machine."
     import dask
     from distributed import Client
     rules = {"distributed.scheduler.worker-saturation": 1., "distributed.scheduler.allowed-failures": 1}     # one task at a time; two lives
+    cluster = dict(address=scheduler, timeout=20) if scheduler else dict(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs="ERROR")
+    client = Client.__new__(Client)     # held while it connects: one that fails and is collected later can block the next for ever
     try:
-        with dask.config.set(rules):
-            client = Client(scheduler, timeout=20) if scheduler else Client(n_workers=workers, threads_per_worker=1, dashboard_address=None, silence_logs="ERROR")
+        with dask.config.set(rules): client.__init__(**cluster)
         client.wait_for_workers(1, timeout=60)
         client.run(lambda: bool(import_module("faces2voices.corpora")))
     except (OSError, ValueError, TimeoutError, ImportError) as e:
+        client.close()
         raise ToolMissingError(scheduler or "Dask", f"has no workers that can do this ({e})", "Start `dask scheduler`, and on each machine, with faces2voices installed, `dask worker ADDRESS`") from e
     return client
 
 def _compile_once(client):
     "Let one worker of each machine compile librosa's functions: two that write numba's cache at once crash (numba issue 10128)."
     of_machine = {address.rsplit(":", 1)[0]: address for address in client.nthreads()}
-    client.gather([client.submit(pitch, torch.zeros(SAMPLE_RATE), workers=[a], pure=False) for a in of_machine.values()])
+    for _ in _finished([client.submit(pitch, torch.zeros(SAMPLE_RATE), workers=[a], pure=False) for a in of_machine.values()], client): pass
 
-# %% ../nbs/04_corpora.ipynb #4cdf9a5d
+# %% ../nbs/04_corpora.ipynb #7ff68f5d
 _made = {} # the face backend of a worker
 
 def _task(entry, out, pickled:bytes) -> dict:
@@ -384,19 +386,22 @@ def _by_dask(entries, out, backend, client):
     pickled = client.submit(bytes, cloudpickle.dumps(backend), pure=False)     # goes to each worker once
     tasks = client.map(_task, entries, out=out, pickled=pickled, pure=False)
     name = {task.key: e.name for task, e in zip(tasks, entries)}
-    for task in _finished(tasks, client):
-        try: result = task.result()
-        except KilledWorker: result = dict(reason="KilledWorker: its process died again and again, for want of memory or in a crash")
+    for task, result in _finished(tasks, client):
+        if task.cancelled(): continue
+        if task.status == "error":
+            _, error, trace = result
+            if not isinstance(error, KilledWorker): raise error.with_traceback(trace)
+            result = dict(reason="KilledWorker: its process died again and again, for want of memory or in a crash")
         yield name.pop(task.key), result
     yield from ((n, dict(reason="Lost: no worker took it up again; give the same command once more")) for n in name.values())
 
-# %% ../nbs/04_corpora.ipynb #29a4e5de
+# %% ../nbs/04_corpora.ipynb #15347abd
 IDLE = 60   # seconds
 
 def _finished(tasks, client):
-    "Tasks as they finish; ends early when the workers stay idle although some are missing (dask/distributed issue 3196)."
+    "Tasks with their results, as they come; ends early when the workers stay idle although some are missing (dask/distributed issue 3196)."
     from distributed import as_completed
-    coming, busy = as_completed(tasks), time.monotonic()
+    coming, busy = as_completed(tasks, with_results=True, raise_errors=False), time.monotonic()
     while coming.count():
         if batch := coming.next_batch(block=False): yield from batch
         else: time.sleep(.2)

@@ -313,7 +313,25 @@ def test_a_task_that_nobody_takes_up_does_not_keep_the_others_waiting(scheduler,
     monkeypatch.setattr(corpora, "IDLE", 1)
     with Client(scheduler) as client:
         tasks = [client.submit(time.sleep, 3, pure=False), client.submit(abs, -1, workers=["tcp://127.0.0.1:1"], pure=False), client.submit(abs, -2, pure=False)]
-        assert [t.key for t in corpora._finished(tasks, client)] == [tasks[2].key, tasks[0].key]       # a long task is waited for
+        assert list(corpora._finished(tasks, client)) == [(tasks[2], 2), (tasks[0], None)]       # a long task is waited for
+
+def test_a_worker_that_goes_before_the_first_clip_does_not_keep_the_run_waiting(scheduler, monkeypatch):
+    from distributed import Client
+    from faces2voices import corpora
+    monkeypatch.setattr(corpora, "IDLE", 1)
+    with Client(scheduler) as client:
+        monkeypatch.setattr(client, "nthreads", lambda: {"tcp://127.0.0.1:1": 1})
+        corpora._compile_once(client)
+
+def test_a_cancelled_clip_fails_alone(eight, scheduler, tmp_path, monkeypatch):
+    from faces2voices import corpora
+    finished = corpora._finished
+    def cancel_first(tasks, client):
+        if len(tasks) > 1: client.cancel(tasks[:1])
+        yield from finished(tasks, client)
+    monkeypatch.setattr(corpora, "_finished", cancel_first)
+    assert prepare(folder(eight/"films"), tmp_path/"out", Eyes, scheduler=scheduler, progress=False).failed == 1
+    assert json.loads((tmp_path/"out/failures.jsonl").read_text())["reason"].startswith("Lost")
 
 class Slow(Eyes):
     def detect(self, frame): time.sleep(.15); return super().detect(frame)
@@ -335,6 +353,9 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(eight, tmp_path):
 
 def test_no_scheduler_is_an_error(films, tmp_path):
     with pytest.raises(ToolMissingError, match="no workers that can do this"): prepare(folder(films), tmp_path, Eyes, scheduler="tcp:/nowhere", progress=False)
+    import gc
+    from distributed import Client
+    assert all(c.status in ("running", "closed") for c in gc.get_objects() if isinstance(c, Client)), "a client left half made"
 
 class Others(Eyes): name = "other"
 
