@@ -155,7 +155,7 @@ class Looking:
     lip_memory: int = 192               # units of each direction of that encoder's GRU
     lip_scale: int = 2                  # both shrink the 88 × 88 lips by this factor first
 
-# %% ../nbs/00_core.ipynb #38bf78ad
+# %% ../nbs/00_core.ipynb #9f7b9558
 @dataclass(frozen=True)
 class Stages:
     "Sizes of the hierarchy."
@@ -171,6 +171,7 @@ class Stages:
     label_smoothing: float = 0.1
     teacher_forcing: float = 1.         # share of training steps in which μ is given the true voice and contours
     prior_weight: float = 1.            # of the distance from μ to the mel, among the losses
+    envelope_weight: float = 0.         # of the loss that asks μ to rise and fall as speech does
     dropout: float = 0.1
     speaker_dim: int = 256
 
@@ -208,14 +209,14 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #31be8c15
+# %% ../nbs/00_core.ipynb #756ff54d
 GRID_WORDS = tuple("""bin lay place set blue green red white at by in with a b c d e f g h i j k l m n o p q r s t u v x y z
     zero one two three four five six seven eight nine again now please soon""".split())
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_encoder="eigenlips", words=GRID_WORDS,
+GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_encoder="eigenlips", words=GRID_WORDS, envelope_weight=1.,
     dropout=.2, steps=TINY.steps | dict(hierarchy=1200), batch=TINY.batch | dict(hierarchy=16), lr=TINY.lr | dict(hierarchy=3e-3))
-EIGENLIPS = replace(GRID, name="eigenlips", words=(), prior_weight=10., teacher_forcing=0.)
-SLIM = replace(GRID, name="slim", words=(), lip_encoder="slim", lip_width=24, dropout=.1,
+EIGENLIPS = replace(GRID, name="eigenlips", words=())
+SLIM = replace(GRID, name="slim", words=(), envelope_weight=0., lip_encoder="slim", lip_width=24, dropout=.1,
     steps=TINY.steps | dict(hierarchy=3600), batch=TINY.batch, lr=TINY.lr)
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),

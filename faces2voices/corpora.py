@@ -395,8 +395,8 @@ def _by_dask(entries, out, backend, client):
         yield name.pop(task.key), result
     yield from ((n, dict(reason="Lost: no worker took it up again; give the same command once more")) for n in name.values())
 
-# %% ../nbs/04_corpora.ipynb #15347abd
-IDLE = 60   # seconds
+# %% ../nbs/04_corpora.ipynb #b2d08acb
+IDLE = 180   # seconds; a worker that died needs a while to come back
 
 def _finished(tasks, client):
     "Tasks with their results, as they come; ends early when the workers stay idle although some are missing (dask/distributed issue 3196)."

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'WEIGHTS', 'PROBES', 'BARS', 'fixed', 'smooth', 'made_factors', 'made_pictures', 'made_sound', 'made_batch',
-           'MuHead', 'prior_loss', 'PlainContent', 'FlatEncoder', 'Mu', 'Hierarchy', 'see', 'weights_of',
-           'HierarchyLoss', 'content_terms', 'show_mus', 'probe', 'after_each_stage', 'unseen_entries', 'clip_scores',
-           'figures', 'spread', 'Observed', 'observed', 'questions', 'probe_stages', 'known', 'learn_phones',
-           'judge_stages', 'show_figures', 'show_probes']
+           'MuHead', 'prior_loss', 'third_octaves', 'envelopes', 'envelope_match', 'envelope_loss', 'PlainContent',
+           'FlatEncoder', 'Mu', 'Hierarchy', 'see', 'weights_of', 'HierarchyLoss', 'content_terms', 'show_mus', 'probe',
+           'after_each_stage', 'unseen_entries', 'clip_scores', 'figures', 'spread', 'Observed', 'observed',
+           'questions', 'probe_stages', 'known', 'learn_phones', 'judge_stages', 'show_figures', 'show_probes']
 
-# %% ../nbs/10_hierarchy.ipynb #57790483
+# %% ../nbs/10_hierarchy.ipynb #9d7dd5ce
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import math
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from .core import CorpusError
+from .audio import MEL
 from .corpora import Batch, collate, load_clip, read_manifest
 from .units import phone_labels, phone_reader, read_phones
 from .avhubert import make_lip_encoder
@@ -100,6 +102,39 @@ def prior_loss(mu, # (B, 80, L)
     "−ln N(x₁; μ, I), mean over the bins and the frames that are not padding (Matcha-TTS)."
     nll = .5 * ((x1 - mu)**2 + math.log(2*math.pi))
     return (nll * mask[:, None]).sum() / (mask.sum() * mu.shape[1])
+
+# %% ../nbs/10_hierarchy.ipynb #ca248e10
+@lru_cache
+@torch.inference_mode(False)
+def third_octaves() -> torch.Tensor:
+    "(15, 80): which mel bins make up each third of an octave from 150 Hz on, with the width that Slaney's filters were divided by."
+    import librosa
+    edges = librosa.mel_frequencies(MEL.n_mels + 2, fmin=MEL.fmin, fmax=MEL.fmax)
+    octaves = torch.from_numpy(edges[1:-1]/150).log2()
+    return (torch.arange(15)[:, None] == (3*octaves).round()) * torch.from_numpy(edges[2:] - edges[:-2]).float()/2
+
+def envelopes(mel # (80, L) normalised
+             ): # (15, L)
+    "Third-octave envelopes of a mel spectrogram."
+    return (third_octaves().to(mel.device) @ (2*MEL.denormalize(mel)).exp() + 1e-10).sqrt()
+
+def _upright(x, dim): "Without its mean along `dim`, and of length 1."; return F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=1e-6)
+
+def envelope_match(mel, truth, # (80, L) normalised mel
+                   window:int=38, hop:int=4 # frames
+                  ): # scalar in [-1, 1]
+    "ESTOI of mel spectrograms (Jensen & Taal 2016): mean correlation of third-octave envelopes, where the truth is within 40 dB of its loudest frame."
+    a, b = envelopes(mel), envelopes(truth)
+    loud = b.norm(dim=0) > b.norm(dim=0).max()/100
+    a, b = (_upright(_upright(x[:, loud].unfold(1, min(window, int(loud.sum())), hop), 2), 0) for x in (a, b))
+    return (a*b).sum(0).mean()
+
+def envelope_loss(mu, x1, # (B, 80, L) normalised mel
+                  mask # (B, L) bool
+                 ): # scalar in [0, 2]
+    "1 − `envelope_match`, mean over the clips; in float32 whatever the autocast."
+    with torch.autocast(mu.device.type, enabled=False):
+        return 1 - torch.stack([envelope_match(m[:, k].float(), x[:, k].float()) for m, x, k in zip(mu, x1, mask)]).mean()
 
 # %% ../nbs/10_hierarchy.ipynb #4d1dac5c
 class PlainContent(ContentEncoder):
@@ -230,12 +265,12 @@ def _flat(self:Hierarchy, seen, *others):
 # %% ../nbs/10_hierarchy.ipynb #9577658a
 def see(batch:Batch) -> tuple: "All of a batch that a camera gives, in the order of `forward`."; return batch.lips, batch.face, batch.identity, batch.expression, batch.mask
 
-# %% ../nbs/10_hierarchy.ipynb #b751ade8
+# %% ../nbs/10_hierarchy.ipynb #365fc244
 WEIGHTS = dict(ce=1., speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; the others are the preset's
 
-def weights_of(preset) -> dict: "The weight of every loss."; return WEIGHTS | dict(masked_ce=preset.masked_weight, words=preset.word_weight, prior=preset.prior_weight)
+def weights_of(preset) -> dict: "The weight of every loss."; return WEIGHTS | dict(masked_ce=preset.masked_weight, words=preset.word_weight, prior=preset.prior_weight, envelope=preset.envelope_weight)
 
-# %% ../nbs/10_hierarchy.ipynb #3b153fdd
+# %% ../nbs/10_hierarchy.ipynb #7a8428a1
 class HierarchyLoss(NamedTuple):
     "The weighted total and its unweighted terms; zero where there is no such stage."
     total: torch.Tensor
@@ -247,6 +282,7 @@ class HierarchyLoss(NamedTuple):
     voicing: torch.Tensor
     energy: torch.Tensor
     prior: torch.Tensor
+    envelope: torch.Tensor
 
 # %% ../nbs/10_hierarchy.ipynb #dac12139
 def content_terms(content, batch, preset) -> dict:
@@ -255,7 +291,7 @@ def content_terms(content, batch, preset) -> dict:
     if content.masked_logits is not None: return known | dict(zip(("ce", "masked_ce"), content_loss(content, batch.units, preset)))
     return known | dict(ce=content_loss(content._replace(masked_logits=content.logits), batch.units, preset)[0])
 
-# %% ../nbs/10_hierarchy.ipynb #62fbaa75
+# %% ../nbs/10_hierarchy.ipynb #f004261a
 @patch
 def loss(self:Hierarchy, batch, # Batch
          teacher_forcing:bool|None=None # feed the true speaker, pitch, voicing and energy; None: in the preset's share of calls
@@ -265,6 +301,7 @@ def loss(self:Hierarchy, batch, # Batch
     out = self(*see(batch), batch if teacher_forcing else None)
     terms = {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]}
     terms["prior"] = prior_loss(out.mu, batch.mel, batch.mask.repeat_interleave(4, 1))
+    if self.preset.envelope_weight: terms["envelope"] = envelope_loss(out.mu, batch.mel, batch.mask.repeat_interleave(4, 1))
     if out.content is not None: terms |= content_terms(out.content, batch, self.preset)
     if not self.flat and self.timbre is not None: terms["speaker"] = timbre_loss(out.speaker, batch.speaker)
     if out.prosody is not None: terms |= prosody_loss(out.prosody, batch)._asdict()

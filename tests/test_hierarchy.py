@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest, torch, torch.nn.functional as F
 from types import SimpleNamespace
 from faces2voices.core import TINY, CorpusError, test_same as same
+from faces2voices.audio import MEL
 from faces2voices.corpora import Batch, Clip, Entry, save_clip, write_manifest
 from faces2voices.units import UnitQuantizer, phone_reader
 from faces2voices.hierarchy import *
@@ -25,6 +26,61 @@ def test_prior_loss_is_a_gaussian():
     mu, x1, mask = torch.randn(2, 80, 12), torch.randn(2, 80, 12), torch.arange(12) < torch.tensor([[12], [5]])
     nll = -torch.distributions.Normal(mu, 1.).log_prob(x1)
     same(prior_loss(mu, x1, mask), torch.cat([nll[0].flatten(), nll[1, :, :5].flatten()]).mean(), atol=1e-5)
+
+def speechlike(seed, L=120):
+    "Normalised mel that rises and falls, with a pause at the end."
+    g = torch.Generator().manual_seed(seed)
+    mel = F.interpolate(torch.randn(1, 80, L//8, generator=g), L, mode="linear")[0]
+    mel[:, -20:] -= 4
+    return mel
+
+def test_third_octaves_are_those_of_pystoi():
+    from pystoi.utils import thirdoct
+    import librosa
+    edges, bands = librosa.mel_frequencies(82, fmin=0, fmax=8000), third_octaves()
+    middle, width = edges[1:-1], (edges[2:] - edges[:-2])/2
+    assert bands.shape == (15, 80)
+    for row, centre in zip(bands, thirdoct(10000, 512, 15, 150)[1]):
+        inside = (middle > centre*2**(-1/6)) & (middle < centre*2**(1/6))
+        same(row, torch.from_numpy(inside*width).float(), atol=1e-4)
+
+def test_envelopes_match_as_in_pystoi():
+    from pystoi.utils import row_col_normalize
+    import numpy as np
+    mel, truth = speechlike(0), speechlike(1)
+    power = lambda x: np.exp(2*MEL.denormalize(x).double().numpy())
+    x, y = (np.sqrt(third_octaves().double().numpy() @ power(m)) for m in (mel, truth))
+    loud = 20*np.log10(np.linalg.norm(y, axis=0)) > 20*np.log10(np.linalg.norm(y, axis=0).max()) - 40
+    assert 38 < loud.sum() <= 100
+    cut = lambda z: row_col_normalize(np.stack([z[:, loud][:, i:i + 38] for i in range(0, loud.sum() - 37, 4)]))
+    assert envelope_match(mel, truth).item() == pytest.approx((cut(x)*cut(y)).sum(1).mean(), abs=1e-4)
+
+def test_the_envelope_loss_hears_shape_not_level():
+    x1 = torch.stack([speechlike(0), speechlike(1)])
+    mask = torch.arange(120) < torch.tensor([[120], [90]])
+    same(envelope_loss(x1, x1, mask), torch.tensor(0.), atol=1e-5)
+    same(envelope_loss(x1 + 1, x1, mask), torch.tensor(0.), atol=1e-5)
+    noise = torch.randn_like(x1)
+    losses = [envelope_loss(x1 + n*noise, x1, mask) for n in (0, .3, 1, 3)]
+    assert losses == sorted(losses) and losses[-1] > .5
+    a = envelope_loss(x1 + noise, x1, mask)
+    x1[1, :, 90:] = 7.
+    same(envelope_loss(x1 + noise, x1, mask), a, atol=1e-6)
+
+@pytest.mark.parametrize("x1", [torch.zeros(1, 80, 60), torch.full((1, 80, 3), -2.2)])
+def test_the_envelope_loss_of_silence_and_of_very_short_clips_is_finite(x1):
+    mu = torch.zeros_like(x1).requires_grad_()
+    loss = envelope_loss(mu, x1, torch.ones_like(x1[:, 0], dtype=torch.bool))
+    loss.backward()
+    assert 0 <= loss <= 2 and mu.grad.isfinite().all()
+
+def test_its_weight_puts_it_into_the_total():
+    batch, preset = made_batch(SMALL, 2, 8), replace(SMALL, envelope_weight=2.)
+    model = Hierarchy(preset).eval()
+    with torch.no_grad(): loss, mu = model.loss(batch), model(*see(batch), batch).mu
+    same(loss.envelope, envelope_loss(mu, batch.mel, batch.mask.repeat_interleave(4, 1)), atol=1e-6)
+    same(loss.total, sum(w*getattr(loss, k) for k, w in weights_of(preset).items()), atol=1e-5)
+    assert Hierarchy(SMALL).eval().loss(batch).envelope == 0
 
 @pytest.mark.parametrize("without", VARIANTS)
 @pytest.mark.parametrize("preset", [SMALL, replace(SMALL, identity_dim=16, expression_dim=52)])
