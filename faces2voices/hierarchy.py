@@ -103,7 +103,7 @@ def prior_loss(mu, # (B, 80, L)
     nll = .5 * ((x1 - mu)**2 + math.log(2*math.pi))
     return (nll * mask[:, None]).sum() / (mask.sum() * mu.shape[1])
 
-# %% ../nbs/10_hierarchy.ipynb #ca248e10
+# %% ../nbs/10_hierarchy.ipynb #f214c416
 @lru_cache
 @torch.inference_mode(False)
 def third_octaves() -> torch.Tensor:
@@ -118,7 +118,7 @@ def envelopes(mel # (80, L) normalised
     "Third-octave envelopes of a mel spectrogram."
     return (third_octaves().to(mel.device) @ (2*MEL.denormalize(mel)).exp() + 1e-10).sqrt()
 
-def _upright(x, dim): "Without its mean along `dim`, and of length 1."; return F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=1e-6)
+def _unit(x, dim): "Without its mean along `dim`, and of length 1."; return F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=1e-6)
 
 def envelope_match(mel, truth, # (80, L) normalised mel
                    window:int=38, hop:int=4 # frames
@@ -126,7 +126,7 @@ def envelope_match(mel, truth, # (80, L) normalised mel
     "ESTOI of mel spectrograms (Jensen & Taal 2016): mean correlation of third-octave envelopes, where the truth is within 40 dB of its loudest frame."
     a, b = envelopes(mel), envelopes(truth)
     loud = b.norm(dim=0) > b.norm(dim=0).max()/100
-    a, b = (_upright(_upright(x[:, loud].unfold(1, min(window, int(loud.sum())), hop), 2), 0) for x in (a, b))
+    a, b = (_unit(_unit(x[:, loud].unfold(1, min(window, int(loud.sum())), hop), 2), 0) for x in (a, b))
     return (a*b).sum(0).mean()
 
 def envelope_loss(mu, x1, # (B, 80, L) normalised mel
