@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'JUDGED', 'RESULTS', 'GIVEN', 'SWEPT', 'PEERS', 'OTHERS', 'OURS', 'SWAPPED', 'CREDIT', 'across_seeds',
            'show_ablation', 'plot_ablation', 'sung', 'hear_ablation', 'preset_for', 'loudness', 'judge_mu', 'judge',
-           'targets', 'train_variant', 'ablation', 'told', 'teacher_study', 'show_teacher', 'lip_read', 'slot_study',
-           'wrong_by_slot', 'plot_slots', 'of_speaker', 'adaptation', 'show_adaptation', 'swept', 'sweep', 'flow_study',
-           'recorded_study', 'show_study', 'interleaved', 'empty_clip', 'speak_mel', 'bench_vocoder', 'peer',
-           'solver_jobs', 'decoder_nets', 'forward_of', 'decoder_jobs', 'torchaudio_griffin_lim', 'sound_jobs',
+           'targets', 'train_variant', 'ablation', 'told', 'words_told', 'teacher_study', 'show_teacher', 'lip_read',
+           'slot_study', 'wrong_by_slot', 'plot_slots', 'of_speaker', 'adaptation', 'show_adaptation', 'swept', 'sweep',
+           'flow_study', 'recorded_study', 'show_study', 'interleaved', 'empty_clip', 'speak_mel', 'bench_vocoder',
+           'peer', 'solver_jobs', 'decoder_nets', 'forward_of', 'decoder_jobs', 'torchaudio_griffin_lim', 'sound_jobs',
            'flow_jobs', 'compared', 'absent_peers', 'flow_times', 'bench_flow', 'bench_text', 'stored_card', 'ledger',
            'ledger_markdown', 'model_card']
 
-# %% ../nbs/18_experiments.ipynb #7d3f7894
+# %% ../nbs/18_experiments.ipynb #b389a294
 import json, math, re, statistics, time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 import numpy as np
-import torch
+import torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 from .core import EULER_STEPS, GRID, TINY, CheckpointError, Preset, atomic_path, markdown_table, seed_everything
 from .audio import MEL, griffin_lim, load_audio, save_wav, vowel
@@ -182,18 +183,27 @@ def ablation(data, # folder of prepared clips with splits train and val
         with atomic_path(path, overwrite=True) as tmp: tmp.write_text(json.dumps(rows, indent=1))
     return [r for r in rows if key.items() <= r.items() and r["seed"] in seeds]
 
-# %% ../nbs/18_experiments.ipynb #389c6612
-GIVEN = {"nothing": (), "the voice": ("speaker",), "pitch and voicing": ("log_f0", "voiced"), "loudness": ("energy",), "all of these": ("speaker", "log_f0", "voiced", "energy")}
+# %% ../nbs/18_experiments.ipynb #6ed057a6
+GIVEN = {"nothing": (), "the voice": ("speaker",), "pitch and voicing": ("log_f0", "voiced"), "loudness": ("energy",), "all of these": ("speaker", "log_f0", "voiced", "energy"), "the words": ("words",)}
 
 @torch.no_grad()
 def told(hierarchy, batch, truths:tuple) -> float: # mean squared error of normalised mel
     "The error of one clip's μ when some truths stand in for the hierarchy's own predictions."
     own = hierarchy(*see(batch))
     believed = batch._replace(speaker=own.speaker, log_f0=own.prosody.log_f0, voiced=own.prosody.voiced_logit.sigmoid(), energy=own.prosody.energy)
-    out = hierarchy(*see(batch), believed._replace(**{k: getattr(batch, k) for k in truths}))
+    given = believed._replace(**{k: getattr(batch, k) for k in truths if k != "words"})
+    with words_told(hierarchy, batch) if "words" in truths else nullcontext(): out = hierarchy(*see(batch), given)
     return (out.mu - batch.mel).square().mean().item()
 
-# %% ../nbs/18_experiments.ipynb #c3e0e4d6
+@contextmanager
+def words_told(hierarchy, batch):
+    "The content stage names the true words, with all but certainty."
+    certain = 20*F.one_hot(batch.words.clamp(0), 1 + len(hierarchy.preset.words)).float()
+    hook = hierarchy.content.register_forward_hook(lambda stage, seen, said: said._replace(words=certain))
+    try: yield
+    finally: hook.remove()
+
+# %% ../nbs/18_experiments.ipynb #24b7be33
 def teacher_study(name:str, # of a model
                   data, # folder of prepared clips
                   split:str="val", limit:int=40) -> dict: # what JSON can hold
@@ -201,16 +211,17 @@ def teacher_study(name:str, # of a model
     model, ds = FacesToVoices.from_pretrained(name), ClipDataset(data, split=split)
     clips = [ds[i] for i in range(min(limit, len(ds)))]
     seen = [collate([c], model.units, model.speaker_encoder) for c in clips]
-    errors = {k: round(float(np.mean([told(model.hierarchy, b, truths) for b in seen])), 4) for k, truths in GIVEN.items()}
+    given = {k: truths for k, truths in GIVEN.items() if k != "the words" or model.preset.words}
+    errors = {k: round(float(np.mean([told(model.hierarchy, b, truths) for b in seen])), 4) for k, truths in given.items()}
     command = f"teacher_study('{Path(name).name}', '{Path(data).name}', '{split}', {limit})"
     return dict(command=command, model=Path(name).name, teacher_forcing=model.preset.teacher_forcing, clips=len(clips), commit=commit(), machine=machine(), errors=errors)
 
-# %% ../nbs/18_experiments.ipynb #a26be6a9
+# %% ../nbs/18_experiments.ipynb #e1bbf1ba
 def show_teacher(found:list # of `teacher_study`
                 ) -> str: # Markdown
     "The error of μ by what was told, a column a model."
     head = ["the truth that was told", *(f"`{f['model']}`, teacher in {f['teacher_forcing']:.0%} of steps" for f in found)]
-    body = [[k, *(f"{f['errors'][k]:.4f}" for f in found)] for k in GIVEN]
+    body = [[k, *(f"{f['errors'][k]:.4f}" if k in f["errors"] else "" for f in found)] for k in GIVEN]
     return markdown_table(head, body) + "\n\nmade by " + "; ".join(f"`{f['command']}` ({f['clips']} clips, commit {f['commit']})" for f in found) + f" on {found[0]['machine']}"
 
 # %% ../nbs/18_experiments.ipynb #b1d1a31d
