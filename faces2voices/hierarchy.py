@@ -103,7 +103,7 @@ def prior_loss(mu, # (B, 80, L)
     nll = .5 * ((x1 - mu)**2 + math.log(2*math.pi))
     return (nll * mask[:, None]).sum() / (mask.sum() * mu.shape[1])
 
-# %% ../nbs/10_hierarchy.ipynb #f214c416
+# %% ../nbs/10_hierarchy.ipynb #8ba14021
 @lru_cache
 @torch.inference_mode(False)
 def third_octaves() -> torch.Tensor:
@@ -118,6 +118,7 @@ def envelopes(mel # (80, L) normalised
     "Third-octave envelopes of a mel spectrogram."
     return (third_octaves().to(mel.device) @ (2*MEL.denormalize(mel)).exp() + 1e-10).sqrt()
 
+# %% ../nbs/10_hierarchy.ipynb #1a1cab03
 def _unit(x, dim): "Without its mean along `dim`, and of length 1."; return F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=1e-6)
 
 def envelope_match(mel, truth, # (80, L) normalised mel
