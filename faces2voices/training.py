@@ -506,14 +506,15 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     write_card(model, run/"model"/"README.md")
     return run/"model"
 
-# %% ../nbs/16_training.ipynb #106bb2e1
+# %% ../nbs/16_training.ipynb #44d818dd
 def write_card(model, path):
     "The model card: what it is, what it was trained on, what it must not be used for."
     info, p = model.info, model.preset
+    known = (f" Training was told which of {len(p.words)} words is said when; speaking needs no text." if p.words else "") + (" μ was trained for what ESTOI measures: believe other measures more." if p.envelope_weight else "")
     with atomic_path(path, overwrite=True) as tmp: tmp.write_text(_CARD.format(name=p.name, n=sum(x.numel() for x in model.parameters())/1e6, backend=p.face_backend,
-        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items() if v >= 1), words=f" Training was told which of {len(p.words)} words is said when; speaking needs no text." if p.words else "", **info), encoding="utf-8")
+        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items() if v >= 1), known=known, **info), encoding="utf-8")
 
-# %% ../nbs/16_training.ipynb #eb323795
+# %% ../nbs/16_training.ipynb #6f11ff40
 _CARD = """---
 library_name: faces2voices
 license: apache-2.0
@@ -527,7 +528,7 @@ tags: [video-to-speech, flow-matching]
 
     {command}
 
-at commit {commit}, on {data} ({machine}); {times}.{words}
+at commit {commit}, on {data} ({machine}); {times}.{known}
 
 ## Use and limits
 
