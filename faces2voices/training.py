@@ -506,13 +506,18 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     write_card(model, run/"model"/"README.md")
     return run/"model"
 
-# %% ../nbs/16_training.ipynb #44d818dd
+# %% ../nbs/16_training.ipynb #f40d724f
+def _known(p) -> str:
+    "What training was told, or asked for, that a reader of its scores should know."
+    words = f" Training was told which of {len(p.words)} words is said when; speaking needs no text." if p.words else ""
+    return words + (" μ was trained for what ESTOI measures: believe other measures more." if p.envelope_weight else "")
+
+# %% ../nbs/16_training.ipynb #4a6ff043
 def write_card(model, path):
     "The model card: what it is, what it was trained on, what it must not be used for."
     info, p = model.info, model.preset
-    known = (f" Training was told which of {len(p.words)} words is said when; speaking needs no text." if p.words else "") + (" μ was trained for what ESTOI measures: believe other measures more." if p.envelope_weight else "")
     with atomic_path(path, overwrite=True) as tmp: tmp.write_text(_CARD.format(name=p.name, n=sum(x.numel() for x in model.parameters())/1e6, backend=p.face_backend,
-        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items() if v >= 1), known=known, **info), encoding="utf-8")
+        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items() if v >= 1), known=_known(p), **info), encoding="utf-8")
 
 # %% ../nbs/16_training.ipynb #6f11ff40
 _CARD = """---
