@@ -209,7 +209,7 @@ class Preset(Looking, Stages, Sounding):
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
-# %% ../nbs/00_core.ipynb #ccd98558
+# %% ../nbs/00_core.ipynb #b2829785
 GRID_WORDS = tuple("""bin lay place set blue green red white at by in with a b c d e f g h i j k l m n o p q r s t u v x y z
     zero one two three four five six seven eight nine again now please soon""".split())
 TINY = Preset()
@@ -217,8 +217,7 @@ GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, 
     teacher_forcing=0., prior_weight=10., envelope_weight=5., dropout=.2,
     steps=TINY.steps | dict(hierarchy=1200), batch=TINY.batch | dict(hierarchy=16), lr=TINY.lr | dict(hierarchy=3e-3))
 EIGENLIPS = replace(GRID, name="eigenlips", words=())
-SLIM = replace(GRID, name="slim", words=(), teacher_forcing=1., prior_weight=1., envelope_weight=0., lip_encoder="slim", lip_width=24, dropout=.1,
-    steps=TINY.steps | dict(hierarchy=3600), batch=TINY.batch, lr=TINY.lr)
+SLIM = replace(TINY, name="slim", face_backend="insightface", identity_dim=128, lip_width=24, steps=TINY.steps | dict(hierarchy=3600))
 PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
     lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
     vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3,
