@@ -349,7 +349,7 @@ def _try(entry, out, backend) -> dict:
     except (ToolMissingError, CorpusError): raise
     except Exception as e: return dict(reason=f"{type(e).__name__}: {e}")
 
-# %% ../nbs/04_corpora.ipynb #3ba0925c
+# %% ../nbs/04_corpora.ipynb #a4da12a9
 def _client(workers, scheduler):
     "A Dask client: of the scheduler at an address, or of processes on this machine."
     import dask
@@ -361,8 +361,9 @@ def _client(workers, scheduler):
         with dask.config.set(rules): client.__init__(**cluster)
         client.wait_for_workers(1, timeout=60)
         client.run(lambda: bool(import_module("faces2voices.corpora")))
-    except (OSError, ValueError, TimeoutError, ImportError) as e:
+    except BaseException as e:
         client.close()
+        if not isinstance(e, (OSError, ValueError, TimeoutError, ImportError)): raise
         raise ToolMissingError(scheduler or "Dask", f"has no workers that can do this ({e})", "Start `dask scheduler`, and on each machine, with faces2voices installed, `dask worker ADDRESS`") from e
     return client
 

@@ -351,6 +351,14 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(eight, tmp_path):
     assert prepare(folder(eight/"films"), out, Eyes, progress=False) == (8 - half, half, 0)
     assert contents(out) == contents(eight/"by_one")
 
+def test_who_interrupts_a_connection_leaves_no_client_behind(scheduler, monkeypatch):
+    from distributed import Client
+    held = []
+    def interrupted(client, *args, **more): held.append(client); raise KeyboardInterrupt
+    monkeypatch.setattr(Client, "wait_for_workers", interrupted)
+    with pytest.raises(KeyboardInterrupt): _client(1, scheduler)
+    assert held[0].status == "closed"
+
 def test_no_scheduler_is_an_error(films, tmp_path):
     with pytest.raises(ToolMissingError, match="no workers that can do this"): prepare(folder(films), tmp_path, Eyes, scheduler="tcp:/nowhere", progress=False)
     import gc
