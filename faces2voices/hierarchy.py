@@ -118,16 +118,16 @@ def envelopes(mel # (80, L) normalised
     "Third-octave envelopes of a mel spectrogram."
     return (third_octaves().to(mel.device) @ (2*MEL.denormalize(mel)).exp() + 1e-10).sqrt()
 
-# %% ../nbs/10_hierarchy.ipynb #1a1cab03
+# %% ../nbs/10_hierarchy.ipynb #7304998f
 def _unit(x, dim): "Without its mean along `dim`, and of length 1."; return F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=1e-6)
 
-def envelope_match(mel, truth, # (80, L) normalised mel
-                   window:int=38, hop:int=4 # frames
+def envelope_match(mel, truth # (80, L) normalised mel
                   ): # scalar in [-1, 1]
     "ESTOI of mel spectrograms (Jensen & Taal 2016): mean correlation of third-octave envelopes, where the truth is within 40 dB of its loudest frame."
     a, b = envelopes(mel), envelopes(truth)
     loud = b.norm(dim=0) > b.norm(dim=0).max()/100
-    a, b = (_unit(_unit(x[:, loud].unfold(1, min(window, int(loud.sum())), hop), 2), 0) for x in (a, b))
+    frames = min(38, int(loud.sum()))
+    a, b = (_unit(_unit(x[:, loud].unfold(1, frames, 4), 2), 0) for x in (a, b))
     return (a*b).sum(0).mean()
 
 def envelope_loss(mu, x1, # (B, 80, L) normalised mel
@@ -292,7 +292,7 @@ def content_terms(content, batch, preset) -> dict:
     if content.masked_logits is not None: return known | dict(zip(("ce", "masked_ce"), content_loss(content, batch.units, preset)))
     return known | dict(ce=content_loss(content._replace(masked_logits=content.logits), batch.units, preset)[0])
 
-# %% ../nbs/10_hierarchy.ipynb #f004261a
+# %% ../nbs/10_hierarchy.ipynb #2344bb20
 @patch
 def loss(self:Hierarchy, batch, # Batch
          teacher_forcing:bool|None=None # feed the true speaker, pitch, voicing and energy; None: in the preset's share of calls
@@ -300,9 +300,9 @@ def loss(self:Hierarchy, batch, # Batch
     "Every stage against its own acoustic counterpart, and μ against the mel spectrogram."
     if teacher_forcing is None: teacher_forcing = self.preset.teacher_forcing == 1 or torch.rand(()) < self.preset.teacher_forcing
     out = self(*see(batch), batch if teacher_forcing else None)
-    terms = {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]}
-    terms["prior"] = prior_loss(out.mu, batch.mel, batch.mask.repeat_interleave(4, 1))
-    if self.preset.envelope_weight: terms["envelope"] = envelope_loss(out.mu, batch.mel, batch.mask.repeat_interleave(4, 1))
+    terms, mask4 = {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]}, batch.mask.repeat_interleave(4, 1)
+    terms["prior"] = prior_loss(out.mu, batch.mel, mask4)
+    if self.preset.envelope_weight: terms["envelope"] = envelope_loss(out.mu, batch.mel, mask4)
     if out.content is not None: terms |= content_terms(out.content, batch, self.preset)
     if not self.flat and self.timbre is not None: terms["speaker"] = timbre_loss(out.speaker, batch.speaker)
     if out.prosody is not None: terms |= prosody_loss(out.prosody, batch)._asdict()
