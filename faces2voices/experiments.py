@@ -57,7 +57,9 @@ def show_ablation(rows:list # from `ablation`
     return markdown_table(["hierarchy", "seeds", *(f"{k} {v}" for k, v in JUDGED.items()), "M weights"], body) + end
 
 # %% ../nbs/18_experiments.ipynb #af897d43
-RESULTS = Path(__file__).parents[1]/"nbs"/"results" if "__file__" in globals() else Path("results")
+RESULTS = WEIGHTS.parents[1]/"nbs"/"results" # of a checkout
+if not RESULTS.is_dir():
+    RESULTS = WEIGHTS.parent/"results" # of the installed package
 
 # %% ../nbs/18_experiments.ipynb #cd3b2c6a
 def plot_ablation(rows:list # from `ablation`
@@ -525,7 +527,10 @@ SWAPPED = {"mean F0 of the borrowed face, r": "wrong face", "WER of the borrowed
 # %% ../nbs/18_experiments.ipynb #7df6d292
 def stored_card(name:str # `talkers` or `grid`
                ) -> dict|None:
-    "The recorded metric card of a packaged model."
+    "The recorded metric card of a packaged model, if there is one. CheckpointError: no results are there at all."
+    if not RESULTS.is_dir():
+        raise CheckpointError(RESULTS, "the recorded results are not there",
+                              "Install the package again: its wheel carries them")
     path = RESULTS/f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -558,5 +563,9 @@ CREDIT = dict(talkers="Drawn by lesson 03 and spoken by espeak-ng: no person's f
 def model_card(name:str # `talkers` or `grid`
               ) -> str: # Markdown
     "The card of a packaged model: how it was made, from what, what was measured, its limits."
+    card = stored_card(name)
+    if card is None:
+        raise CheckpointError(RESULTS/f"{name}.json", "no metric card is recorded",
+                              "Make it: faces2voices evaluate DATA --model NAME --out FILE")
     made, limits = re.split(r"## Data.*?(?=## Use)|(?=## Use)", (WEIGHTS/name/"README.md").read_text(), maxsplit=1, flags=re.S)
-    return f"{made}## Data\n\n{CREDIT[name]}\n\n## Measured\n\n{show_card(stored_card(name))}\n\n{limits}"
+    return f"{made}## Data\n\n{CREDIT[name]}\n\n## Measured\n\n{show_card(card)}\n\n{limits}"
