@@ -113,6 +113,8 @@ def load_audio(path # any file with sound in it
     try:
         with av.open(f"file:{path}", options=dict(protocol_whitelist="file")) as container:
             if not container.streams.audio: raise MediaError(path, "has no sound")
+            if not container.streams.audio[0].codec_context:
+                raise MediaError(path, "its sound cannot be decoded", "Convert it to wav")
             parts = list(_decode(container, path))
     except (av.FFmpegError, ValueError) as e: raise MediaError(path, f"its sound cannot be read ({getattr(e, 'strerror', None) or e})", "Does it play? If it does, convert it to wav") from e
     if not sum(map(len, parts)): raise MediaError(path, "its sound track is empty")

@@ -159,6 +159,13 @@ def test_truncated_and_flipped_files_never_crash(tmp_path, sound):
         try: assert len(load_audio(path)) <= 4*3200
         except MediaError: pass
 
+def test_sound_of_an_unknown_codec_is_refused_before_it_is_decoded(tmp_path, sound):
+    "PyAV before 18, the newest for Python 3.10, dereferences the decoder that is not there."
+    good, path = wav_bytes(tmp_path, sound[:1600]), tmp_path/"unknown.wav"
+    path.write_bytes(good[:20] + b"\x81\x01" + good[22:])
+    with pytest.raises(MediaError, match="its sound cannot be decoded"):
+        load_audio(path)
+
 def test_a_video_without_sound_is_named(tmp_path):
     from faces2voices.video import write_video
     write_video(tmp_path/"mute.mp4", np.zeros((5, 64, 64, 3), np.uint8))
