@@ -2,11 +2,19 @@
 # make lab    open the lessons in JupyterLab  make readme README.md from nbs/index.ipynb
 # make test-browser   move the widgets' sliders in a real browser (Chromium)
 # make test-fairseq   AV-HuBERT beside fairseq itself (Python 3.10, an environment of its own, 2 GB)
+# make test-pythons   install, import, speak and test in Python 3.10, 3.11, 3.12 and 3.13, where found
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 META   := settings.ini setup.py pyproject.toml constraints.txt
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# pip shows what it downloads (5 GB); where CI=true, nobody watches.
+QUIET  := $(if $(CI),--quiet)
+PIP    := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check -c constraints.txt
+# PESQ and Resemblyzer's voice detector come as source: they need a compiler, and Python's headers.
+COMPILES := $(BIN)/python -c "import os, shutil, sys, sysconfig as s; \
+	compiler = os.environ.get('CC') or s.get_config_var('CC') or 'cc'; \
+	headers = os.path.join(s.get_path('include'), 'Python.h'); \
+	sys.exit(not (shutil.which(compiler.split()[0]) and os.path.exists(headers)))"
 # librosa's compiled functions are written to numba's cache by one process, before two can do it at once and crash (numba issue 10128).
 WARM   := $(BIN)/python -c "import torch; from faces2voices.audio import pitch; pitch(torch.zeros(16000))"
 # fairseq's last release does not import on Python 3.11. (PYENV_VERSION lets pyenv find its own; others pass it over.)
@@ -16,20 +24,20 @@ FAIRSEQ   := .venv-fairseq
 export OMP_NUM_THREADS ?= 1
 export PYTHONFAULTHANDLER := 1
 
-.PHONY: demo test test-fairseq test-browser lab readme outputs prepare clean
+.PHONY: demo test test-fairseq test-pythons test-browser lab readme outputs prepare clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.package: $(META) | $(BIN)/python
-	@echo "Installing faces2voices into $(VENV) (torch is large: a few minutes) ..."
+	@echo "Installing faces2voices into $(VENV) (torch is large: 5 GB, a few minutes) ..."
 	$(PIP) -e .
 	@$(WARM)
 	@touch $@
 
 $(VENV)/.dev: $(META) | $(BIN)/python
-	@echo "Installing faces2voices and its test tools into $(VENV) (torch is large: a few minutes) ..."
-	$(PIP) -e '.[dev]'
+	@echo "Installing faces2voices and its test tools into $(VENV) (torch is large: 5 GB, a few minutes) ..."
+	@if $(COMPILES); then $(PIP) -e '.[dev,judges]'; else $(PIP) -e '.[dev]'; fi
 	@$(WARM)
 	@touch $@ $(VENV)/.package
 
@@ -40,6 +48,8 @@ lab: $(VENV)/.dev
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 test: $(VENV)/.dev
+	@$(BIN)/python -c "import pesq, webrtcvad" 2>/dev/null || \
+		echo "PESQ and Resemblyzer are not tested: no C compiler (with Python's headers) was found to build them."
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q -rs tests
 
@@ -52,6 +62,9 @@ $(FAIRSEQ)/.ready: tests/fairseq/constraints.txt
 test-fairseq: $(FAIRSEQ)/.ready $(VENV)/.dev
 	$(FAIRSEQ)/bin/python tests/fairseq/official.py $(FAIRSEQ)/files small base
 	FAIRSEQ_FILES=$(FAIRSEQ)/files $(BIN)/python -m pytest -q tests/test_avhubert.py -k fairseq
+
+test-pythons:
+	$(PYTHON) tests/pythons.py
 
 test-browser: $(VENV)/.dev
 	$(BIN)/python tests/browser.py

@@ -23,7 +23,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="
 app.add_typer(course_app, name="course")
 say = Console(highlight=False, soft_wrap=True)
 complain = Console(stderr=True, highlight=False, soft_wrap=True)
-Device = enum.StrEnum("Device", ["auto", "cpu", "cuda"]) if hasattr(enum, "StrEnum") else enum.Enum("Device", {d: d for d in ("auto", "cpu", "cuda")}, type=str)
+Device = enum.Enum("Device", {d: d for d in ("auto", "cpu", "cuda")}, type=str)
 Bench = enum.Enum("Bench", {d: d for d in ("vocoder", "flow")}, type=str)
 Layout = enum.Enum("Layout", {d: d for d in ("lrs2", "lrs3", "voxmm")}, type=str)
 Preset = enum.Enum("Preset", {d: d for d in ("tiny", "grid", "eigenlips", "slim", "paper")}, type=str)
