@@ -1,10 +1,10 @@
-"""Try the package in every Python that it promises (`make test-pythons`), each in a fresh environment.
+"""Try the package in every Python that it promises, each freshly installed (`make test-pythons`).
 
     python3 tests/pythons.py [3.10 3.12 …]
 
-installs what `pip install` would, imports every module, speaks a sample clip, runs the fast tests, says
-what came of it, and removes the environment (.venv-3.10 …, about 5 GB, ten minutes each). A Python that
-is not found is named.
+installs what `pip install` would, imports every module, speaks a sample clip, runs the fast tests,
+says what came of it, and removes the environment (.venv-3.10 …, about 5 GB, ten minutes each).
+A Python that is not found is named.
 """
 import os, shutil, subprocess, sys, tempfile
 from pathlib import Path
