@@ -77,7 +77,8 @@ def command_line(ctx:typer.Context) -> str:
     words = ["faces2voices", *names]
     for p in ctx.command.params:
         given = ctx.get_parameter_source(p.name).name == "COMMANDLINE"
-        if given and not (p.name == "out" and p.default is None):
+        result = p.name == "out" and p.param_type_name == "option" and p.default is None
+        if given and not result:
             words += _typed(p, ctx.params[p.name])
     return shlex.join(words)
 
