@@ -171,10 +171,10 @@ def test_the_recogniser_learns_two_sentences(tmp_path, monkeypatch):
     clips = [Clip(f"g{i}", "s1", t, torch.zeros(57, 1), None, None, None, tones(t), None, None, None, mel=MEL.normalize(MEL(tones(t)))) for i, t in enumerate(texts)]
     monkeypatch.setattr(ev, "ClipDataset", lambda data, split: clips)
     monkeypatch.setattr(ev, "roughen", lambda mel: mel)
-    model = ev.train_recogniser("data", tmp_path/"asr", steps=150, batch=2)
+    model = ev.train_recogniser("data", tmp_path/"asr", steps=150, batch=2, command="faces2voices study recogniser data --steps 150")
     assert [ev.hearing(model)(c.wav) for c in clips] == texts and ev.hearing(model)(torch.zeros(100)) == ""
     card = (tmp_path/"asr"/"README.md").read_text()
-    assert "0.0 % under the grammar" in card and "CC BY 4.0" in card and "same speakers" in card and "steps=150" in card
+    assert "0.0 % under the grammar" in card and "CC BY 4.0" in card and "same speakers" in card and "    faces2voices study recogniser data --steps 150\n" in card
     with pytest.raises(CheckpointError, match="stands already"): ev.train_recogniser("data", tmp_path/"asr", steps=1)
 
 def test_a_recogniser_that_is_absent_or_broken_says_so(tmp_path, monkeypatch):
