@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'say', 'complain', 'Device', 'Bench', 'Layout', 'Preset', 'Model', 'Steps', 'Guidance', 'Seed', 'OtherFace',
            'Reference', 'Expression', 'Dub', 'Report', 'Faces', 'Split', 'Out', 'Workers', 'listen', 'study', 'Data',
-           'new_file', 'main', 'command_line', 'numbers', 'synthesize', 'talkers', 'prepare', 'train', 'adapt',
-           'evaluate', 'listen_page', 'listen_marks', 'sweep', 'ablate', 'study_teacher', 'study_slots',
-           'study_adaptation', 'study_stages', 'study_masked_ce', 'study_link', 'study_copy', 'study_recogniser',
-           'bench', 'download']
+           'GridData', 'AtMost', 'OneSplit', 'new_file', 'main', 'command_line', 'numbers', 'synthesize', 'talkers',
+           'prepare', 'train', 'adapt', 'evaluate', 'listen_page', 'listen_marks', 'sweep', 'ablate', 'study_teacher',
+           'study_slots', 'study_adaptation', 'study_stages', 'study_masked_ce', 'study_link', 'study_copy',
+           'study_recogniser', 'bench', 'download']
 
 # %% ../nbs/20_cli.ipynb #8a564655
 import enum, shlex, sys
@@ -64,8 +64,10 @@ Expression = Annotated[float, typer.Option(min=0., max=5., help="How much of wha
 Dub = Annotated[bool, typer.Option(help="Also write NAME.dubbed.mp4: the original frames with the new sound.")]
 Report = Annotated[bool, typer.Option(help="Also write report.html: what the model saw, predicted and said.")]
 Faces = Annotated[Optional[Path], typer.Option(help="Folder of insightface models (holds models/PACK/*.onnx). Default: $F2V_INSIGHTFACE, then ~/.insightface.")]
-Split = Annotated[str, typer.Option(help="Split of the manifest; `all`: whatever its split, but for sentences and faces that were trained on.")]
-Out = Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="Write the result here (JSON), with all that it depends on.")]
+Split = Annotated[str, typer.Option(help="Split of the manifest; `all`: every clip that was not trained on.")]
+Out = Annotated[
+    Optional[Path],
+    typer.Option("-o", "--out", callback=new_file, help="Write the result here (JSON), with what it depends on.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 
 # %% ../nbs/20_cli.ipynb #64d0a7be
@@ -105,7 +107,8 @@ def numbers(text:str) -> list: # of int
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise typer.BadParameter("whole numbers with commas between them, as 0,1,2", param_hint="--seeds") from None
+        said = "whole numbers with commas between them, as 0,1,2"
+        raise typer.BadParameter(said, param_hint="--seeds") from None
 
 # %% ../nbs/20_cli.ipynb #99720ad9
 @app.command()
@@ -191,12 +194,11 @@ def prepare(
 
     Stopped or killed, it goes on where it was when the same command is given again."""
     from faces2voices import corpora, records
-    source = corpus.parent if corpus.is_file() else corpus
     if not (grid or layout) and (corpus/"manifest.jsonl").is_file(): corpus = corpus/"manifest.jsonl"
     if grid: entries = [e for s in grid.split(",") for e in corpora.grid(corpus, s)]
     else: entries = (getattr(corpora, layout.value) if layout else corpora.read_manifest if corpus.is_file() else corpora.folder)(corpus)
     done = corpora.prepare(entries, out, _backend(backend, faces, locator), workers, scheduler)
-    records.note_making(out, command_line(ctx), source)
+    records.note_making(out, command_line(ctx), corpus)
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
     raise typer.Exit(int(done.failed > 0))
 
@@ -253,8 +255,8 @@ def evaluate(
     "The metric card: original, vocoder-resynthesised and synthesised speech, and the same with the wrong face and the wrong lips."
     from faces2voices.evaluation import JUDGES, metric_card, show_card
     from faces2voices.synthesis import FacesToVoices
-    which = None if split == "all" else split
-    found = metric_card(FacesToVoices.from_pretrained(model), data, which, limit, steps, guidance, seed)
+    f2v, which = FacesToVoices.from_pretrained(model), None if split == "all" else split
+    found = metric_card(f2v, data, which, limit, steps, guidance, seed)
     say.print(show_card(_record(ctx, found, seed, [data], JUDGES, out)), markup=False)
 
 # %% ../nbs/20_cli.ipynb #712be9a5
@@ -331,20 +333,27 @@ def ablate(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 800,
     seeds: Annotated[str, typer.Option(help="Train each variant from each of these seeds, for example `0,1,2`.")] = "0",
 ):
-    "Train the hierarchy with one stage taken out at a time, and tell what was lost; the record is OUT/ablation.json."
+    """Train the hierarchy with one stage taken out at a time, and tell what was lost.
+
+    The record is ablation.json in the folder of the runs."""
     from faces2voices.experiments import ablation, show_ablation
     from faces2voices.records import data_of, record
     chosen = numbers(seeds)
     rows = ablation(data, out, steps=steps, seeds=chosen)
-    found = record(dict(rows=rows), command_line(ctx), chosen, data_of(data), out=out/"ablation.json", overwrite=True)
+    found = record(dict(rows=rows), command_line(ctx), chosen, data_of(data),
+                   out=out/"ablation.json", overwrite=True)
     say.print(show_ablation(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #33e23343
-study = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="""Make the recorded results of the lessons again, one question a command.
+study = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown",
+    help="""Make the recorded results of the lessons again.
 
-Example: `faces2voices study teacher prepared/grid --model grid -o teacher.json`""")
+Example: `faces2voices study teacher prepared/grid -o teacher.json`""")
 app.add_typer(study, name="study")
 Data = Annotated[Path, typer.Argument(help="Prepared clips.", show_default=False)]
+GridData = Annotated[Path, typer.Argument(help="Prepared clips of GRID.", show_default=False)]
+AtMost = Annotated[int, typer.Option(min=1, help="At most so many clips.")]
+OneSplit = Annotated[str, typer.Option(help="Split of the manifest.")]
 
 # %% ../nbs/20_cli.ipynb #5b14c69a
 def _told(ctx, found, seed, folders, tools=(), out=None):
@@ -359,11 +368,11 @@ def study_teacher(
     ctx: typer.Context,
     data: Data,
     model: Model = "grid",
-    split: Annotated[str, typer.Option(help="Split of the manifest.")] = "val",
-    limit: Annotated[int, typer.Option(min=1, help="At most so many clips.")] = 40,
+    split: OneSplit = "val",
+    limit: AtMost = 40,
     out: Out = None,
 ):
-    "What each truth (voice, pitch, loudness, words) is worth to a model's μ on clips that it was not trained on (lesson 18)."
+    "What each truth (voice, pitch, loudness, words) is worth to a model's μ on unseen clips (lesson 18)."
     from faces2voices.experiments import teacher_study
     _told(ctx, teacher_study(model, data, split, limit), 0, [data], out=out)
 
@@ -371,13 +380,15 @@ def study_teacher(
 @study.command("slots")
 def study_slots(
     ctx: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Prepared clips of GRID.", show_default=False)],
+    data: GridData,
     model: Model = "grid",
-    split: Annotated[str, typer.Option(help="Split of the manifest.")] = "test",
-    limit: Annotated[int, typer.Option(min=1, help="At most so many clips.")] = 55,
+    split: OneSplit = "test",
+    limit: AtMost = 55,
     out: Out = None,
 ):
-    "The share of wrong words in each slot of GRID's grammar, heard by two recognisers and read from the lips (lesson 18)."
+    """Wrong words in each slot of GRID's grammar (lesson 18).
+
+    As two recognisers hear the original and the model, and as the model reads the lips."""
     from faces2voices.experiments import slot_study
     _told(ctx, slot_study(model, data, split, limit), 0, [data], ("pocketsphinx",), out)
 
@@ -385,8 +396,8 @@ def study_slots(
 @study.command("adaptation")
 def study_adaptation(
     ctx: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Prepared clips of two speakers.", show_default=False)],
-    run: Annotated[Path, typer.Option(help="Folder of the runs; give the same command again to go on.")] = Path("runs/adaptation"),
+    data: GridData,
+    run: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/adaptation"),
     first: Annotated[str, typer.Option(help="Speaker to begin with.")] = "s1",
     then: Annotated[str, typer.Option(help="Speaker to adapt to.")] = "s4",
     steps: Annotated[int, typer.Option(min=1, help="Training steps on the first speaker.")] = 1500,
@@ -394,7 +405,9 @@ def study_adaptation(
     seed: Seed = 0,
     out: Out = None,
 ):
-    "A hierarchy that knows one speaker is adapted to a second: μ of both, before and after (lesson 18)."
+    """A hierarchy that knows one speaker is adapted to a second: μ of both (lesson 18).
+
+    Stopped, it goes on where it was when the same command is given again."""
     from faces2voices.experiments import adaptation
     rows = adaptation(data, run, first, then, steps, more, seed)
     _told(ctx, dict(rows=rows), seed, [data], out=out)
@@ -403,11 +416,11 @@ def study_adaptation(
 @study.command("stages")
 def study_stages(
     ctx: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Prepared clips of drawn talkers, whose manifest gives phones.", show_default=False)],
+    data: Annotated[Path, typer.Argument(help="Prepared clips of drawn talkers.", show_default=False)],
     model: Model = "talkers",
     out: Out = None,
 ):
-    "What each stage of the hierarchy knows of unseen people and sentences, by linear probes (lesson 10)."
+    "What each stage of the hierarchy knows of unseen people and sentences, by probes (lesson 10)."
     import time
     from faces2voices.hierarchy import judge_stages
     from faces2voices.synthesis import FacesToVoices
@@ -421,11 +434,13 @@ def study_masked_ce(
     ctx: typer.Context,
     data: Data,
     model: Model = "talkers",
-    seeds: Annotated[str, typer.Option(help="Train each arm from each of these seeds.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs.")] = "0,1,2",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 160,
     out: Out = None,
 ):
-    "Cross-entropy against cross-entropy with the masked one: train the content stage with each, judge on unseen clips (lesson 7)."
+    """What the masked cross-entropy adds to the plain one (lesson 7).
+
+    The content stage is trained with and without it, from each seed, and judged on unseen clips."""
     import time
     from faces2voices.content import masked_ce_study
     from faces2voices.synthesis import FacesToVoices
@@ -436,7 +451,9 @@ def study_masked_ce(
 # %% ../nbs/20_cli.ipynb #b9a6ab77
 @study.command("link")
 def study_link(ctx: typer.Context, out: Out = None):
-    "How far a face tells its voice, over the strength of their link in worlds that are drawn on the way (lesson 8). Needs `pip install faces2voices[talkers]`."
+    """How far a face tells its voice, over the strength of their link (lesson 8).
+
+    The worlds are drawn on the way: it needs `pip install faces2voices[talkers]`."""
     from faces2voices.timbre import measure_link
     _told(ctx, measure_link(), 0, [], ("espeakng-loader",), out)
 
@@ -444,12 +461,12 @@ def study_link(ctx: typer.Context, out: Out = None):
 @study.command("copy")
 def study_copy(
     ctx: typer.Context,
-    data: Annotated[list[Path], typer.Argument(help="Folders of prepared clips with a split `test`, one a world.", show_default=False)],
+    data: Annotated[list[Path], typer.Argument(help="Prepared clips, a folder a world.", show_default=False)],
     model: Model = "grid",
-    limit: Annotated[int, typer.Option(min=1, help="Clips of each world.")] = 12,
+    limit: AtMost = 12,
     out: Out = None,
 ):
-    "Copy synthesis: recorded speech through the mel and back, by a model's vocoder and by Griffin-Lim (lesson 14)."
+    "Recorded speech through the mel and back, by a model's vocoder and by Griffin-Lim (lesson 14)."
     from faces2voices.vocoder import copy_study
     found = copy_study(*data, n=limit, model=model)
     _told(ctx, found, 0, data, ("librosa", "pystoi", "pesq", "speechmos"), out)
@@ -458,8 +475,8 @@ def study_copy(
 @study.command("recogniser")
 def study_recogniser(
     ctx: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Prepared clips of GRID.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="New folder for its weights and its card.")] = Path("runs/grid_asr"),
+    data: GridData,
+    out: Annotated[Path, typer.Option("-o", "--out", help="New folder.")] = Path("runs/grid_asr"),
     steps: Annotated[int, typer.Option(min=3, help="Training steps.")] = 2400,
     seed: Seed = 0,
 ):

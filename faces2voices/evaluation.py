@@ -610,7 +610,7 @@ def by_speaker(values:dict, # from `measure`
     return found
 
 # %% ../nbs/17_evaluation.ipynb #8b8ae21f
-JUDGES = "librosa", "pystoi", "pesq", "speechmos", "resemblyzer", "pocketsphinx", "jiwer", "faster-whisper" # packages
+JUDGES = "librosa pystoi pesq speechmos resemblyzer pocketsphinx jiwer faster-whisper".split() # packages
 
 def test_clips(data, # folder of prepared clips
                split:str|None="test", limit:int|None=None # of the manifest, None: any; at most so many clips, spread evenly
@@ -636,17 +636,19 @@ def metric_card(model, # FacesToVoices
     rows, errors = pooled(values)
     grammar = grammar_of([c.text for c in clips])
     wer = f"pocketsphinx, en-us model, grammar of {grammar}, hiss at −65 dB; jiwer, micro-average; uniform guesses make {100*guess_wer(grammar):.1f} %" if grammar else ""
+    seconds_of_speech = round(sum(len(c.wav) for c in clips)/SAMPLE_RATE, 1)
     return dict(preset=model.preset.name, info=model.info, clips=len(clips), speakers=len({c.speaker for c in clips}),
-        seconds_of_speech=round(sum(len(c.wav) for c in clips)/SAMPLE_RATE, 1), left_out=left_out, steps=steps, guidance=guidance, wer_protocol=wer,
-        rows=rows, errors=errors, reasons=reasons, by_beginning=by_beginning(values, clips, known), by_speaker=by_speaker(values, clips),
-        seconds=round(time.time() - began, 1))
+        seconds_of_speech=seconds_of_speech, left_out=left_out, steps=steps, guidance=guidance, wer_protocol=wer,
+        rows=rows, errors=errors, reasons=reasons, by_beginning=by_beginning(values, clips, known),
+        by_speaker=by_speaker(values, clips), seconds=round(time.time() - began, 1))
 
 # %% ../nbs/17_evaluation.ipynb #b07d51e3
 def made_text(card:dict # recorded
              ) -> str:
     "The command of a record, and those of the folders that it read."
-    folders = [f"`{name}` by " + ", then ".join(f"`{line}`" for line in of["commands"]) for name, of in card["data"].items() if of["commands"]]
-    return f"`{card['command']}`" + "".join(f" ({folder})" for folder in folders)
+    ways = {name: of["commands"] for name, of in card["data"].items()}
+    made = {name: ", then ".join(f"`{line}`" for line in lines) for name, lines in ways.items()}
+    return f"`{card['command']}`" + "".join(f" (`{name}` by {by})" for name, by in made.items() if by)
 
 # %% ../nbs/17_evaluation.ipynb #62533978
 def score_text(card:dict, row:str, name:str) -> str:
@@ -664,7 +666,8 @@ def show_card(card:dict # from `metric_card`, recorded
     table = markdown_table(["metric", *rows], [c for c in cells if any(c[1:]) or c[0][:-2] in card["reasons"]])
     faces = {True: "no face was trained on", False: "the faces were trained on", None: "the manifest lists no training clips, so what was trained on is not known"}
     notes = [f"{card['clips']} clips of {card['speakers']} speakers, {card['seconds_of_speech']} s; of {out['of_split']} in the split, {out['sentence_trained_on']} had a sentence of the training set and were left out; {faces[out['faces_are_new']]}"]
-    notes += [f"± is one standard error over clips; WER: {card['wer_protocol'] or 'not measured'}", f"made by {made_text(card)} at commit {card['commit']} in {card['seconds']:.0f} s on {card['machine']}"]
+    notes.append(f"± is one standard error over clips; WER: {card['wer_protocol'] or 'not measured'}")
+    notes.append(f"made by {made_text(card)} at commit {card['commit']} in {card['seconds']:.0f} s on {card['machine']}")
     because = {reason: ", ".join(n for n, r in card["reasons"].items() if r == reason) for reason in card["reasons"].values()}
     notes += beginnings_text(card) + [f"blank: {names}, because {reason}" for reason, names in because.items()]
     return table + "\n\n" + speakers_table(card) + "\n".join(f"- {n}" for n in notes)

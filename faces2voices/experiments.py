@@ -55,7 +55,8 @@ def show_ablation(found:dict # recorded by `faces2voices ablate`
     groups = {name: [r for r in rows if r["without"] == name] for name in VARIANTS}
     body = [[label(name), len(rs), *(across_seeds([r.get(k) for r in rs]) for k in JUDGED), f"{rs[0]['weights']/1e6:.2f}"] for name, rs in groups.items() if rs]
     one = rows[0]
-    end = f"\n\n{one['steps']} steps each, {one['clips']} validation clips; made by `{found['command']}` on {found['machine']}"
+    end = f"\n\n{one['steps']} steps each, {one['clips']} validation clips; " \
+          f"made by `{found['command']}` on {found['machine']}"
     return markdown_table(["hierarchy", "seeds", *(f"{k} {v}" for k, v in JUDGED.items()), "M weights"], body) + end
 
 # %% ../nbs/18_experiments.ipynb #af897d43
@@ -167,7 +168,8 @@ def train_variant(name:str, # of VARIANTS
     fit_eigenlips(hierarchy, train)
     log = fit(hierarchy.loss, hierarchy, batches(train, preset.batch["hierarchy"], seed, preset.vary), steps, preset.lr["hierarchy"],
               name=f"{name}-{steps}-{seed}", run_dir=out, bf16=True, seed=seed)
-    return dict(judge(hierarchy, val, speaker_encoder), clips=len(val), weights=sum(p.numel() for p in hierarchy.parameters()), seconds=log[-1]["seconds"])
+    weights = sum(p.numel() for p in hierarchy.parameters())
+    return judge(hierarchy, val, speaker_encoder) | dict(clips=len(val), weights=weights, seconds=log[-1]["seconds"])
 
 # %% ../nbs/18_experiments.ipynb #2ca9bc8c
 def ablation(data, # folder of prepared clips with splits train and val
@@ -183,7 +185,8 @@ def ablation(data, # folder of prepared clips with splits train and val
         row = dict(without=name, **key, seed=seed)
         if any(row.items() <= r.items() for r in rows):
             continue
-        rows.append(row | train_variant(name, clips, out, steps, seed) | dict(commit=commit(), machine=machine()))
+        made = train_variant(name, clips, out, steps, seed)
+        rows.append(row | made | dict(commit=commit(), machine=machine()))
         with atomic_path(path, overwrite=True) as tmp:
             tmp.write_text(json.dumps(rows, indent=1))
     return [r for r in rows if key.items() <= r.items() and r["seed"] in seeds]
@@ -218,7 +221,8 @@ def teacher_study(name:str, # of a model
     seen = [collate([c], model.units, model.speaker_encoder) for c in clips]
     given = {k: truths for k, truths in GIVEN.items() if k != "the words" or model.preset.words}
     errors = {k: round(float(np.mean([told(model.hierarchy, b, truths) for b in seen])), 4) for k, truths in given.items()}
-    return dict(model=model.preset.name, teacher_forcing=model.preset.teacher_forcing, clips=len(clips), errors=errors)
+    share = model.preset.teacher_forcing
+    return dict(model=model.preset.name, teacher_forcing=share, clips=len(clips), errors=errors)
 
 # %% ../nbs/18_experiments.ipynb #e1bbf1ba
 def show_teacher(found:list # recorded by `faces2voices study teacher`
@@ -294,7 +298,8 @@ def adaptation(data, # prepared clips of both
     fit_eigenlips(hierarchy, seen[first])
     for when, who, n, rate in (("before", first, steps, 1.), ("after", then, more, 1/3)):
         fit(hierarchy.loss, hierarchy, batches(seen[who], preset.batch["hierarchy"], seed, preset.vary), n, rate*preset.lr["hierarchy"], name=when, run_dir=out, bf16=True, seed=seed)
-        rows += [dict(when=when, speaker=who, clips=len(ds), **judge(hierarchy, ds, voices)) for who, ds in held.items()]
+        for who, ds in held.items():
+            rows.append(dict(when=when, speaker=who, clips=len(ds)) | judge(hierarchy, ds, voices))
     return rows
 
 # %% ../nbs/18_experiments.ipynb #3c36bc29
@@ -302,8 +307,9 @@ def show_adaptation(found:dict # recorded by `faces2voices study adaptation`
                    ) -> str: # Markdown
     "Before and after, for both speakers."
     seen = "error, dB", "unit accuracy in speech", "energy, r", "voice similarity"
+    head = ["adaptation", "speaker", "clips", *(f"{k} {JUDGED[k]}" for k in seen)]
     body = [[r["when"], r["speaker"], r["clips"], *(f"{r[k]:.3f}" for k in seen)] for r in found["rows"]]
-    return markdown_table(["adaptation", "speaker", "clips", *(f"{k} {JUDGED[k]}" for k in seen)], body) + f"\n\nmade by `{found['command']}` on {found['machine']}"
+    return markdown_table(head, body) + f"\n\nmade by `{found['command']}` on {found['machine']}"
 
 # %% ../nbs/18_experiments.ipynb #d7d8e0b5
 SWEPT = "WER", "ESTOI", "MCD, dB", "energy, r", "DNSMOS OVRL", "seconds"
@@ -344,7 +350,8 @@ def sweep_study(name:str, # of a model
     val = ClipDataset(data, split="val")
     if not len(val): raise CheckpointError(data, "holds no clips with sound whose split is `val`", "Prepare a corpus with `faces2voices prepare`")
     clips = [val[i] for i in range(min(limit, len(val)))]
-    return dict(model=Path(name).name, clips=len(clips), rows=flow_study(FacesToVoices.from_pretrained(name), clips, seed=seed))
+    rows = flow_study(FacesToVoices.from_pretrained(name), clips, seed=seed)
+    return dict(model=Path(name).name, clips=len(clips), rows=rows)
 
 # %% ../nbs/18_experiments.ipynb #8f928ff1
 def show_study(found:dict # of `faces2voices sweep`
@@ -549,7 +556,8 @@ def ledger_markdown() -> str:
     "The ledger as a table, with the command of each of our columns below."
     head = ["measure", "paper", "measured by others, LRS3", "ours, drawn talkers", "ours, GRID"]
     cards = {name: card for name in ("talkers", "grid") if (card := stored_card(name))}
-    notes = [f"- {name}: {made_text(c)}; {c['clips']} unseen clips; WER by {c['wer_protocol']}" for name, c in cards.items()]
+    notes = [f"- {name}: {made_text(c)}; {c['clips']} unseen clips; WER by {c['wer_protocol']}"
+             for name, c in cards.items()]
     return "\n".join([markdown_table(head, ledger()), "", "Blank: not run. Columns are not comparable with each other: other speech, other judges.", *notes])
 
 # %% ../nbs/18_experiments.ipynb #fc8925c6

@@ -15,7 +15,9 @@ from .core import CorpusError, atomic_path
 
 # %% ../nbs/engine/00_records.ipynb #451ca2da
 def commit() -> str:
-    "Short hash of the package's commit, with `+` where its files were changed since; outside of a checkout, its version."
+    """Short hash of the package's commit, with `+` where its files were changed since.
+
+    Outside of a checkout: the package's version."""
     folder = Path(faces2voices.__file__).parent
     def git(*words):
         try:
@@ -51,11 +53,13 @@ def versions(*tools:str # packages beside the three that everything here depends
 # %% ../nbs/engine/00_records.ipynb #1138fdb4
 MADE = "made.json"
 
-def commands_of(folder) -> list: # of text, in their order
+def commands_of(folder # or the manifest in it
+               ) -> list: # of text, in their order
     """The commands that made a folder of clips, as far as they were noted.
 
     CorpusError: its note cannot be read."""
-    path = Path(folder)/MADE
+    folder = Path(folder)
+    path = (folder.parent if folder.is_file() else folder)/MADE
     if not path.is_file():
         return []
     try:
@@ -66,7 +70,7 @@ def commands_of(folder) -> list: # of text, in their order
 # %% ../nbs/engine/00_records.ipynb #10d65aa3
 def note_making(folder, # that was filled
                 command:str,
-                source=None # folder that the command read
+                source=None # folder, or the manifest in it, that the command read
                ):
     "Write down, inside of a folder of clips, by which commands it came to be."
     before = commands_of(source) if source else []
@@ -77,7 +81,7 @@ def note_making(folder, # that was filled
 
 # %% ../nbs/engine/00_records.ipynb #e2c2af0b
 def data_of(*folders) -> dict: # folder → dict(clips, commands)
-    "What was measured on: each folder as it was named, the clips in its manifest, and the commands that made it."
+    "What was measured on: each folder as it was named, its clips, and the commands that made it."
     def clips(folder):
         manifest = Path(folder)/"manifest.jsonl"
         return sum(1 for line in manifest.open()) if manifest.is_file() else None
@@ -93,7 +97,8 @@ def record(found:dict, # what was measured
            overwrite:bool=False # may it replace a file that is there?
           ) -> dict: # what JSON can hold
     "Stamp what was found with all that it depends on, and write it down."
-    stamp = dict(command=command, seed=seed, commit=commit(), machine=machine(), versions=versions(*tools), data=data)
+    stamp = dict(command=command, seed=seed, commit=commit(), machine=machine(),
+                 versions=versions(*tools), data=data)
     if taken := stamp.keys() & found.keys():
         raise ValueError(f"fields of the stamp: {', '.join(sorted(taken))}")
     kept = stamp | found

@@ -1,5 +1,8 @@
-"Recorded results and printed commands: what stands beside a number runs as it stands, and says what the number depends on."
-import json, re, shlex, subprocess
+"Recorded results and printed commands: what stands beside a number runs as it stands."
+import json
+import re
+import shlex
+import subprocess
 from pathlib import Path
 import pytest
 import typer
@@ -12,7 +15,8 @@ RESULTS = sorted((ROOT/"nbs"/"results").glob("*.json"))
 CARDS = sorted((ROOT/"faces2voices"/"weights").glob("*/README.md"))
 CONFIGS = sorted((ROOT/"faces2voices"/"weights").glob("*/config.json"))
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
-PAGES = [*CARDS, *NOTEBOOKS, ROOT/"README.md", ROOT/"CONTRIBUTING.md", ROOT/"data_samples"/"DATASHEET.md"]
+TEXTS = "README.md", "CONTRIBUTING.md", "data_samples/DATASHEET.md"
+PAGES = [*CARDS, *NOTEBOOKS, *(ROOT/text for text in TEXTS)]
 name = lambda path: str(path.relative_to(ROOT))
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 def parse(line:str):
-    "Read a command with the command line's own parser, without running it; typer's error where it cannot be read."
+    "Read a command with the command line's own parser, without running it."
     program, *words = shlex.split(line)
     assert program == "faces2voices", line
     command, label = typer.main.get_command(cli.app), program
@@ -48,8 +52,9 @@ def test_a_record_says_all_that_it_depends_on(path):
         assert key in found, f"no {key}"
     seeds = found["seed"] if isinstance(found["seed"], list) else [found["seed"]]
     assert seeds and all(isinstance(s, int) for s in seeds)
-    assert re.fullmatch(r"[0-9a-f]{7,}|version \S+", found["commit"]), "files had been changed since that commit"
-    assert found["machine"] and {"python", "torch", "torchaudio", "numpy"} <= found["versions"].keys()
+    assert re.fullmatch(r"[0-9a-f]{7,}|version \S+", found["commit"]), "code had been changed since"
+    assert found["machine"]
+    assert {"python", "torch", "torchaudio", "numpy"} <= found["versions"].keys()
 
 @pytest.mark.parametrize("path", RESULTS, ids=name)
 def test_a_record_can_be_made_again(path):
@@ -87,10 +92,11 @@ def texts(path) -> list:
 def printed(text:str) -> list:
     """Commands in backticks, and on lines of their own (in code fences and indented blocks).
 
-    A line of Python, a shell's pipe, and what says that something is left out (…, {value}) are no commands to type."""
+    A pipe of a shell, and what leaves something out (…, {value}), are no commands to type."""
     ticked = re.findall(r"`(faces2voices [a-z][^`\n]*)`", text)
     alone = re.findall(r"^ *(?:\$ |\.venv/bin/)?(faces2voices (?:[a-z-]+ )+.*)$", text, flags=re.M)
-    return [c for c in ticked + [a for a in alone if "`" not in a] if not re.search(r"…|\{|\|", c)]
+    found = ticked + [line for line in alone if "`" not in line]
+    return [line for line in found if not re.search(r"…|\{|\|", line)]
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_printed_commands_can_be_typed(path):
@@ -108,18 +114,32 @@ def test_printed_commands_can_be_typed(path):
                 pass
 
 def test_the_rule_finds_commands():
-    text = "Say `faces2voices evaluate X --split ` or `faces2voices …`:\n\n    faces2voices train prepared/grid --preset grid\n\nand `faces2voices {x}`"
-    assert printed(text) == ["faces2voices evaluate X --split ", "faces2voices train prepared/grid --preset grid"]
+    text = """Say `faces2voices evaluate X --split ` or `faces2voices …`:
 
-@pytest.mark.parametrize("line", ["faces2voices evaluate X --split  --limit 16", "faces2voices teach X", "faces2voices study nothing X", "faces2voices evaluate X --model"])
-def test_what_cannot_be_typed_is_refused(line):
+    faces2voices train prepared/grid --preset grid
+
+and `faces2voices {x}`"""
+    expected = ["faces2voices evaluate X --split ", "faces2voices train prepared/grid --preset grid"]
+    assert printed(text) == expected
+
+WRONG = "evaluate X --split  --limit 16", "teach X", "study nothing X", "evaluate X --model"
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_cannot_be_typed_is_refused(words):
     with pytest.raises(Exception) as refused:
-        parse(line)
+        parse(f"faces2voices {words}")
     assert not isinstance(refused.value, SystemExit)
 
-@pytest.mark.parametrize("line", ["faces2voices evaluate 'my clips' --model runs/slim/model --split all --limit 5 --guidance 1.5", "faces2voices bench flow --processor --repeats 7",
-    "faces2voices study copy a b --limit 3", "faces2voices train --preset slim -o runs/x", "faces2voices synthesize a.mp4 b.mp4 --no-dub", "faces2voices study link"])
-def test_a_command_writes_down_what_it_was_called_with(line):
+CALLS = """evaluate 'my clips' --model runs/slim/model --split all --limit 5 --guidance 1.5
+bench flow --processor --repeats 7
+study copy a b --limit 3
+study link
+train --preset slim -o runs/x
+synthesize a.mp4 b.mp4 --no-dub""".splitlines()
+
+@pytest.mark.parametrize("words", CALLS)
+def test_a_command_writes_down_what_it_was_called_with(words):
+    line = f"faces2voices {words}"
     again = cli.command_line(parse_under_root(line))
     assert parse_under_root(again).params == parse_under_root(line).params
     assert cli.command_line(parse_under_root(again)) == again
@@ -132,7 +152,8 @@ def parse_under_root(line:str):
     while hasattr(command, "commands"):
         label, *words = words
         command = command.commands[label]
-        above = command.context_class(command, info_name=label, parent=above) if hasattr(command, "commands") else above
+        if hasattr(command, "commands"):
+            above = command.context_class(command, info_name=label, parent=above)
     return command.make_context(label, words, parent=above)
 
 def test_the_file_of_a_result_is_not_in_its_command():
@@ -141,10 +162,13 @@ def test_the_file_of_a_result_is_not_in_its_command():
 
 def test_a_folder_keeps_the_commands_that_made_it(tmp_path):
     records.note_making(tmp_path/"clips", "faces2voices talkers clips")
-    records.note_making(tmp_path/"prepared", "faces2voices prepare clips prepared", tmp_path/"clips")
+    manifest = tmp_path/"clips"/"manifest.jsonl"
+    manifest.touch()
+    records.note_making(tmp_path/"prepared", "faces2voices prepare clips prepared", manifest)
     records.note_making(tmp_path/"prepared", "faces2voices prepare more prepared", tmp_path/"more")
-    expected = ["faces2voices talkers clips", "faces2voices prepare clips prepared", "faces2voices prepare more prepared"]
-    assert records.commands_of(tmp_path/"prepared") == expected
+    expected = ["talkers clips", "prepare clips prepared", "prepare more prepared"]
+    found = records.commands_of(tmp_path/"prepared")
+    assert found == [f"faces2voices {words}" for words in expected]
     (tmp_path/"prepared"/records.MADE).write_text("[]")
     with pytest.raises(CorpusError, match="made.json"):
         records.commands_of(tmp_path/"prepared")
@@ -155,17 +179,19 @@ def test_the_command_line_leaves_the_note(tmp_path):
     (tmp_path/"films"/clips[0].name).write_bytes(clips[0].read_bytes())
     line = "prepare films prepared --backend locator --workers 1"
     assert CliRunner().invoke(cli.app, line.split()).exit_code == 0
-    assert records.data_of("prepared") == {"prepared": dict(clips=1, commands=["faces2voices " + line])}
+    assert records.data_of("prepared")["prepared"] == dict(clips=1, commands=["faces2voices " + line])
 
 def test_a_commit_that_does_not_tell_all_says_so(tmp_path, monkeypatch):
     def git(*words):
-        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *words], check=True, capture_output=True, text=True).stdout.strip()
+        call = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *words]
+        return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
     package = tmp_path/"package"
     package.mkdir()
     monkeypatch.setattr(records.faces2voices, "__file__", str(package/"__init__.py"))
     (package/"__init__.py").write_text("")
     git("init", "-q")
-    assert records.commit() == f"version {records.faces2voices.__version__}", "installed inside of somebody else's repository"
+    inside_of_another = records.commit()
+    assert inside_of_another == f"version {records.faces2voices.__version__}"
     git("add", ".")
     git("commit", "-qm", "first")
     head = git("rev-parse", "--short", "HEAD")
