@@ -64,10 +64,10 @@ Expression = Annotated[float, typer.Option(min=0., max=5., help="How much of wha
 Dub = Annotated[bool, typer.Option(help="Also write NAME.dubbed.mp4: the original frames with the new sound.")]
 Report = Annotated[bool, typer.Option(help="Also write report.html: what the model saw, predicted and said.")]
 Faces = Annotated[Optional[Path], typer.Option(help="Folder of insightface models (holds models/PACK/*.onnx). Default: $F2V_INSIGHTFACE, then ~/.insightface.")]
-Split = Annotated[str, typer.Option(help="Split of the manifest; `all`: every clip that was not trained on.")]
+Split = Annotated[str, typer.Option(help="Split of the manifest; `all`: all but what was trained on.")]
 Out = Annotated[
     Optional[Path],
-    typer.Option("-o", "--out", callback=new_file, help="Write the result here (JSON), with what it depends on.")]
+    typer.Option("-o", "--out", callback=new_file, help="Write the result (JSON) here, and how it was made.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 
 # %% ../nbs/20_cli.ipynb #64d0a7be
@@ -221,7 +221,10 @@ def train(
     from faces2voices import training
     from faces2voices.core import PRESETS
     if dry_run: return say.print(training.show_costs(training.dry_run(PRESETS[preset.value])), markup=False)
-    folder = training.train_system(PRESETS[preset.value], out, data, init=init, voices=voices, only=only.split(",") if only else None, workers=workers, seed=seed, board=board, command=command_line(ctx))
+    parts, line = only.split(",") if only else None, command_line(ctx)
+    folder = training.train_system(
+        PRESETS[preset.value], out, data, init=init, voices=voices, only=parts,
+        workers=workers, seed=seed, board=board, command=line)
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/20_cli.ipynb #4c5b44ad
@@ -372,7 +375,7 @@ def study_teacher(
     limit: AtMost = 40,
     out: Out = None,
 ):
-    "What each truth (voice, pitch, loudness, words) is worth to a model's μ on unseen clips (lesson 18)."
+    "What each truth (voice, pitch, loudness, words) is worth to μ on unseen clips (lesson 18)."
     from faces2voices.experiments import teacher_study
     _told(ctx, teacher_study(model, data, split, limit), 0, [data], out=out)
 
@@ -416,7 +419,7 @@ def study_adaptation(
 @study.command("stages")
 def study_stages(
     ctx: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Prepared clips of drawn talkers.", show_default=False)],
+    data: Annotated[Path, typer.Argument(help="Prepared drawn talkers.", show_default=False)],
     model: Model = "talkers",
     out: Out = None,
 ):
@@ -461,7 +464,7 @@ def study_link(ctx: typer.Context, out: Out = None):
 @study.command("copy")
 def study_copy(
     ctx: typer.Context,
-    data: Annotated[list[Path], typer.Argument(help="Prepared clips, a folder a world.", show_default=False)],
+    data: Annotated[list[Path], typer.Argument(help="Prepared clips.", show_default=False)],
     model: Model = "grid",
     limit: AtMost = 12,
     out: Out = None,

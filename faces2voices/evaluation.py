@@ -259,7 +259,9 @@ def train_recogniser(data, # prepared GRID clips
     rates = [ratio(np.array([word_errors(c.text, listen(c.wav, grammar)) for c in val])) for grammar in (False, True)]
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     with atomic_path(path) as tmp: save_file(half, tmp)
-    with atomic_path(path.with_name("README.md")) as tmp: tmp.write_text(recogniser_card(model, clips, len(val), rates, log[-1], command))
+    card = recogniser_card(model, clips, len(val), rates, log[-1], command)
+    with atomic_path(path.with_name("README.md")) as tmp:
+        tmp.write_text(card)
     return model
 
 # %% ../nbs/17_evaluation.ipynb #a3ad0a9b
@@ -610,10 +612,11 @@ def by_speaker(values:dict, # from `measure`
     return found
 
 # %% ../nbs/17_evaluation.ipynb #8b8ae21f
-JUDGES = "librosa pystoi pesq speechmos resemblyzer pocketsphinx jiwer faster-whisper".split() # packages
+JUDGES = "librosa pystoi pesq speechmos resemblyzer pocketsphinx jiwer faster-whisper".split()
 
 def test_clips(data, # folder of prepared clips
-               split:str|None="test", limit:int|None=None # of the manifest, None: any; at most so many clips, spread evenly
+               split:str|None="test", # of the manifest; None: any
+               limit:int|None=None # at most so many clips, spread evenly
               ) -> tuple: # list of Clip, and what was left out
     "The clips that a card is made of."
     kept, left_out = unseen(read_manifest(Path(data)/"manifest.jsonl"), split)
@@ -626,7 +629,8 @@ test_clips.__test__ = False
 # %% ../nbs/17_evaluation.ipynb #507eb33c
 def metric_card(model, # FacesToVoices
                 data, # folder of prepared clips
-                split:str|None="test", limit:int|None=None, # of the manifest, None: any; at most so many clips
+                split:str|None="test", # of the manifest; None: any
+                limit:int|None=None, # at most so many clips
                 steps:int=EULER_STEPS, guidance:float=1., seed:int=0 # of the flow
                ) -> dict: # what JSON can hold
     "Score a model between its bounds; `record` adds what else the numbers depend on."
@@ -637,9 +641,10 @@ def metric_card(model, # FacesToVoices
     grammar = grammar_of([c.text for c in clips])
     wer = f"pocketsphinx, en-us model, grammar of {grammar}, hiss at −65 dB; jiwer, micro-average; uniform guesses make {100*guess_wer(grammar):.1f} %" if grammar else ""
     seconds_of_speech = round(sum(len(c.wav) for c in clips)/SAMPLE_RATE, 1)
-    return dict(preset=model.preset.name, info=model.info, clips=len(clips), speakers=len({c.speaker for c in clips}),
-        seconds_of_speech=seconds_of_speech, left_out=left_out, steps=steps, guidance=guidance, wer_protocol=wer,
-        rows=rows, errors=errors, reasons=reasons, by_beginning=by_beginning(values, clips, known),
+    return dict(preset=model.preset.name, info=model.info,
+        clips=len(clips), speakers=len({c.speaker for c in clips}), seconds_of_speech=seconds_of_speech,
+        left_out=left_out, steps=steps, guidance=guidance, wer_protocol=wer, rows=rows,
+        errors=errors, reasons=reasons, by_beginning=by_beginning(values, clips, known),
         by_speaker=by_speaker(values, clips), seconds=round(time.time() - began, 1))
 
 # %% ../nbs/17_evaluation.ipynb #b07d51e3
@@ -648,7 +653,8 @@ def made_text(card:dict # recorded
     "The command of a record, and those of the folders that it read."
     ways = {name: of["commands"] for name, of in card["data"].items()}
     made = {name: ", then ".join(f"`{line}`" for line in lines) for name, lines in ways.items()}
-    return f"`{card['command']}`" + "".join(f" (`{name}` by {by})" for name, by in made.items() if by)
+    folders = "".join(f" (`{name}` by {by})" for name, by in made.items() if by)
+    return f"`{card['command']}`{folders}"
 
 # %% ../nbs/17_evaluation.ipynb #62533978
 def score_text(card:dict, row:str, name:str) -> str:
@@ -666,8 +672,10 @@ def show_card(card:dict # from `metric_card`, recorded
     table = markdown_table(["metric", *rows], [c for c in cells if any(c[1:]) or c[0][:-2] in card["reasons"]])
     faces = {True: "no face was trained on", False: "the faces were trained on", None: "the manifest lists no training clips, so what was trained on is not known"}
     notes = [f"{card['clips']} clips of {card['speakers']} speakers, {card['seconds_of_speech']} s; of {out['of_split']} in the split, {out['sentence_trained_on']} had a sentence of the training set and were left out; {faces[out['faces_are_new']]}"]
-    notes.append(f"± is one standard error over clips; WER: {card['wer_protocol'] or 'not measured'}")
-    notes.append(f"made by {made_text(card)} at commit {card['commit']} in {card['seconds']:.0f} s on {card['machine']}")
+    protocol = card["wer_protocol"] or "not measured"
+    notes.append(f"± is one standard error over clips; WER: {protocol}")
+    how = f"at commit {card['commit']} in {card['seconds']:.0f} s on {card['machine']}"
+    notes.append(f"made by {made_text(card)} {how}")
     because = {reason: ", ".join(n for n, r in card["reasons"].items() if r == reason) for reason in card["reasons"].values()}
     notes += beginnings_text(card) + [f"blank: {names}, because {reason}" for reason, names in because.items()]
     return table + "\n\n" + speakers_table(card) + "\n".join(f"- {n}" for n in notes)

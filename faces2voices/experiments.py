@@ -30,7 +30,8 @@ from .hierarchy import Hierarchy, prior_loss, probe, see, show_mus
 from .synthesis import WEIGHTS, FacesToVoices
 from .training import fit, fit_eigenlips, part, shuffled, train_speaker
 from .vocoder import excitation
-from .evaluation import Sound, correlation, energy_correlation, grammar_of, grid_listener, grid_sentence, listener, loud, mcd, mean_f0, made_text, plot_scores, score_text, show_card, stoi, unit_accuracy, word_errors
+from .evaluation import made_text
+from .evaluation import Sound, correlation, energy_correlation, grammar_of, grid_listener, grid_sentence, listener, loud, mcd, mean_f0, plot_scores, score_text, show_card, stoi, unit_accuracy, word_errors
 
 # %% ../nbs/18_experiments.ipynb #0e16efde
 VARIANTS = dict(whole=(), masked=("masked",), timbre=("timbre",), prosody=("prosody",), hierarchy=("hierarchy",)) # name → `without`
@@ -169,7 +170,8 @@ def train_variant(name:str, # of VARIANTS
     log = fit(hierarchy.loss, hierarchy, batches(train, preset.batch["hierarchy"], seed, preset.vary), steps, preset.lr["hierarchy"],
               name=f"{name}-{steps}-{seed}", run_dir=out, bf16=True, seed=seed)
     weights = sum(p.numel() for p in hierarchy.parameters())
-    return judge(hierarchy, val, speaker_encoder) | dict(clips=len(val), weights=weights, seconds=log[-1]["seconds"])
+    row = dict(clips=len(val), weights=weights, seconds=log[-1]["seconds"])
+    return judge(hierarchy, val, speaker_encoder) | row
 
 # %% ../nbs/18_experiments.ipynb #2ca9bc8c
 def ablation(data, # folder of prepared clips with splits train and val
@@ -308,7 +310,8 @@ def show_adaptation(found:dict # recorded by `faces2voices study adaptation`
     "Before and after, for both speakers."
     seen = "error, dB", "unit accuracy in speech", "energy, r", "voice similarity"
     head = ["adaptation", "speaker", "clips", *(f"{k} {JUDGED[k]}" for k in seen)]
-    body = [[r["when"], r["speaker"], r["clips"], *(f"{r[k]:.3f}" for k in seen)] for r in found["rows"]]
+    rows = found["rows"]
+    body = [[r["when"], r["speaker"], r["clips"], *(f"{r[k]:.3f}" for k in seen)] for r in rows]
     return markdown_table(head, body) + f"\n\nmade by `{found['command']}` on {found['machine']}"
 
 # %% ../nbs/18_experiments.ipynb #d7d8e0b5
