@@ -190,6 +190,7 @@ def test_a_commit_that_does_not_tell_all_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(records.faces2voices, "__file__", str(package/"__init__.py"))
     (package/"__init__.py").write_text("")
     git("init", "-q")
+    git("commit", "-qm", "somebody else's", "--allow-empty")
     inside_of_another = records.commit()
     assert inside_of_another == f"version {records.faces2voices.__version__}"
     git("add", ".")
