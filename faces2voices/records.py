@@ -44,6 +44,7 @@ def tool_version(name:str) -> str:
     except PackageNotFoundError:
         return ""
 
+# %% ../nbs/engine/00_records.ipynb #8bf27ffb
 def versions(*tools:str # packages beside the three that everything here depends on
             ) -> dict: # name → version
     "Versions of Python and of packages; those that are absent are left out."
