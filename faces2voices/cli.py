@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'say', 'complain', 'Device', 'Bench', 'Layout', 'Preset', 'Model', 'Steps', 'Guidance', 'Seed', 'OtherFace',
-           'Reference', 'Expression', 'Dub', 'Report', 'Faces', 'Workers', 'listen', 'new_file', 'main', 'synthesize',
-           'talkers', 'prepare', 'train', 'adapt', 'evaluate', 'listen_page', 'listen_marks', 'sweep', 'ablate',
-           'bench', 'download']
+           'Reference', 'Expression', 'Dub', 'Report', 'Faces', 'Split', 'Out', 'Workers', 'listen', 'study', 'Data',
+           'GridData', 'AtMost', 'OneSplit', 'new_file', 'main', 'command_line', 'numbers', 'synthesize', 'talkers',
+           'prepare', 'train', 'adapt', 'evaluate', 'listen_page', 'listen_marks', 'sweep', 'ablate', 'study_teacher',
+           'study_slots', 'study_adaptation', 'study_stages', 'study_masked_ce', 'study_link', 'study_copy',
+           'study_recogniser', 'bench', 'download']
 
 # %% ../nbs/20_cli.ipynb #8a564655
-import enum, sys
+import enum, shlex, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -62,7 +64,51 @@ Expression = Annotated[float, typer.Option(min=0., max=5., help="How much of wha
 Dub = Annotated[bool, typer.Option(help="Also write NAME.dubbed.mp4: the original frames with the new sound.")]
 Report = Annotated[bool, typer.Option(help="Also write report.html: what the model saw, predicted and said.")]
 Faces = Annotated[Optional[Path], typer.Option(help="Folder of insightface models (holds models/PACK/*.onnx). Default: $F2V_INSIGHTFACE, then ~/.insightface.")]
+Split = Annotated[str, typer.Option(help="Split of the manifest; `all`: all but what was trained on.")]
+Out = Annotated[
+    Optional[Path],
+    typer.Option("-o", "--out", callback=new_file, help="Write the result (JSON) here, and how it was made.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+
+# %% ../nbs/20_cli.ipynb #64d0a7be
+def command_line(ctx:typer.Context) -> str:
+    "The call as one would type it again, without the file that takes the result."
+    names, at = [], ctx
+    while at.parent:
+        names, at = [at.info_name, *names], at.parent
+    words = ["faces2voices", *names]
+    for p in ctx.command.params:
+        given = ctx.get_parameter_source(p.name).name == "COMMANDLINE"
+        result = p.name == "out" and p.param_type_name == "option" and p.default is None
+        if given and not result:
+            words += _typed(p, ctx.params[p.name])
+    return shlex.join(words)
+
+# %% ../nbs/20_cli.ipynb #0be19d37
+def _typed(p, value) -> list: # of words
+    "One argument or option as it is typed."
+    values = value if isinstance(value, (list, tuple)) else [value]
+    words = [str(v.value if isinstance(v, enum.Enum) else v) for v in values]
+    if p.param_type_name == "argument":
+        return words
+    if isinstance(value, bool):
+        return [max(p.opts if value else p.secondary_opts, key=len)]
+    return [max(p.opts, key=len), *words]
+
+# %% ../nbs/20_cli.ipynb #9c53e8d1
+def _record(ctx, found:dict, seed, folders:list, tools:tuple=(), out=None) -> dict:
+    "What was found, stamped, and written to `out` where that is a file."
+    from faces2voices.records import data_of, record
+    return record(found, command_line(ctx), seed, data_of(*folders), tools, out)
+
+# %% ../nbs/20_cli.ipynb #b8f2640c
+def numbers(text:str) -> list: # of int
+    "Whole numbers with commas between them."
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        said = "whole numbers with commas between them, as 0,1,2"
+        raise typer.BadParameter(said, param_hint="--seeds") from None
 
 # %% ../nbs/20_cli.ipynb #99720ad9
 @app.command()
@@ -107,6 +153,7 @@ def _summary(done, out, page):
 # %% ../nbs/20_cli.ipynb #8efc3dbc
 @app.command()
 def talkers(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Argument(help="Folder for the clips and their manifest.jsonl.")],
     speakers: Annotated[int, typer.Option(min=1, help="How many faces with their voices.")] = 480,
     clips: Annotated[int, typer.Option(min=1, help="Sentences of each.")] = 3,
@@ -114,8 +161,10 @@ def talkers(
     workers: Workers = 2,
 ):
     "Draw and speak synthetic talkers: mp4 clips in which what, who and how are known. Needs `pip install faces2voices[talkers]`."
+    from faces2voices.records import note_making
     from faces2voices.talkers import make_corpus
     make_corpus(out, speakers, clips, seed=seed, workers=workers)
+    note_making(out, command_line(ctx))
     say.print(f"{speakers*clips} clips in {_plain(out)}; next: [bold]faces2voices prepare {_plain(out)} PREPARED[/]")
 
 # %% ../nbs/20_cli.ipynb #5aff2062
@@ -130,6 +179,7 @@ def _backend(name:str, faces, locator):
 # %% ../nbs/20_cli.ipynb #5fd9bb88
 @app.command()
 def prepare(
+    ctx: typer.Context,
     corpus: Annotated[Path, typer.Argument(help="A manifest.jsonl (or the folder of one), a corpus with `--grid` or `--layout`, or a folder of videos.")],
     out: Annotated[Path, typer.Argument(help="Folder for the prepared clips (one .npz each). A second run goes on where the first stopped.")],
     grid: Annotated[Optional[str], typer.Option(help="Read CORPUS as GRID and take these speakers, for example `s1,s4`.", show_default=False)] = None,
@@ -143,17 +193,19 @@ def prepare(
     """Cut lips, face and expression out of every clip of a corpus, and measure its pitch and energy.
 
     Stopped or killed, it goes on where it was when the same command is given again."""
-    from faces2voices import corpora
+    from faces2voices import corpora, records
     if not (grid or layout) and (corpus/"manifest.jsonl").is_file(): corpus = corpus/"manifest.jsonl"
     if grid: entries = [e for s in grid.split(",") for e in corpora.grid(corpus, s)]
     else: entries = (getattr(corpora, layout.value) if layout else corpora.read_manifest if corpus.is_file() else corpora.folder)(corpus)
     done = corpora.prepare(entries, out, _backend(backend, faces, locator), workers, scheduler)
+    records.note_making(out, command_line(ctx), corpus)
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
     raise typer.Exit(int(done.failed > 0))
 
 # %% ../nbs/20_cli.ipynb #d0689706
 @app.command()
 def train(
+    ctx: typer.Context,
     data: Annotated[Optional[Path], typer.Argument(help="Prepared clips. Without it, `tiny` makes its own talkers first.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run: checkpoints, logs, and the model at the end.")] = Path("runs/tiny"),
     preset: Annotated[Preset, typer.Option(help="Sizes and lengths: `tiny` (drawn faces, 2 cores), `grid` (real faces, taught words too), `eigenlips` (the same without words), `slim` (with a network for pictures instead), `paper`.")] = Preset.tiny,
@@ -169,13 +221,16 @@ def train(
     from faces2voices import training
     from faces2voices.core import PRESETS
     if dry_run: return say.print(training.show_costs(training.dry_run(PRESETS[preset.value])), markup=False)
-    command = f"faces2voices train {data or ''} --preset {preset.value}".replace("  ", " ") + (f" --init {init}" if init else "") + (f" --voices {voices}" if voices else "") + (f" --seed {seed}" if seed else "")
-    folder = training.train_system(PRESETS[preset.value], out, data, init=init, voices=voices, only=only.split(",") if only else None, workers=workers, seed=seed, board=board, command=command)
+    parts, line = only.split(",") if only else None, command_line(ctx)
+    folder = training.train_system(
+        PRESETS[preset.value], out, data, init=init, voices=voices, only=parts,
+        workers=workers, seed=seed, board=board, command=line)
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/20_cli.ipynb #4c5b44ad
 @app.command()
 def adapt(
+    ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="Prepared clips of somebody new.")],
     model: Model = "grid",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run: checkpoints, logs, and the adapted model.")] = Path("runs/adapted"),
@@ -184,28 +239,28 @@ def adapt(
 ):
     "Go on from a trained model with clips of somebody new; units and the space of voices stay."
     from faces2voices import training
-    folder = training.adapt(model, data, out, steps, seed=seed, command=f"faces2voices adapt {data} --model {model} --steps {steps}" + (f" --seed {seed}" if seed else ""))
+    folder = training.adapt(model, data, out, steps, seed=seed, command=command_line(ctx))
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/20_cli.ipynb #7a9c2895
 @app.command()
 def evaluate(
+    ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="Prepared clips with sound and text.")],
     model: Model = "talkers",
-    split: Annotated[str, typer.Option(help="Split of the manifest.")] = "test",
+    split: Split = "test",
     limit: Annotated[Optional[int], typer.Option(help="At most so many clips.")] = None,
-    steps: Steps = EULER_STEPS, guidance: Guidance = 1.,
+    steps: Steps = EULER_STEPS,
+    guidance: Guidance = 1.,
     seed: Seed = 0,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="Write the metric card (JSON) here.")] = None,
+    out: Out = None,
 ):
     "The metric card: original, vocoder-resynthesised and synthesised speech, and the same with the wrong face and the wrong lips."
-    from faces2voices.evaluation import metric_card, show_card
+    from faces2voices.evaluation import JUDGES, metric_card, show_card
     from faces2voices.synthesis import FacesToVoices
-    card = metric_card(FacesToVoices.from_pretrained(model), data, split=split, limit=limit, steps=steps, guidance=guidance, seed=seed, name=model)
-    if out:
-        import json
-        with atomic_path(out) as tmp: tmp.write_text(json.dumps(card, indent=1))
-    say.print(show_card(card), markup=False)
+    f2v, which = FacesToVoices.from_pretrained(model), None if split == "all" else split
+    found = metric_card(f2v, data, which, limit, steps, guidance, seed)
+    say.print(show_card(_record(ctx, found, seed, [data], JUDGES, out)), markup=False)
 
 # %% ../nbs/20_cli.ipynb #712be9a5
 listen = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="""Ask people: a blind listening test without a server, and its mean opinion scores (MOS).
@@ -259,37 +314,184 @@ def listen_marks(
 # %% ../nbs/20_cli.ipynb #9f75ae1a
 @app.command()
 def sweep(
+    ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="Prepared clips with sound; those of the split `val` are spoken.")],
     model: Model = "talkers",
     limit: Annotated[int, typer.Option(min=1, help="So many clips.")] = 10,
     seed: Seed = 0,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="Write the table (JSON) here.")] = None,
+    out: Out = None,
 ):
     "Speak validation clips without the flow, with few and many steps of it, and with weak and strong guidance."
-    import json
-    from faces2voices.experiments import recorded_study, show_study
-    found = recorded_study(model, data, limit, seed)
-    if out:
-        with atomic_path(out) as tmp: tmp.write_text(json.dumps(found, indent=1))
-    say.print(show_study(found), markup=False)
+    from faces2voices.evaluation import JUDGES
+    from faces2voices.experiments import show_study, sweep_study
+    found = sweep_study(model, data, limit, seed)
+    say.print(show_study(_record(ctx, found, seed, [data], JUDGES, out)), markup=False)
 
 # %% ../nbs/20_cli.ipynb #c1eb6795
 @app.command()
 def ablate(
+    ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="Prepared clips.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the runs; give the same command again to go on.")] = Path("runs/ablation"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 800,
     seeds: Annotated[str, typer.Option(help="Train each variant from each of these seeds, for example `0,1,2`.")] = "0",
 ):
-    "Train the hierarchy with one stage taken out at a time, and tell what was lost."
+    """Train the hierarchy with one stage taken out at a time, and tell what was lost.
+
+    The record is ablation.json in the folder of the runs."""
     from faces2voices.experiments import ablation, show_ablation
-    try: chosen = tuple(int(s) for s in seeds.split(","))
-    except ValueError: raise typer.BadParameter("whole numbers with commas between them, as 0,1,2", param_hint="--seeds")
-    say.print(show_ablation(ablation(data, out, steps=steps, seeds=chosen)), markup=False)
+    from faces2voices.records import data_of, record
+    chosen = numbers(seeds)
+    rows = ablation(data, out, steps=steps, seeds=chosen)
+    found = record(dict(rows=rows), command_line(ctx), chosen, data_of(data),
+                   out=out/"ablation.json", overwrite=True)
+    say.print(show_ablation(found), markup=False)
+
+# %% ../nbs/20_cli.ipynb #33e23343
+study = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown",
+    help="""Make the recorded results of the lessons again.
+
+Example: `faces2voices study teacher prepared/grid -o teacher.json`""")
+app.add_typer(study, name="study")
+Data = Annotated[Path, typer.Argument(help="Prepared clips.", show_default=False)]
+GridData = Annotated[Path, typer.Argument(help="Prepared clips of GRID.", show_default=False)]
+AtMost = Annotated[int, typer.Option(min=1, help="At most so many clips.")]
+OneSplit = Annotated[str, typer.Option(help="Split of the manifest.")]
+
+# %% ../nbs/20_cli.ipynb #5b14c69a
+def _told(ctx, found, seed, folders, tools=(), out=None):
+    "Record a study, and print what was found where no file takes it."
+    import json
+    kept = _record(ctx, found, seed, folders, tools, out)
+    say.print(f"written to {out}" if out else json.dumps(kept, indent=1), markup=False)
+
+# %% ../nbs/20_cli.ipynb #a3fe0ca7
+@study.command("teacher")
+def study_teacher(
+    ctx: typer.Context,
+    data: Data,
+    model: Model = "grid",
+    split: OneSplit = "val",
+    limit: AtMost = 40,
+    out: Out = None,
+):
+    "What each truth (voice, pitch, loudness, words) is worth to μ on unseen clips (lesson 18)."
+    from faces2voices.experiments import teacher_study
+    _told(ctx, teacher_study(model, data, split, limit), 0, [data], out=out)
+
+# %% ../nbs/20_cli.ipynb #682797d9
+@study.command("slots")
+def study_slots(
+    ctx: typer.Context,
+    data: GridData,
+    model: Model = "grid",
+    split: OneSplit = "test",
+    limit: AtMost = 55,
+    out: Out = None,
+):
+    """Wrong words in each slot of GRID's grammar (lesson 18).
+
+    As two recognisers hear the original and the model, and as the model reads the lips."""
+    from faces2voices.experiments import slot_study
+    _told(ctx, slot_study(model, data, split, limit), 0, [data], ("pocketsphinx",), out)
+
+# %% ../nbs/20_cli.ipynb #c14f5144
+@study.command("adaptation")
+def study_adaptation(
+    ctx: typer.Context,
+    data: GridData,
+    run: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/adaptation"),
+    first: Annotated[str, typer.Option(help="Speaker to begin with.")] = "s1",
+    then: Annotated[str, typer.Option(help="Speaker to adapt to.")] = "s4",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps on the first speaker.")] = 1500,
+    more: Annotated[int, typer.Option(min=1, help="Steps on the second.")] = 300,
+    seed: Seed = 0,
+    out: Out = None,
+):
+    """A hierarchy that knows one speaker is adapted to a second: μ of both (lesson 18).
+
+    Stopped, it goes on where it was when the same command is given again."""
+    from faces2voices.experiments import adaptation
+    rows = adaptation(data, run, first, then, steps, more, seed)
+    _told(ctx, dict(rows=rows), seed, [data], out=out)
+
+# %% ../nbs/20_cli.ipynb #5aaa82f8
+@study.command("stages")
+def study_stages(
+    ctx: typer.Context,
+    data: Annotated[Path, typer.Argument(help="Prepared drawn talkers.", show_default=False)],
+    model: Model = "talkers",
+    out: Out = None,
+):
+    "What each stage of the hierarchy knows of unseen people and sentences, by probes (lesson 10)."
+    import time
+    from faces2voices.hierarchy import judge_stages
+    from faces2voices.synthesis import FacesToVoices
+    began = time.time()
+    found = judge_stages(FacesToVoices.from_pretrained(model, device="cpu"), data)
+    _told(ctx, found | dict(seconds=round(time.time() - began)), 0, [data], ("scikit-learn",), out)
+
+# %% ../nbs/20_cli.ipynb #605ebbfd
+@study.command("masked-ce")
+def study_masked_ce(
+    ctx: typer.Context,
+    data: Data,
+    model: Model = "talkers",
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs.")] = "0,1,2",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 160,
+    out: Out = None,
+):
+    """What the masked cross-entropy adds to the plain one (lesson 7).
+
+    The content stage is trained with and without it, from each seed, and judged on unseen clips."""
+    import time
+    from faces2voices.content import masked_ce_study
+    from faces2voices.synthesis import FacesToVoices
+    began, chosen = time.time(), numbers(seeds)
+    found = masked_ce_study(FacesToVoices.from_pretrained(model), data, seeds=chosen, steps=steps)
+    _told(ctx, found | dict(seconds=round(time.time() - began)), chosen, [data], out=out)
+
+# %% ../nbs/20_cli.ipynb #b9a6ab77
+@study.command("link")
+def study_link(ctx: typer.Context, out: Out = None):
+    """How far a face tells its voice, over the strength of their link (lesson 8).
+
+    The worlds are drawn on the way: it needs `pip install faces2voices[talkers]`."""
+    from faces2voices.timbre import measure_link
+    _told(ctx, measure_link(), 0, [], ("espeakng-loader",), out)
+
+# %% ../nbs/20_cli.ipynb #7d3b6a9c
+@study.command("copy")
+def study_copy(
+    ctx: typer.Context,
+    data: Annotated[list[Path], typer.Argument(help="Prepared clips.", show_default=False)],
+    model: Model = "grid",
+    limit: AtMost = 12,
+    out: Out = None,
+):
+    "Recorded speech through the mel and back, by a model's vocoder and by Griffin-Lim (lesson 14)."
+    from faces2voices.vocoder import copy_study
+    found = copy_study(*data, n=limit, model=model)
+    _told(ctx, found, 0, data, ("librosa", "pystoi", "pesq", "speechmos"), out)
+
+# %% ../nbs/20_cli.ipynb #8a90e82f
+@study.command("recogniser")
+def study_recogniser(
+    ctx: typer.Context,
+    data: GridData,
+    out: Annotated[Path, typer.Option("-o", "--out", help="New folder.")] = Path("runs/grid_asr"),
+    steps: Annotated[int, typer.Option(min=3, help="Training steps.")] = 2400,
+    seed: Seed = 0,
+):
+    "Train the recogniser of GRID's words that judges speech in the metric card (lesson 17)."
+    from faces2voices.evaluation import train_recogniser
+    train_recogniser(data, out, steps, seed=seed, command=command_line(ctx))
+    say.print(f"written to {_plain(out)}")
 
 # %% ../nbs/20_cli.ipynb #064f1b10
 @app.command()
 def bench(
+    ctx: typer.Context,
     what: Annotated[Bench, typer.Argument(help="`vocoder`: against Griffin-Lim; `flow`: solver, field and mel against other packages (extra `bench`).")] = Bench.vocoder,
     model: Model = "talkers",
     seconds: Annotated[float, typer.Option(min=.4, help="Length of the speech.")] = 3.,
@@ -298,20 +500,27 @@ def bench(
     out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="`flow`: write the figures (JSON) here.")] = None,
 ):
     "Time ours against others on the same input, in the same run; prints ratios."
-    from faces2voices.experiments import bench_flow, bench_vocoder
-    say.print(bench_flow(model, repeats, seconds, processor, out) if what is Bench.flow else bench_vocoder(model, seconds, repeats), markup=False)
+    from faces2voices import experiments as ex
+    if what is Bench.vocoder:
+        return say.print(ex.bench_vocoder(model, seconds, repeats), markup=False)
+    found = ex.bench_flow(model, repeats, seconds, processor)
+    _record(ctx, found, 0, [], ex.BENCHED, out)
+    say.print(ex.bench_text(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #ab5cfbb9
 @app.command()
 def download(
+    ctx: typer.Context,
     what: Annotated[str, typer.Argument(help="`grid`: the GRID corpus (CC BY 4.0) from its Zenodo record 3625687.")],
     out: Annotated[Path, typer.Argument(help="Folder.")],
     speakers: Annotated[str, typer.Option(help="For example `s1,s4`.")] = "s1",
 ):
     "Fetch a corpus that anyone may have; stopped downloads go on where they were."
     from faces2voices.corpora import download_grid
+    from faces2voices.records import note_making
     if what != "grid": raise typer.BadParameter("only `grid` can be downloaded: LRS2 and VoxMM are given out on request, LRS3 no longer", param_hint="WHAT")
     download_grid(out, speakers.split(","))
+    note_making(out, command_line(ctx))
 
 # %% ../nbs/20_cli.ipynb #1b4143af
 if __name__ == "__main__" and "ipykernel" not in sys.modules and "__file__" in globals(): main()

@@ -220,7 +220,7 @@ def masked_ce_study(model, # a FacesToVoices
     plain, both = (torch.stack([run(w, s) for s in seeds]) for w in weights)
     mean, error = paired(both - plain)
     numbers = lambda x: [round(v, 5) for v in x.tolist()]
-    return dict(model=preset.name, data=Path(data).name, clips=[len(train), len(test)], weights=weights, seeds=seeds, steps=steps, batch=batch, measures=MEASURES,
+    return dict(model=preset.name, clips=[len(train), len(test)], weights=list(weights), seeds=list(seeds), steps=steps, batch=batch, measures=MEASURES,
         runs=[dict(weight=w, seed=s, values=numbers(r.mean(0))) for w, rows in zip(weights, (plain, both)) for s, r in zip(seeds, rows)],
         gain=numbers(mean), error=numbers(error))
 

@@ -474,7 +474,7 @@ def judge_stages(model, # FacesToVoices, on the CPU
         scores.append(clip_scores(model.hierarchy(*see(batch)), batch, phones, reader))
         clips.append(observed(model.hierarchy, batch, phones, who, take=sum(c.speaker == who for c in clips)))
     scores = torch.stack(scores)
-    return dict(data=Path(data).name, preset=model.preset.name, clips=len(clips), speakers=len(speakers),
+    return dict(preset=model.preset.name, clips=len(clips), speakers=len(speakers),
                 figures=figures(scores), errors=spread(scores), probes=probe_stages(clips))
 
 # %% ../nbs/10_hierarchy.ipynb #82c5d45c

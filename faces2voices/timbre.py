@@ -13,12 +13,12 @@ __all__ = ['masked_mean', 'SpeakerEncoder', 'ge2e_similarity', 'ge2e_loss', 'ran
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
-import json, math, os, platform, time
+import math, time
 import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .core import TINY, ToolMissingError, atomic_path
+from .core import TINY, ToolMissingError
 from .audio import MEL
 from .talkers import LINKED, draw_face, face_points, head_motion, make_talker, perform
 from .video import align_face
@@ -342,24 +342,19 @@ def seek(people:People, link:float, faces:int, steps:int, look=snapshots, lr:flo
     return dict(eyes=look.__name__, link=link, faces=faces, steps=steps) | score(guess, people.centres)
 
 # %% ../nbs/08_timbre.ipynb #cdef67ef
-def measure_link(out, # JSON file, replaced after every row
-                 links=(1., .75, .5, .25, 0.), few:int=250, many:int=1000, new:int=100 # strengths; faces to learn from, and new ones
-                ) -> list:
+def measure_link(links=(1., .75, .5, .25, 0.), # strengths
+                 few:int=250, many:int=1000, new:int=100 # faces to learn from, and new ones
+                ) -> dict: # what JSON can hold
     "Five strengths of the link with few faces; one with many; and what true shapes and another sentence give."
-    began, rows = time.process_time(), []
-    def note(row):
-        rows.append(row)
-        made = dict(command=f'python -c "from faces2voices.timbre import measure_link; measure_link({str(out)!r})"', machine=f"{platform.machine()}, {os.cpu_count()} cores")
-        with atomic_path(out, overwrite=True) as tmp: tmp.write_text(json.dumps(made | dict(cpu_seconds=round(time.process_time() - began), new=new, rows=rows), indent=1))
-    people = meet(many, new)
-    note(dict(eyes="another sentence") | score(people.another, people.centres))
-    for n in (few, many): note(seek(people, 1., n, 500, shapes, lr=3e-3))
-    for link in links: note(seek(people, link, few, 200))
-    note(seek(people, 1., many, 600))
-    return rows
+    began, people = time.process_time(), meet(many, new)
+    rows = [dict(eyes="another sentence") | score(people.another, people.centres)]
+    rows += [seek(people, 1., n, 500, shapes, lr=3e-3) for n in (few, many)]
+    rows += [seek(people, link, few, 200) for link in links]
+    rows.append(seek(people, 1., many, 600))
+    return dict(cpu_seconds=round(time.process_time() - began), new=new, rows=rows)
 
 # %% ../nbs/08_timbre.ipynb #2f334306
-def show_strength(recorded # what `measure_link` wrote
+def show_strength(recorded # what `measure_link` found
                  ):
     "First among twenty, over the strength of the link and over the number of faces learned from, with 95 % intervals."
     import matplotlib.pyplot as plt

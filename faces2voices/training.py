@@ -7,7 +7,7 @@ __all__ = ['WINDOW', 'NEEDS', 'KEPT', 'SECONDS', 'GPUS', 'USED', 'shuffled', 'sc
            'Recipe', 'Learner', 'report', 'fit', 'Run', 'milestones', 'show_history', 'Scene', 'scenes',
            'scene_batches', 'part', 'note_time', 'Watch', 'two_mels', 'open_board', 'watched', 'fit_eigenlips',
            'train_hierarchy', 'train_speaker', 'train_the_vocoder', 'train_decoder', 'training_clips', 'train_system',
-           'commit', 'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'one_second', 'Cost', 'cost',
+           'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'one_second', 'Cost', 'cost',
            'assume_all_frames_real', 'dry_run', 'show_costs']
 
 # %% ../nbs/16_training.ipynb #787aaa54
@@ -272,17 +272,16 @@ def show_history(log, # lines of `fit`, or the path of its .jsonl
     display(fig, metadata={"alt": f"Losses over {log[-1]['step']} steps: {ends}"}); plt.close(fig)
 
 # %% ../nbs/16_training.ipynb #f7953e04
-import os, platform, subprocess
 from dataclasses import replace
 from torch.fx.experimental import _config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
-from . import __version__
 from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table
 from .corpora import Batch, ClipDataset, batches, collate, prepare, read_manifest
 from .avhubert import EigenlipEncoder
 from .synthesis import FacesToVoices
 from .timbre import train_speaker_encoder
 from .audio import MEL, griffin_lim, save_wav
+from .records import commit, machine
 from .vocoder import train_vocoder
 
 # %% ../nbs/16_training.ipynb #057fc163
@@ -485,12 +484,6 @@ def train_system(preset:Preset,
     step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed))
     return assemble(model, run, ds, command)
 
-# %% ../nbs/16_training.ipynb #bb310151
-def commit() -> str:
-    "Of the code, where it stands in a git checkout; else the package's version."
-    found = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else f"version {__version__}"
-
 # %% ../nbs/16_training.ipynb #3150cc51
 def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the model
     "Save the trained parts as one model, with what it was trained on; or say which parts are missing."
@@ -501,7 +494,7 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     clips = list(dataset)
     if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([c.identity for c in clips]).mean(0))
     model.info = dict(command=command, data=f"{len(clips)} clips of {len({c.speaker for c in clips})} speakers, {sum(len(c.lips) for c in clips)/25/60:.0f} minutes",
-        commit=commit(), seconds=json.loads((run/"times.json").read_text()), machine=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+        commit=commit(), seconds=json.loads((run/"times.json").read_text()), machine=f"{machine()}, torch {torch.__version__}")
     model.save_pretrained(run/"model")
     write_card(model, run/"model"/"README.md")
     return run/"model"

@@ -12,7 +12,7 @@ __all__ = ['RATES', 'RATE_KERNELS', 'HIFIGAN', 'STRETCH', 'BINS', 'conv', 'ResBl
            'plot_copies', 'reach', 'in_pieces', 'sing']
 
 # %% ../nbs/14_vocoder.ipynb #21cfb6d9
-import json, math
+import math
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -24,7 +24,7 @@ from torch import nn
 from fastcore.basics import patch
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
-from .core import PAPER, CheckpointError, atomic_path
+from .core import PAPER, CheckpointError
 from .audio import MEL, fit_length, griffin_lim, pitch
 
 # %% ../nbs/14_vocoder.ipynb #03a82121
@@ -442,22 +442,17 @@ def copy_scores(copy, # (N,) sound → its copy
     return {k: [round(m, 3), round(e, 3)] for k, (m, e) in zip(("ESTOI", "PESQ", "DNSMOS OVRL", "mel distance"), columns)}
 
 # %% ../nbs/14_vocoder.ipynb #ac1c8f91
-def copy_study(out, # JSON file to write
-               n:int=12, # clips of each world
-               model="grid", # whose vocoder
-               **worlds # name = folder of prepared clips with a split `test`
-              ) -> dict:
+def copy_study(*folders, # of prepared clips with a split `test`, one a world
+               n:int=12, # clips of each
+               model="grid" # whose vocoder
+              ) -> dict: # what JSON can hold
     "Copy synthesis of every world's test clips by a model's vocoder, by its filter without the network, and by Griffin-Lim."
     from faces2voices.corpora import ClipDataset
-    from faces2voices.evaluation import machine
     copies, rows = _copies(model), {}
-    for world, folder in worlds.items():
+    for folder in folders:
         wavs = [clip.wav for clip, _ in zip(ClipDataset(folder, split="test"), range(n))]
-        rows[world] = {name: copy_scores(copy, wavs) for name, copy in copies.items()}
-    arguments = ", ".join([f"'nbs/results/{Path(out).name}'", *(f"{w}='{w.upper()}'" for w in worlds)])
-    found = dict(command=f'python -c "from faces2voices.vocoder import copy_study; copy_study({arguments})"', clips=n, machine=machine(), rows=rows)
-    with atomic_path(out, overwrite=True) as tmp: tmp.write_text(json.dumps(found, indent=1))
-    return found
+        rows[Path(folder).name] = {name: copy_scores(copy, wavs) for name, copy in copies.items()}
+    return dict(clips=n, rows=rows)
 
 # %% ../nbs/14_vocoder.ipynb #09ba35b7
 def _copies(model) -> dict: # name → (N,) sound → its copy

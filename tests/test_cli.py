@@ -30,7 +30,7 @@ def test_every_command_and_each_of_its_words_is_explained(words):
     assert run(*words, "--help").exit_code == 0
 
 def test_groups_of_commands_are_explained():
-    assert {words[0] for words in COMMANDS if len(words) > 1} == {"course", "listen"}
+    assert {words[0] for words in COMMANDS if len(words) > 1} == {"course", "listen", "study"}
     shown = run("listen", "--help").output
     assert all(word in shown for word in ("page", "marks", "marks-*.csv", "1 to 5", "interval"))
 
@@ -40,7 +40,7 @@ def test_wrong_calls_end_with_2(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(*args).exit_code == 2 and not any(tmp_path.iterdir())
 
-@pytest.mark.parametrize("args", [("evaluate", "no-data"), ("sweep", "no-data"), ("bench", "flow"), ("listen", "marks", "key", "a.csv")], ids=" ".join)
+@pytest.mark.parametrize("args", [("evaluate", "no-data"), ("sweep", "no-data"), ("bench", "flow"), ("study", "link"), ("study", "teacher", "no-data"), ("listen", "marks", "key", "a.csv")], ids=" ".join)
 def test_a_result_that_is_there_is_refused_before_the_work(args, tmp_path):
     (tmp_path/"card.json").write_text("mine")
     result = run(*args, "-o", tmp_path/"card.json")

@@ -171,10 +171,10 @@ def test_the_recogniser_learns_two_sentences(tmp_path, monkeypatch):
     clips = [Clip(f"g{i}", "s1", t, torch.zeros(57, 1), None, None, None, tones(t), None, None, None, mel=MEL.normalize(MEL(tones(t)))) for i, t in enumerate(texts)]
     monkeypatch.setattr(ev, "ClipDataset", lambda data, split: clips)
     monkeypatch.setattr(ev, "roughen", lambda mel: mel)
-    model = ev.train_recogniser("data", tmp_path/"asr", steps=150, batch=2)
+    model = ev.train_recogniser("data", tmp_path/"asr", steps=150, batch=2, command="faces2voices study recogniser data --steps 150")
     assert [ev.hearing(model)(c.wav) for c in clips] == texts and ev.hearing(model)(torch.zeros(100)) == ""
     card = (tmp_path/"asr"/"README.md").read_text()
-    assert "0.0 % under the grammar" in card and "CC BY 4.0" in card and "same speakers" in card and "steps=150" in card
+    assert "0.0 % under the grammar" in card and "CC BY 4.0" in card and "same speakers" in card and "    faces2voices study recogniser data --steps 150\n" in card
     with pytest.raises(CheckpointError, match="stands already"): ev.train_recogniser("data", tmp_path/"asr", steps=1)
 
 def test_a_recogniser_that_is_absent_or_broken_says_so(tmp_path, monkeypatch):
@@ -277,7 +277,7 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
     assert [r for r in rows if "voice similarity to the borrowed face" in rows[r]] == ["original", "wrong face"]
     assert "2 speakers" in reasons["mean F0, r"] and "mean F0, r" not in first
     card = dict(rows=rows, errors=errors, reasons=reasons, clips=3, speakers=2, seconds_of_speech=3., left_out=dict(of_split=3, sentence_trained_on=0, faces_are_new=True),
-        wer_protocol="", command="faces2voices evaluate DATA", seconds=1., machine="here")
+        wer_protocol="", command="faces2voices evaluate DATA", seconds=1., machine="here", commit="abc1234", data={})
     shown = ev.show_card(json.loads(json.dumps(card)))
     assert len({line.count("|") for line in shown.splitlines() if line.startswith("|")}) == 1 and "pip install pesq" in shown
 
@@ -420,7 +420,9 @@ def test_ablation_trains_judges_and_resumes(clips, tmp_path, monkeypatch):
     assert "unit accuracy in speech" not in flat and flat["mean F0 predicted, r"] is None
     monkeypatch.setattr(ex, "fit", None)                    # nothing is trained a second time
     assert ex.ablation("data", tmp_path, steps=1) == rows
-    assert ex.show_ablation(rows).count("without ") == 4 and "faces2voices ablate data --steps 1" in ex.show_ablation(rows)
+    assert all(r["commit"] and r["machine"] for r in rows)
+    shown = ex.show_ablation(dict(rows=rows, command="faces2voices ablate data --steps 1", machine="here"))
+    assert shown.count("without ") == 4 and "`faces2voices ablate data --steps 1` on here" in shown
 
 def test_a_perfect_mu_is_judged_perfect(clips, model):
     from faces2voices.corpora import with_targets
@@ -443,11 +445,11 @@ def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(ex, "RESULTS", tmp_path)
     rows = {r[0]: r for r in ex.ledger()}
     assert rows["MOS naturalness"][1].startswith("4.49") and all(r[3] == r[4] == "" for r in rows.values())
-    card = dict(rows=dict(synthesised={"WER": .25, "ESTOI": .5}, original={"WER": .1}), errors={}, command="faces2voices evaluate X", clips=2, wer_protocol="p")
+    card = dict(rows=dict(synthesised={"WER": .25, "ESTOI": .5}, original={"WER": .1}), errors={}, command="faces2voices evaluate X", data={"X": dict(clips=2, commands=["faces2voices prepare Y X"])}, clips=2, wer_protocol="p")
     (tmp_path/"grid.json").write_text(json.dumps(card))
     rows = {r[0]: r for r in ex.ledger()}
     assert rows["WER"][3:] == ("", "25.0 % (original 10.0 %)") and rows["ESTOI"][4] == "0.50" and rows["UTMOS"][4] == ""
-    assert "faces2voices evaluate X" in ex.ledger_markdown()
+    assert all(f"`faces2voices {line}`" in ex.ledger_markdown() for line in ("evaluate X", "prepare Y X"))
 
 def test_an_independent_judge_hears_who_speaks(shared):
     pytest.importorskip("resemblyzer", reason="resemblyzer is not installed (extra `judges`)")
@@ -456,3 +458,9 @@ def test_an_independent_judge_hears_who_speaks(shared):
     a, b, c = (ev.Sound(load_audio(path)).voice for path in (one[0], one[1], other[0]))
     same(torch.tensor(float(a @ a)), torch.tensor(1.), atol=1e-4)
     assert a @ b > a @ c
+
+def test_all_splits_leave_out_what_was_trained_on(tmp_path):
+    kept, left_out = ev.unseen([entry("a", "s", "x", "train"), entry("b", "t", "y", ""), entry("c", "t", "x", "val"), entry("d", "s", "z", "test")], None)
+    assert [e.name for e in kept] == ["b"] and left_out["faces_are_new"] and left_out["sentence_trained_on"] == 2
+    kept, left_out = ev.unseen([entry("a", "s", "x", ""), entry("b", "t", "y", "")], None)
+    assert [e.name for e in kept] == ["a", "b"] and left_out["faces_are_new"] is None

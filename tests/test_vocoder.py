@@ -290,9 +290,8 @@ def test_reach_leaves_no_gradients(generator):
     reach(generator)
     assert all(p.grad is None for p in generator.parameters())
 
-def test_a_study_of_copies_is_recorded(tmp_path, monkeypatch):
+def test_a_study_of_copies_between_its_bounds(monkeypatch):
     pytest.importorskip("pystoi"); pytest.importorskip("pesq")
-    import json
     from faces2voices import evaluation, synthesis
     from faces2voices.corpora import Clip
     wav, none = glided(), torch.zeros(0)
@@ -300,8 +299,7 @@ def test_a_study_of_copies_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr("faces2voices.corpora.ClipDataset", lambda folder, split: clips*2)
     monkeypatch.setattr(evaluation, "dnsmos", lambda wav: dict(ovrl_mos=3.))
     monkeypatch.setattr(evaluation, "pesq", lambda wav, ref: 4.6 - float((wav - ref).abs().mean()))
-    found = copy_study(tmp_path/"vocoder.json", n=2, model="talkers", drawn="anywhere")
-    assert json.loads((tmp_path/"vocoder.json").read_text()) == found and "drawn='DRAWN'" in found["command"]
+    found = copy_study("anywhere/drawn", n=2, model="talkers")
     rows = found["rows"]["drawn"]
     assert list(rows) == ["original", "filter alone", "our vocoder", "Griffin-Lim, 32"]
     assert rows["original"]["mel distance"][0] == 0 < rows["our vocoder"]["mel distance"][0] and rows["original"]["ESTOI"][0] > .99
