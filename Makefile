@@ -81,7 +81,7 @@ prepare: $(VENV)/.dev
 
 # Run every lesson again and store what it shows (the site is made from stored outputs).
 outputs: $(VENV)/.dev
-	for nb in nbs/*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$nb || exit 1; done
+	for nb in nbs/*.ipynb nbs/engine/*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$nb || exit 1; done
 	$(MAKE) prepare
 
 clean:

@@ -167,6 +167,8 @@ def edition(nbs, # folder of the lessons
     found = lessons(nbs)
     with new_folder(out) as tmp:
         shutil.copytree(nbs, tmp/"nbs", ignore=shutil.ignore_patterns(*HIDDEN))
+        if (rooms := Path(nbs)/"engine").is_dir():                        # they hold no exercises
+            shutil.copytree(rooms, tmp/"nbs"/"engine", ignore=shutil.ignore_patterns(*HIDDEN[1:]), dirs_exist_ok=True)
         if (clips := Path(nbs).resolve().parent/"data_samples").is_dir(): shutil.copytree(clips, tmp/"data_samples")
         for name, nb in found.items():
             meta = {k: v for k, v in nb.get("metadata", {}).items() if k in ("kernelspec", "language_info")}

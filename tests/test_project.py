@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
-LESSONS = [p for p in NOTEBOOKS if p.name[:2].isdigit()]
+PAGES = sorted((ROOT/"nbs").glob("*.ipynb"))
+ENGINE_ROOMS = sorted((ROOT/"nbs"/"engine").glob("*.ipynb"))
+NOTEBOOKS = [*PAGES, *ENGINE_ROOMS]
+LESSONS = [p for p in PAGES if p.name[:2].isdigit()]
 STILL_LONG = {"20_cli"}   # a command and its options are one cell each
 names = lambda p: p.stem
 
@@ -30,11 +32,11 @@ def code_cells(path): return [c for c in json.loads(path.read_text())["cells"] i
 def source(cell) -> str: return "".join(cell["source"])
 
 def test_clean_and_export_leave_no_difference(copy):
-    before = {p.name: p.read_text() for p in (copy/"nbs").glob("*.ipynb")}
+    before = {p: p.read_text() for p in (copy/"nbs").rglob("*.ipynb")}
     bin = Path(sys.executable).parent
     for command in ("nbdev_clean", "nbdev_export"): subprocess.run([bin/command], cwd=copy, check=True, capture_output=True)
     assert package(copy) == package(ROOT)
-    assert {p.name: p.read_text() for p in (copy/"nbs").glob("*.ipynb")} == before
+    assert {p: p.read_text() for p in (copy/"nbs").rglob("*.ipynb")} == before
 
 def test_nbdev_3_exports_the_same_package(copy, tmp_path_factory):
     env = tmp_path_factory.mktemp("nbdev3")
@@ -105,13 +107,31 @@ def test_links_resolve():
     assert not missing
 
 def test_site_configuration_names_every_notebook_once():
-    listed = re.findall(r"nbs/[\w]+\.ipynb", (ROOT/"_quarto.yml").read_text().split("sidebar:")[1])
-    assert sorted(listed) == sorted(f"nbs/{p.name}" for p in NOTEBOOKS)
+    text = (ROOT/"_quarto.yml").read_text()
+    listed = re.findall(r"nbs/[\w/]+\.ipynb", text.split("sidebar:")[1])
+    assert sorted(listed) == sorted(p.relative_to(ROOT).as_posix() for p in NOTEBOOKS)
+    rendered = re.findall(r"nbs/[\w/]*\*\.ipynb", text.split("metadata-files:")[0])
+    assert sorted(p for glob in rendered for p in ROOT.glob(glob)) == sorted(NOTEBOOKS)
 
 def test_the_site_can_be_staged_without_quarto(copy):
     code = "from nbdev.serve import proc_nbs; print(proc_nbs())"
     subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True, timeout=300)
-    assert {p.name for p in (copy/"_proc"/"nbs").glob("*.ipynb")} >= {p.name for p in NOTEBOOKS}
+    staged = {p.relative_to(copy/"_proc") for p in (copy/"_proc"/"nbs").rglob("*.ipynb")}
+    assert staged >= {p.relative_to(ROOT) for p in NOTEBOOKS}
+
+@pytest.mark.parametrize("path", ENGINE_ROOMS, ids=names)
+def test_an_engine_room_is_titled_and_tested(path):
+    cells = json.loads(path.read_text())["cells"]
+    title = re.fullmatch(r"# [^\n]+\n\n> [^\n]+", source(cells[0]))
+    assert title, "the first cell holds title and subtitle, and nothing else"
+    exported = re.search(r"^__all__ = \[(.*?)\]", (ROOT/"faces2voices"/f"{path.stem[3:]}.py").read_text(), re.S | re.M)[1]
+    shown = "\n".join(source(c) for c in cells if c["cell_type"] == "code" and "#| export" not in source(c))
+    assert not [name for name in re.findall(r"'(\w+)'", exported) if name[0].islower() and name not in shown], "no example"
+    assert re.search(r"\bassert\b|\btest_\w+\(", shown), "no assertion"
+
+def test_no_module_of_the_package_hides_one_of_the_standard_library():
+    code = "import statistics, faces2voices.statistics, faces2voices.experiments as e; assert e.statistics is statistics"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 def test_import_is_light_and_asks_no_network():
     code = ("import socket, sys; socket.socket.connect = lambda *a: (_ for _ in ()).throw(AssertionError('network'))\n"
