@@ -123,9 +123,11 @@ def paired_difference(a, b, # (n,) each: of the same clips, or of the same seeds
     d = _whole_rows(np.subtract(a, b))[:, 0]
     interval = (bootstrap_interval if over == "clips" else t_interval)(d)
     if len(d) < 2: return Difference(interval, np.nan)
-    if not np.ptp(d): return Difference(interval, float(not d.any()))    # always the same: certain, or nothing at all
-    if over == "seeds": return Difference(interval, float(ttest_1samp(d, 0).pvalue))
-    return Difference(interval, float(permutation_test((d,), np.mean, permutation_type="samples", vectorized=True, rng=0).pvalue))
+    if over == "clips":
+        flipped = permutation_test((d,), np.mean, permutation_type="samples", vectorized=True, rng=0)
+        return Difference(interval, float(flipped.pvalue))
+    if not np.ptp(d): return Difference(interval, float(not d.any()))    # always the same: no chance in it
+    return Difference(interval, float(ttest_1samp(d, 0).pvalue))
 
 # %% ../nbs/engine/00_statistics.ipynb #dd253f91
 def holm(p_values # (m,), none NaN
