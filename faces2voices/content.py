@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['MEASURES', 'norm_real', 'ConvBlock', 'MaskedConvBlock', 'Content', 'ContentEncoder', 'receptive_field',
            'show_receptive_field', 'content_loss', 'unit_accuracy', 'padded', 'train_content', 'see_and_hear',
-           'judge_content', 'paired', 'masked_ce_study', 'show_masked_ce', 'word_loss']
+           'judge_content', 'recorded_gain', 'masked_ce_study', 'show_masked_ce', 'word_loss']
 
 # %% ../nbs/07_content.ipynb #cb86c802
 from pathlib import Path
 from typing import NamedTuple
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from .statistics import Interval, crossed_interval
 from .core import UNITS_PER_FRAME, CorpusError, Preset, seed_everything
 from .corpora import ClipDataset, collate, load_clip
 from .avhubert import influence
@@ -199,11 +201,14 @@ def judge_content(net:ContentEncoder, # in eval mode
     return torch.tensor([row(*e) for e in examples])
 
 # %% ../nbs/07_content.ipynb #bb25480f
-def paired(d:torch.Tensor # (seeds, clips, measures) differences
-          ) -> tuple: # mean and standard error, two (measures,)
-    "Mean difference, and its standard error over seeds and over clips."
-    S, n, _ = d.shape
-    return d.mean((0, 1)), (d.mean(0).var(0)/n + d.mean(1).var(0)/S).sqrt()
+def recorded_gain(study:dict, # from `masked_ce_study`
+                  k:int # of MEASURES
+                 ) -> Interval: # two standard errors to either side where no limits were recorded
+    "What λ changes in one measure, over seeds and clips."
+    gain, error = study["gain"][k], study["error"][k]
+    low = study["low"][k] if "low" in study else gain - 2*error
+    high = study["high"][k] if "high" in study else gain + 2*error
+    return Interval(gain, low, high, error, len(study["seeds"])*study["clips"][1])
 
 # %% ../nbs/07_content.ipynb #3ff18b74
 def masked_ce_study(model, # a FacesToVoices
@@ -218,16 +223,16 @@ def masked_ce_study(model, # a FacesToVoices
         seed_everything(seed)
         return judge_content(train_content(ContentEncoder(train[0][0].shape[1], preset), train, preset, weight, steps, batch), test)
     plain, both = (torch.stack([run(w, s) for s in seeds]) for w in weights)
-    mean, error = paired(both - plain)
-    numbers = lambda x: [round(v, 5) for v in x.tolist()]
+    gains = [crossed_interval(d) for d in (both - plain).unbind(-1)]
+    numbers = lambda x: [round(float(v), 5) for v in x]
     return dict(model=preset.name, clips=[len(train), len(test)], weights=list(weights), seeds=list(seeds), steps=steps, batch=batch, measures=MEASURES,
         runs=[dict(weight=w, seed=s, values=numbers(r.mean(0))) for w, rows in zip(weights, (plain, both)) for s, r in zip(seeds, rows)],
-        gain=numbers(mean), error=numbers(error))
+        **dict(zip(("gain", "low", "high", "error"), map(numbers, zip(*(i[:4] for i in gains))))))
 
 # %% ../nbs/07_content.ipynb #a3562eb9
 def show_masked_ce(studies:dict # name of a world → what `masked_ce_study` gave
                   ):
-    "What the masked loss does to the plain path: a grey dot a seed, and the mean with two standard errors to either side."
+    "What the masked loss does to the plain path: a grey dot a seed, and the mean with its interval over seeds and clips."
     import matplotlib.pyplot as plt
     from IPython.display import display
     fig, axes = plt.subplots(1, 2, figsize=(8, 1 + .5*len(studies)), sharey=True, layout="constrained")
@@ -235,7 +240,8 @@ def show_masked_ce(studies:dict # name of a world → what `masked_ce_study` gav
         for y, s in enumerate(studies.values()):
             seen = scale*torch.tensor([[r["values"][k] for r in s["runs"] if r["weight"] == w] for w in s["weights"]])
             ax.plot(seen[1] - seen[0], [y - .25]*len(s["seeds"]), "o", ms=4, color="0.6")
-            ax.errorbar(scale*s["gain"][k], y, xerr=2*scale*s["error"][k], fmt="o", color="#0072B2", capsize=4)
+            gain, low, high = scale*np.array(recorded_gain(s, k)[:3])
+            ax.errorbar(gain, y, xerr=[[gain - low], [high - gain]], fmt="o", color="#0072B2", capsize=4)
         ax.axvline(0, color="k", lw=.8, ls=":"); ax.set_xlabel(name)
     axes[0].set(yticks=range(len(studies)), yticklabels=list(studies), ylim=(-.6, len(studies) - .4))
     found = "; ".join(f"{name}: {s['gain'][0]:+.3f} nats, {100*s['gain'][1]:+.2f} points" for name, s in studies.items())

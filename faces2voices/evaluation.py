@@ -9,12 +9,11 @@ __all__ = ['GRAMMARS', 'HISS', 'METRICS', 'ROWS', 'SLOW', 'POOLS', 'beginning', 
            'ctc_loss', 'flat_start', 'flat_loss', 'spelled', 'grid_sentence', 'hearing', 'train_recogniser',
            'recogniser_card', 'grid_listener', 'plain_words', 'whisper', 'loud', 'cepstrum', 'mcd', 'correlation',
            'both_voiced', 'mean_f0', 'f0_error', 'energy_correlation', 'Sound', 'Take', 'voice_similarity',
-           'unit_accuracy', 'errors_heard', 'mean', 'ratio', 'over_clips', 'bootstrap', 'standard_error', 'interval',
-           'Metric', 'no_syncnet', 'wrong_face', 'wrong_lips', 'with_lips', 'takes', 'wanted', 'blank', 'listeners',
-           'measure', 'pooled', 'score', 'unseen', 'by_beginning', 'by_speaker', 'test_clips', 'metric_card',
-           'made_text', 'score_text', 'show_card', 'speakers_table', 'beginnings_text', 'plot_scores', 'beeps', 'level',
-           'listening_test', 'read_ratings', 'Opinion', 'opinion', 'read_key', 'opinions', 'mos_card', 'show_mos',
-           'sounds_in', 'sounds_of', 'claims']
+           'unit_accuracy', 'errors_heard', 'Metric', 'no_syncnet', 'wrong_face', 'wrong_lips', 'with_lips', 'takes',
+           'wanted', 'blank', 'listeners', 'measure', 'pooled', 'score', 'unseen', 'by_beginning', 'by_speaker',
+           'test_clips', 'metric_card', 'made_text', 'score_text', 'show_card', 'speakers_table', 'beginnings_text',
+           'plot_scores', 'beeps', 'level', 'listening_test', 'read_ratings', 'read_key', 'opinions', 'mos_card',
+           'show_mos', 'sounds_in', 'sounds_of', 'claims']
 
 # %% ../nbs/17_evaluation.ipynb #c737fe82
 import csv, hashlib, html, json, os, re, sys, time
@@ -26,9 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from scipy.special import stdtrit
 from torch import nn
 from tqdm.auto import tqdm
+from .statistics import bootstrap_interval, crossed_interval, mean, pearson, ratio
 from .core import EULER_STEPS, GRID_WORDS, MELS_PER_FRAME, SAMPLE_RATE, SAMPLES_PER_FRAME, CheckpointError, CorpusError, ToolMissingError, atomic_path, markdown_table, seed_everything
 from .records import machine, tool_version
 from .audio import MEL, energy, griffin_lim, load_audio, pitch, save_wav
@@ -409,22 +408,6 @@ def errors_heard(t:Take, metric:str, text:str # what should have been said
     "Word errors of one listener; nothing where there is no listener or no text."
     return word_errors(text, t.ears[metric](t.sound.wav)) if text and metric in t.ears else None
 
-# %% ../nbs/17_evaluation.ipynb #b19d5b53
-def mean(v): "(n, 1) → mean of what is a number."; return float(np.nanmean(v)) if np.isfinite(v).any() else float("nan")
-def ratio(v): "(n, 2) errors and words → rate."; return float(v[:, 0].sum()/v[:, 1].sum())
-def over_clips(v): "(n, 2) → correlation of the columns."; v = v[np.isfinite(v).all(1)]; return correlation(v[:, 0], v[:, 1])
-
-def bootstrap(values, # (n, k) of the clips
-              pool, # one of the three above
-              times:int=300) -> list: # of numbers
-    "The number for sets of clips drawn with replacement from these: how far it would move with other clips of the same kind."
-    rng = np.random.default_rng(0)
-    again = [pool(values[rng.integers(len(values), size=len(values))]) for _ in range(times)]
-    return [x for x in again if np.isfinite(x)] or [np.nan]
-
-def standard_error(values, pool, times:int=300) -> float: "Spread of the bootstrap."; return float(np.std(bootstrap(values, pool, times)))
-def interval(values, pool, times:int=300) -> list: "The middle 95 % of the bootstrap: low, high."; return np.percentile(bootstrap(values, pool, times), [2.5, 97.5]).tolist()
-
 # %% ../nbs/17_evaluation.ipynb #312b3dd8
 class Metric(NamedTuple):
     "One row of the table of metrics."
@@ -464,8 +447,8 @@ METRICS += [
     Metric("voice similarity to the borrowed face", "↑", "", mean, lambda t: t.face and voice_similarity(t.model, t.sound, t.face), "as above"),
     Metric("voice similarity, Resemblyzer", "↑", "resemblyzer", mean, lambda t: float(t.sound.voice @ t.truth.voice), "two strangers easily have 0.6"),
     Metric("the same to the borrowed face", "↑", "resemblyzer", mean, lambda t: t.face and float(t.sound.voice @ t.face.voice), "as above"),
-    Metric("mean F0, r", "↑", "librosa", over_clips, lambda t: (mean_f0(t.sound.pitch), mean_f0(t.truth.pitch)), "over clips: between a man and a woman it is easy"),
-    Metric("mean F0 of the borrowed face, r", "↑", "librosa", over_clips, lambda t: t.face and (mean_f0(t.sound.pitch), mean_f0(t.face.pitch)), "as above"),
+    Metric("mean F0, r", "↑", "librosa", pearson, lambda t: (mean_f0(t.sound.pitch), mean_f0(t.truth.pitch)), "over clips: between a man and a woman it is easy"),
+    Metric("mean F0 of the borrowed face, r", "↑", "librosa", pearson, lambda t: t.face and (mean_f0(t.sound.pitch), mean_f0(t.face.pitch)), "as above"),
     Metric("F0 contour, r", "↑", "librosa", mean, lambda t: correlation(*both_voiced(t.sound.pitch, t.truth.pitch)), "only where both are voiced; falls over a sentence by itself"),
     Metric("F0 error, cents", "↓", "librosa", mean, lambda t: f0_error(t.sound.pitch, t.truth.pitch), "one octave slip costs as much as a hundred good frames"),
     Metric("energy, r", "↑", "", mean, lambda t: energy_correlation(t.sound.energy, t.truth.energy), "speech against silence is most of it"),
@@ -523,7 +506,7 @@ def blank(clips:list) -> dict: # metric → why
     speakers, grammar, reasons = len({c.speaker for c in clips}), grammar_of([c.text for c in clips]), {}
     if not grammar: reasons["WER"] = "no grammar covers these texts"
     if grammar != "grid": reasons["WER, CTC"] = "this recogniser knows the 51 words of GRID alone"
-    if speakers < 5: reasons |= {m.name: f"with {speakers} speakers it would only tell them apart" for m in METRICS if m.pool is over_clips}
+    if speakers < 5: reasons |= {m.name: f"with {speakers} speakers it would only tell them apart" for m in METRICS if m.pool is pearson}
     return reasons
 
 def listeners(clips:list, reasons:dict # gets the names of those that are absent
@@ -556,12 +539,12 @@ POOLS = {m.name: m.pool for m in METRICS}
 
 def pooled(values:dict # from `measure`
           ) -> tuple: # rows {row: {metric: number}}, errors (the same)
-    "One number, and its standard error, for each row and metric."
+    "One number, and its standard error (None for a single clip), for each row and metric."
     rows, errors = {}, {}
     for (row, name), of_clip in values.items():
-        v = np.stack(list(of_clip.values()))
-        rows.setdefault(row, {})[name] = _number(POOLS[name](v))
-        errors.setdefault(row, {})[name] = _number(standard_error(v, POOLS[name]))
+        found = bootstrap_interval(np.stack(list(of_clip.values())), POOLS[name])
+        rows.setdefault(row, {})[name] = _number(found.estimate)
+        errors.setdefault(row, {})[name] = _number(found.error)
     return rows, errors
 
 def score(model, clips:list, **kw) -> tuple: # rows, errors, reasons
@@ -588,14 +571,14 @@ beginning = lambda text: " ".join(text.split()[:4])
 
 def by_beginning(values:dict, # from `measure`
                  clips:list, known:set # beginnings of the training sentences
-                ) -> dict: # {"trained on" or "new": {"clips": n, metric: {row: [rate, low, high]}}}
+                ) -> dict: # {"trained on" or "new": {"clips": n, metric: {row: [rate, low, high]}}}; None for the limits of a single clip
     "Word error rates of the clips whose first four words were trained on, and of the others."
     kinds, found = {c.name: "trained on" if beginning(c.text) in known else "new" for c in clips}, {}
     for kind in ("trained on", "new"):
         found[kind] = dict(clips=list(kinds.values()).count(kind))
         for (row, name), of_clip in values.items():
             v = [x for clip, x in of_clip.items() if kinds[clip] == kind]
-            if POOLS[name] is ratio and v: found[kind].setdefault(name, {})[row] = [_number(x) for x in (ratio(np.stack(v)), *interval(np.stack(v), ratio))]
+            if POOLS[name] is ratio and v: found[kind].setdefault(name, {})[row] = [_number(x) for x in bootstrap_interval(np.stack(v), ratio)[:3]]
     return found
 
 # %% ../nbs/17_evaluation.ipynb #1fd120d3
@@ -692,7 +675,9 @@ def beginnings_text(card:dict) -> list: # of lines
     "The word error rates of known and of new beginnings, where the card has both."
     kinds = card.get("by_beginning") or {}
     if not all(kinds.get(kind, {}).get("clips") for kind in ("trained on", "new")): return []
-    rate = lambda kind, name, row: "{:.1f} % [{:.1f}, {:.1f}]".format(*(100*x for x in kinds[kind][name][row]))
+    def rate(kind, name, row):
+        known = [100*x for x in kinds[kind][name][row] if x is not None]
+        return ("{:.1f} % [{:.1f}, {:.1f}]" if len(known) == 3 else "{:.1f} %").format(*known)
     rates = lambda kind, name: f"{name}: " + ", ".join(f"{row} {rate(kind, name, row)}" for row in ("original", "vocoder", "synthesised") if row in kinds[kind][name])
     words = {"trained on": "clips whose first four words begin a training sentence too", "new": "whose first four words begin none"}
     return [f"the {kinds[kind]['clips']} {words[kind]}, with 95 % intervals: " + "; ".join(rates(kind, m.name) for m in METRICS if m.name in kinds[kind] and "borrowed" not in m.name) for kind in words]
@@ -782,27 +767,6 @@ def read_ratings(path, # CSV that the page saved
         raise CorpusError(path, f"is not a whole set of marks ({type(e).__name__}: {e})", "Ask the listener for the file as the page saved it") from e
     return *who, marks
 
-# %% ../nbs/17_evaluation.ipynb #88894e08
-class Opinion(NamedTuple):
-    "A mean opinion score and its 95 % interval."
-    mos: float
-    low: float
-    high: float
-
-def opinion(marks # (listeners, clips)
-           ) -> Opinion:
-    "The mean, and how far other listeners and other clips would move it: a t interval for two crossed sources; NaN for a single mark."
-    (n, m), mos = marks.shape, marks.mean()
-    who, what = marks.mean(1, keepdims=True) - mos, marks.mean(0) - mos
-    free = np.maximum([n - 1, m - 1, (n - 1)*(m - 1)], 1)
-    squares = np.array([m*(who**2).sum(), n*(what**2).sum(), ((marks - mos - who - what)**2).sum()])/free
-    sign = np.append(squares[:2] > squares[2], 0)
-    sign[2] = 1 - sign.sum()
-    part = sign*squares
-    nu = part.sum()**2/(part**2/free).sum() if part.any() else 1
-    half = stdtrit(max(nu, 1), .975)*(part.sum()/(n*m))**.5 if n*m > 1 else np.nan
-    return Opinion(float(mos), float(mos - half), float(mos + half))
-
 # %% ../nbs/17_evaluation.ipynb #1740c5a2
 def read_key(path # key.json of a test
             ) -> dict:
@@ -815,7 +779,7 @@ def read_key(path # key.json of a test
 
 def opinions(paths:list, # CSV files of the listeners
              key # key.json of the test
-            ) -> tuple: # {system: Opinion}, listeners who failed the attention check
+            ) -> tuple: # {system: Interval}, listeners who failed the attention check
     "Mean opinion scores by system, of the listeners who listened."
     key, heard, asleep = read_key(key), {}, []
     for path in paths:
@@ -825,7 +789,7 @@ def opinions(paths:list, # CSV files of the listeners
         else: heard[who] = marks
     if not heard: raise CorpusError(key["test"], f"no listener passed the attention check, of {len(paths)}")
     items = {system: [n for n, (s, _) in key["items"].items() if s == system] for system, _ in key["items"].values()}
-    return {system: opinion(np.array([[marks[n] for n in ns] for marks in heard.values()], float)) for system, ns in sorted(items.items())}, asleep
+    return {system: crossed_interval([[marks[n] for n in ns] for marks in heard.values()]) for system, ns in sorted(items.items())}, asleep
 
 # %% ../nbs/17_evaluation.ipynb #3c1f51e7
 def mos_card(paths:list, key # as in `opinions`
@@ -833,7 +797,7 @@ def mos_card(paths:list, key # as in `opinions`
     "Mean opinion scores, and who gave them."
     found, asleep = opinions(paths, key)
     clips = len({clip for _, clip in read_key(key)["items"].values()})
-    return dict(clips=clips, listeners=len(paths) - len(asleep), left_out=asleep, systems={system: o._asdict() for system, o in found.items()})
+    return dict(clips=clips, listeners=len(paths) - len(asleep), left_out=asleep, systems={system: dict(mos=o.estimate, low=o.low, high=o.high) for system, o in found.items()})
 
 def show_mos(card:dict # from `mos_card`
             ) -> str: # Markdown

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'JUDGED', 'RESULTS', 'GIVEN', 'SWEPT', 'PEERS', 'BENCHED', 'OTHERS', 'OURS', 'SWAPPED', 'CREDIT',
-           'across_seeds', 'show_ablation', 'plot_ablation', 'sung', 'hear_ablation', 'preset_for', 'loudness',
+           'reached', 'changes', 'show_ablation', 'plot_ablation', 'sung', 'hear_ablation', 'preset_for', 'loudness',
            'judge_mu', 'judge', 'targets', 'train_variant', 'ablation', 'told', 'words_told', 'teacher_study',
            'show_teacher', 'lip_read', 'slot_study', 'wrong_by_slot', 'plot_slots', 'of_speaker', 'adaptation',
-           'show_adaptation', 'swept', 'sweep', 'flow_study', 'sweep_study', 'show_study', 'interleaved', 'empty_clip',
-           'speak_mel', 'bench_vocoder', 'peer', 'solver_jobs', 'decoder_nets', 'forward_of', 'decoder_jobs',
-           'torchaudio_griffin_lim', 'sound_jobs', 'flow_jobs', 'compared', 'absent_peers', 'flow_times', 'bench_flow',
-           'bench_text', 'stored_card', 'ledger', 'ledger_markdown', 'model_card']
+           'show_adaptation', 'swept', 'sweep', 'flow_study', 'sweep_study', 'plot_changes', 'show_study',
+           'interleaved', 'empty_clip', 'speak_mel', 'bench_vocoder', 'peer', 'solver_jobs', 'decoder_nets',
+           'forward_of', 'decoder_jobs', 'torchaudio_griffin_lim', 'sound_jobs', 'flow_jobs', 'compared',
+           'absent_peers', 'flow_times', 'bench_flow', 'bench_text', 'stored_card', 'ledger', 'ledger_markdown',
+           'model_card']
 
 # %% ../nbs/18_experiments.ipynb #b389a294
 import json, math, re, statistics, time
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch, torch.nn.functional as F
 from tqdm.auto import tqdm
+from .statistics import holm, paired_difference, ratio, t_interval
 from .core import EULER_STEPS, GRID, TINY, CheckpointError, Preset, atomic_path, markdown_table, seed_everything
 from .records import commit, machine
 from .audio import MEL, griffin_lim, load_audio, save_wav, vowel
@@ -40,24 +42,42 @@ VARIANTS = dict(whole=(), masked=("masked",), timbre=("timbre",), prosody=("pros
 JUDGED = {"prior loss": "↓", "error, dB": "↓", "unit accuracy in speech": "↑", "energy, r": "↑", "voice similarity": "↑", "mean F0 in μ, R²": "↑", "mean F0 predicted, r": "↑"}
 
 # %% ../nbs/18_experiments.ipynb #0f79e4bb
-def across_seeds(values:list) -> str|None: # "mean ± half of the 95 % interval", by Student's t; one or two values stand as they are
-    "What some runs with different seeds say together."
-    from scipy.stats import sem, t
-    if None in values or not values: return None
-    if len(values) < 3: return ", ".join(f"{v:.3f}" for v in values)
-    return f"{np.mean(values):.3f} ± {t.ppf(.975, len(values) - 1)*sem(values):.3f}"
+def reached(rows:list, # from `ablation`
+            without:str, measure:str) -> list: # a number a seed
+    "What the runs of one variant reached."
+    return [r[measure] for r in rows if r["without"] == without and r.get(measure) is not None]
+
+# %% ../nbs/18_experiments.ipynb #2b9d6f04
+def changes(rows:list, # from `ablation`
+            measures=JUDGED
+           ) -> dict: # (variant, measure) → Interval, p after Holm's correction over all of them
+    "What leaving a stage out changes, within each seed."
+    whole, found = {r["seed"]: r for r in rows if r["without"] == "whole"}, {}
+    for name, k in product(list(VARIANTS)[1:], measures):
+        runs = [r for r in rows if r["without"] == name and r.get(k) is not None]
+        pairs = [(r[k], whole[r["seed"]][k]) for r in runs]
+        if len(pairs) > 1:
+            found[name, k] = paired_difference(*zip(*pairs), over="seeds")
+    corrected = holm([d.p for d in found.values()])
+    return {key: (d.interval, p) for (key, d), p in zip(found.items(), corrected)}
 
 # %% ../nbs/18_experiments.ipynb #84359962
 def show_ablation(found:dict # recorded by `faces2voices ablate`
                  ) -> str: # Markdown
-    "The ablation as a table of means and 95 % intervals over the seeds, with its command below."
+    "The ablation as means and 95 % intervals over the seeds; bold is what differs from the whole."
     rows = found["rows"]
     label = lambda name: "whole" if name == "whole" else f"without {name}"
-    groups = {name: [r for r in rows if r["without"] == name] for name in VARIANTS}
-    body = [[label(name), len(rs), *(across_seeds([r.get(k) for r in rs]) for k in JUDGED), f"{rs[0]['weights']/1e6:.2f}"] for name, rs in groups.items() if rs]
+    groups, changed = {name: [r for r in rows if r["without"] == name] for name in VARIANTS}, changes(rows)
+    def cell(name, k):
+        mark = "**" if changed.get((name, k), (None, 1))[1] < .05 else ""
+        return f"{mark}{t_interval(values)}{mark}" if (values := reached(rows, name, k)) else None
+    body = [[label(name), len(rs), *(cell(name, k) for k in JUDGED), f"{rs[0]['weights']/1e6:.2f}"] for name, rs in groups.items() if rs]
     one = rows[0]
     end = f"\n\n{one['steps']} steps each, {one['clips']} validation clips; " \
           f"made by `{found['command']}` on {found['machine']}"
+    if changed:
+        end += "\n\nBold: differs from the whole within the seeds (paired t test, "
+        end += f"p < 0.05 after Holm's correction over the {len(changed)} comparisons)."
     return markdown_table(["hierarchy", "seeds", *(f"{k} {v}" for k, v in JUDGED.items()), "M weights"], body) + end
 
 # %% ../nbs/18_experiments.ipynb #af897d43
@@ -328,7 +348,7 @@ def swept(said, truth:Sound, text:str, hear) -> tuple: # in the order of SWEPT; 
 # %% ../nbs/18_experiments.ipynb #8afc2f1b
 def sweep(model, clips:list, # of Clip, with sound
           settings:dict # name or number → keywords of `model.voice`
-         ) -> dict: # the same keys → {metric: over all clips}
+         ) -> dict: # the same keys → {metric: over all clips, "of_clips": {metric: a number a clip; errors and words for WER}}
     "Speak the clips under each setting, and measure."
     truths, rows = [Sound(c.wav) for c in clips], {}
     grammar = grammar_of([c.text for c in clips])
@@ -336,8 +356,9 @@ def sweep(model, clips:list, # of Clip, with sound
     model.voice(clips[0])                                   # the first call is slow and does not count
     for key, kw in tqdm(settings.items(), desc="sweep"):
         words, *scores = zip(*(swept(model.voice(c, **kw), t, c.text, hear) for c, t in zip(clips, truths)))
-        wer = float(np.divide(*np.sum(words, 0))) if hear else None
+        wer = float(ratio(np.array(words))) if hear else None
         rows[key] = dict(zip(SWEPT, [wer, *np.mean(scores, 1).round(4).tolist()]))
+        rows[key]["of_clips"] = dict(zip(SWEPT, [words, *np.round(scores, 4).tolist()]))
     return rows
 
 # %% ../nbs/18_experiments.ipynb #eb47c33a
@@ -357,6 +378,26 @@ def sweep_study(name:str, # of a model
     clips = [val[i] for i in range(min(limit, len(val)))]
     rows = flow_study(FacesToVoices.from_pretrained(name), clips, seed=seed)
     return dict(model=Path(name).name, clips=len(clips), rows=rows)
+
+# %% ../nbs/18_experiments.ipynb #5e7c40b2
+def plot_changes(rows:list # of `flow_study`; the first is what the others are compared with
+                ):
+    "What the number of steps changes on the same clips, with 95 % intervals over the clips."
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    first, others, said = rows[0]["of_clips"], rows[1:], []
+    names = [str(r["steps"]) for r in others]
+    fig, axes = plt.subplots(1, len(SWEPT) - 1, figsize=(13, 2.6), layout="constrained")
+    for ax, k in zip(axes, SWEPT[1:]):
+        seen = [t_interval(np.subtract(r["of_clips"][k], first[k])) for r in others]
+        ax.errorbar(names, [i.estimate for i in seen], [i.high - i.estimate for i in seen],
+                    fmt="o", color="#0072B2", ecolor="#999999", capsize=3)
+        ax.axhline(0, color="k", lw=.8, ls=":")
+        ax.set(title=f"change of {k}", xlabel="Euler steps")
+        said.append(f"{k} " + ", ".join(f"{i:+.3f}" for i in seen))
+    alt = f"Changes against {rows[0]['steps']} steps at {', '.join(names)} steps. " + "; ".join(said)
+    display(fig, metadata={"alt": alt})
+    plt.close(fig)
 
 # %% ../nbs/18_experiments.ipynb #8f928ff1
 def show_study(found:dict # of `faces2voices sweep`

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['masked_mean', 'SpeakerEncoder', 'ge2e_similarity', 'ge2e_loss', 'random_window', 'draw_windows', 'descend', 'seeded',
-           'train_speaker_encoder', 'sentence', 'embed_voices', 'Retrieval', 'retrieval', 'line_up', 'Share', 'share',
-           'show_voices', 'real_voice', 'FaceEncoder', 'TimbreEncoder', 'timbre_loss', 'snapshot', 'snapshots',
-           'train_timbre', 'show_ranks', 'shapes', 'People', 'meet', 'score', 'seek', 'measure_link', 'show_strength',
-           'arcface_loss', 'show_margin', 'train_arcface', 'same_and_other', 'show_angles', 'FiLM']
+           'train_speaker_encoder', 'sentence', 'embed_voices', 'Retrieval', 'retrieval', 'line_up', 'show_voices',
+           'real_voice', 'FaceEncoder', 'TimbreEncoder', 'timbre_loss', 'snapshot', 'snapshots', 'train_timbre',
+           'show_ranks', 'shapes', 'People', 'meet', 'score', 'seek', 'measure_link', 'show_strength', 'arcface_loss',
+           'show_margin', 'train_arcface', 'same_and_other', 'show_angles', 'FiLM']
 
 # %% ../nbs/08_timbre.ipynb #cc642506
 from dataclasses import replace
@@ -18,6 +18,7 @@ import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm.auto import tqdm
+from .statistics import bootstrap_interval
 from .core import TINY, ToolMissingError
 from .audio import MEL
 from .talkers import LINKED, draw_face, face_points, head_motion, make_talker, perform
@@ -181,18 +182,6 @@ def line_up(ranks, # (N,) rank of each one's own voice among all N
     N, ranks = len(ranks), np.asarray(ranks)[:, None]
     return hypergeom.cdf(np.arange(n), N - 1, ranks - 1, n - 1)
 
-# %% ../nbs/08_timbre.ipynb #add4aa0e
-class Share(NamedTuple):
-    "A mean over faces (or voices), and half its 95 % interval."
-    mean: float
-    half: float
-    def __str__(self): return f"{self.mean:.2f} ± {self.half:.2f}"
-
-def share(x # (N,) one number a face
-         ) -> Share:
-    "Mean and 1.96 standard errors."
-    return Share(float(np.mean(x)), float(1.96*np.std(x, ddof=1)/len(x)**.5))
-
 # %% ../nbs/08_timbre.ipynb #b0a29a8f
 def show_voices(embeddings, # (N, D)
                 **factors   # name = (N,) what to colour by
@@ -296,10 +285,10 @@ def show_ranks(n=20, # voices in a line-up
     from IPython.display import display
     fig, ax = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
     for (name, r), colour in zip(ranks.items(), ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]):
-        at, half = np.array([share(x) for x in line_up(r, n).T]).T
+        at, low, high = np.array([bootstrap_interval(x)[:3] for x in line_up(r, n).T]).T
         k = np.arange(1, n + 1)
         ax.plot(k, at, "o-", ms=3, color=colour, label=f"{name.replace('_', ' ')}: first in {at[0]:.0%}")
-        ax.fill_between(k, at - half, np.minimum(at + half, 1), color=colour, alpha=.15, lw=0)
+        ax.fill_between(k, low, high, color=colour, alpha=.15, lw=0)
     ax.plot(k, k/n, "k:", label=f"a guess: {1/n:.0%}")
     ax.set(xlabel="k", ylabel="own voice among the first k", ylim=(0, 1.03), xticks=[1, *range(5, n + 1, 5)]); ax.legend(frameon=False, fontsize=8)
     display(fig, metadata={"alt": f"Share of faces whose own voice is among the first k of {n}, over k: " + ", ".join(ranks).replace("_", " ")}); plt.close(fig)
@@ -329,10 +318,12 @@ def meet(known:int, new:int, others:int=100, steps:int=200) -> People:
 
 # %% ../nbs/08_timbre.ipynb #304225a9
 def score(guess, centres) -> dict: # both (N, 256)
-    "The rank curve among twenty, what comes first and the half of its 95 % interval, and the mean cosine."
+    "The rank curve among twenty, what comes first with its 95 % interval over the faces, and the mean cosine."
     among = line_up(retrieval(guess, centres).ranks)
     curve = [round(float(x), 4) for x in among.mean(0)]
-    return dict(top1=curve[0], half=round(share(among[:, 0]).half, 4), cosine=round(float((guess*centres).sum(-1).mean()), 4), curve=curve)
+    first = bootstrap_interval(among[:, 0])
+    cosine = float((guess*centres).sum(-1).mean())
+    return dict(top1=curve[0], low=round(first.low, 4), high=round(first.high, 4), cosine=round(cosine, 4), curve=curve)
 
 def seek(people:People, link:float, faces:int, steps:int, look=snapshots, lr:float=1.5e-3) -> dict:
     "Learn from the first `faces` known talkers of a world; let the new faces look for their voices."
@@ -364,8 +355,8 @@ def show_strength(recorded # what `measure_link` found
     few, [heard] = min(r["faces"] for r in rows("snapshots")), rows("another sentence")
     for ax, x, found, label, colour in ((axs[0], "link", rows("snapshots", faces=few), f"from the picture, {few} faces learned from", "#0072B2"),
             (axs[1], "faces", rows("snapshots", link=1.), "from the picture, link 1", "#0072B2"), (axs[1], "faces", rows("shapes"), "from the true shape, link 1", "#009E73")):
-        at, top1, half = zip(*sorted((r[x], r["top1"], r["half"]) for r in found))
-        ax.errorbar(at, top1, half, fmt="o-", capsize=3, color=colour, label=label); ax.set_xlabel(dict(link="strength of the link", faces="faces learned from")[x])
+        at, top1, low, high = np.array(sorted([r[x], r["top1"], r["low"], r["high"]] for r in found)).T
+        ax.errorbar(at, top1, [top1 - low, high - top1], fmt="o-", capsize=3, color=colour, label=label); ax.set_xlabel(dict(link="strength of the link", faces="faces learned from")[x])
     for ax in axs:
         ax.axhline(heard["top1"], color="#D55E00", ls="--", label="from another sentence"); ax.axhline(.05, color="k", ls=":", label="a guess")
         ax.set_ylim(0, 1)

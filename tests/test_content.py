@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from faces2voices.core import TINY, CorpusError, seed_everything, test_same
 from faces2voices.avhubert import influence
-from faces2voices.content import (MEASURES, Content, ContentEncoder, ConvBlock, MaskedConvBlock, content_loss, judge_content, masked_ce_study, norm_real, word_loss,
-                                  padded, paired, receptive_field, see_and_hear, show_receptive_field, show_masked_ce, train_content, unit_accuracy)
+from faces2voices.content import (MEASURES, Content, ContentEncoder, ConvBlock, MaskedConvBlock, content_loss, judge_content, masked_ce_study, norm_real, recorded_gain, word_loss,
+                                  padded, receptive_field, see_and_hear, show_receptive_field, show_masked_ce, train_content, unit_accuracy)
 
 SMALL = replace(TINY, dim=32, n_units=11)
 
@@ -127,14 +127,10 @@ def test_judge_is_cross_entropy_and_accuracy_of_each_clip():
     test_same(judged[1], torch.tensor([F.cross_entropy(c.logits[0], clips[1][1]).item(), unit_accuracy(c.logits[0], clips[1][1]),
                                        F.cross_entropy(c.masked_logits[0], clips[1][1]).item(), unit_accuracy(c.masked_logits[0], clips[1][1])]), atol=1e-5)
 
-def test_the_paired_error_has_both_kinds_of_chance():
-    clips, seeds = torch.randn(1, 400, 1).expand(5, 400, 1), torch.randn(5, 1, 1).expand(5, 400, 1)
-    mean, error = paired(clips)
-    test_same(mean, clips[0].mean(0), atol=1e-6); test_same(error, clips[0].std(0)/20, atol=1e-5)
-    test_same(paired(seeds)[1], seeds[:, 0].std(0)/5**.5, atol=1e-5)
-    both = torch.randn(2000, 4, 30, 1) + .5*torch.randn(2000, 4, 1, 1) + .2*torch.randn(2000, 1, 30, 1)
-    found = torch.stack([torch.cat(paired(d)) for d in both])
-    assert ((found[:, 0].abs() < 2*found[:, 1]).float().mean() > .9)       # two errors cover the true difference, which is zero
+def test_a_recorded_gain_has_the_limits_that_were_recorded():
+    old = dict(gain=[.5, -.1], error=[.1, .02], seeds=[0, 1, 2], clips=[270, 360])
+    assert recorded_gain(old, 1)[:4] == pytest.approx((-.1, -.14, -.06, .02))                        # two standard errors to either side
+    assert recorded_gain(old | dict(low=[.1, -.2], high=[.9, 0.]), 0) == (.5, .1, .9, .1, 3*360)
 
 class Lips(nn.Module):
     def forward(self, lips, mask): return F.adaptive_avg_pool2d(lips[:, 0], 3).flatten(2)
@@ -166,6 +162,8 @@ def test_study_from_a_folder(tmp_path, capsys):
     values = {(r["weight"], r["seed"]): torch.tensor(r["values"]) for r in study["runs"]}
     gain = sum(values[.5, s] - values[0., s] for s in (0, 1))/2
     test_same(torch.tensor(study["gain"]), gain, atol=2e-5)
+    assert all(low <= gain <= high for low, gain, high in zip(study["low"], study["gain"], study["high"]))
+    assert study["low"][0] < study["high"][0]
     pytest.importorskip("matplotlib").use("Agg")
     show_masked_ce({"a": study, "b": study})
 

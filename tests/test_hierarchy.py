@@ -232,12 +232,15 @@ def test_scores_of_one_who_knows_and_of_one_who_does_not():
     wrong = clip_scores(truth(batch._replace(units=(batch.units + 3) % 8, log_f0=10 - batch.log_f0)), batch, phones, reader)
     assert wrong[2] == 0 and wrong[0] < 20 and abs(wrong[4] + 1) < 1e-4 and wrong[1] == 36
 
-def test_figures_and_spread_by_hand():
+def test_figures_by_hand():
     scores = torch.tensor([[8., 10., 6., 20., .5, .9], [4., 5., 3., 10., .7, float("nan")]])
     found = figures(scores)
-    assert found["phonemes, share of true units"] == .8 and found["phonemes, true units"] == .5 and found["units right"] == .3
-    assert found["F0 contour, r"] == .6 and found["energy, r"] == .9 and set(BARS) < set(found)
-    assert spread(scores)["phonemes, share of true units"] == 0 and spread(scores)["F0 contour, r"] > .03
+    estimates = {k: round(i.estimate, 6) for k, i in found.items()}
+    assert estimates["phonemes, share of true units"] == .8 and estimates["phonemes, true units"] == .5 and estimates["units right"] == .3
+    assert estimates["phonemes, predicted units"] == .4
+    assert estimates["F0 contour, r"] == .6 and estimates["energy, r"] == .9 and set(BARS) < set(found)
+    assert found["phonemes, share of true units"].error < 1e-12 and found["F0 contour, r"].error > .03
+    assert found["energy, r"].n == 1 and found["energy, r"].error != found["energy, r"].error      # of one clip no error is known
 
 def test_questions_hold_out_people_and_for_a_person_takes():
     g = torch.Generator().manual_seed(0)

@@ -104,9 +104,12 @@ def test_a_line_up_is_the_mean_over_all_line_ups():
         same(torch.tensor(row), torch.tensor([np.mean([s <= k for s in sizes]) for k in (1, 2, 3)]), atol=1e-9)
     assert line_up(torch.arange(1, 41), 20)[:, 0].mean() == pytest.approx(1/20)                       # ranks of a guess
 
-def test_share_is_a_mean_with_its_interval():
-    x = np.random.default_rng(0).random(400)
-    assert share(x).mean == pytest.approx(x.mean()) and share(x).half == pytest.approx(1.96/np.sqrt(12*400), rel=.1)
+def test_a_score_has_the_interval_of_what_comes_first():
+    voices = torch.nn.functional.normalize(torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    guess = torch.nn.functional.normalize(voices + .4*torch.randn(60, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+    found, first = score(guess, voices), line_up(retrieval(guess, voices).ranks)[:, 0]
+    assert found["top1"] == pytest.approx(first.mean(), abs=1e-4) and found["low"] < found["top1"] < found["high"] <= 1
+    assert found["high"] - found["low"] == pytest.approx(2*1.96*first.std()/60**.5, rel=.2)
 
 def test_snapshots_and_shapes_follow_the_link():
     talkers = [make_talker(s) for s in range(40)]
