@@ -26,7 +26,7 @@ app.add_typer(course_app, name="course")
 say = Console(highlight=False, soft_wrap=True)
 complain = Console(stderr=True, highlight=False, soft_wrap=True)
 Device = enum.Enum("Device", {d: d for d in ("auto", "cpu", "cuda")}, type=str)
-Bench = enum.Enum("Bench", {d: d for d in ("vocoder", "flow")}, type=str)
+Bench = enum.Enum("Bench", {d: d for d in ("vocoder", "flow", "train")}, type=str)
 Layout = enum.Enum("Layout", {d: d for d in ("lrs2", "lrs3", "voxmm")}, type=str)
 Preset = enum.Enum("Preset", {d: d for d in ("tiny", "grid", "eigenlips", "slim", "paper")}, type=str)
 
@@ -212,7 +212,7 @@ def train(
     init: Annotated[Optional[str], typer.Option(help="Take speaker encoder and vocoder from this model, for example `talkers`, as they are.")] = None,
     voices: Annotated[Optional[Path], typer.Option(help="More prepared clips. The vocoder learns their sound too, and will speak both worlds.", show_default=False)] = None,
     only: Annotated[Optional[str], typer.Option(help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only count: weights, memory, operations, and hours on some GPUs.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only count: weights, memory, operations; hours where they were measured (`bench train`).")] = False,
     board: Annotated[bool, typer.Option(help="Log for TensorBoard too; needs pip install faces2voices[board].")] = False,
     workers: Workers = 2,
     seed: Seed = 0,
@@ -220,7 +220,9 @@ def train(
     "Train a system part by part. Stopped runs go on where they were: give the same command again."
     from faces2voices import training
     from faces2voices.core import PRESETS
-    if dry_run: return say.print(training.show_costs(training.dry_run(PRESETS[preset.value])), markup=False)
+    if dry_run:
+        costs = training.dry_run(PRESETS[preset.value])
+        return say.print(training.show_costs(PRESETS[preset.value], costs), markup=False)
     parts, line = only.split(",") if only else None, command_line(ctx)
     folder = training.train_system(
         PRESETS[preset.value], out, data, init=init, voices=voices, only=parts,
@@ -492,20 +494,33 @@ def study_recogniser(
 @app.command()
 def bench(
     ctx: typer.Context,
-    what: Annotated[Bench, typer.Argument(help="`vocoder`: against Griffin-Lim; `flow`: solver, field and mel against other packages (extra `bench`).")] = Bench.vocoder,
+    what: Annotated[Bench, typer.Argument(help="`vocoder`: against Griffin-Lim; `flow`: solver, field and mel against other packages (extra `bench`); `train`: training steps a second, from which `train --dry-run` has its hours.")] = Bench.vocoder,
     model: Model = "talkers",
     seconds: Annotated[float, typer.Option(min=.4, help="Length of the speech.")] = 3.,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median counts.")] = 5,
     processor: Annotated[bool, typer.Option(help="`flow`: count processor time instead of the clock's, for a machine that does other things too.")] = False,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="`flow`: write the figures (JSON) here.")] = None,
+    preset: Annotated[Preset, typer.Option(help="`train`: whose sizes.")] = Preset.tiny,
+    device: Annotated[Device, typer.Option(help="`train`: where to compute.")] = Device.auto,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="`flow` and `train`: write the figures (JSON) here.")] = None,
 ):
-    "Time ours against others on the same input, in the same run; prints ratios."
+    "Time ours against others on the same input, in the same run, and print ratios; or time training."
     from faces2voices import experiments as ex
     if what is Bench.vocoder:
         return say.print(ex.bench_vocoder(model, seconds, repeats), markup=False)
+    if what is Bench.train:
+        return _bench_train(ctx, preset.value, device.value, out)
     found = ex.bench_flow(model, repeats, seconds, processor)
     _record(ctx, found, 0, [], ex.BENCHED, out)
     say.print(ex.bench_text(found), markup=False)
+
+# %% ../nbs/20_cli.ipynb #93d6f1b8
+def _bench_train(ctx, preset:str, device:str, out:Optional[Path]):
+    "Time training steps; print and record what was found."
+    from faces2voices import training
+    from faces2voices.core import PRESETS
+    found = training.bench_train(PRESETS[preset], device)
+    _record(ctx, found, 0, [], ("accelerate",), out)
+    say.print(training.show_speed(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #ab5cfbb9
 @app.command()

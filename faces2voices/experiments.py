@@ -118,7 +118,7 @@ def hear_ablation(data, out, # as in `ablation`, after it
                  ) -> dict: # name → file
     "One validation clip as it was, and as each variant has it."
     _, val, _, preset = targets(data, Path(out), 0)
-    vocoder, b, wavs = FacesToVoices.from_pretrained("talkers").vocoder, collate([val[clip]]), dict(truth=val[clip].wav)
+    vocoder, b, wavs = FacesToVoices.from_pretrained("talkers", device="cpu").vocoder, collate([val[clip]]), dict(truth=val[clip].wav)
     for name, without in VARIANTS.items():
         h = Hierarchy(preset, without).eval()
         h.load_state_dict(torch.load(Path(out)/f"{name}-{steps}-{seed}.ckpt", weights_only=True, map_location="cpu")["learners"][0]["ema"])
@@ -188,7 +188,7 @@ def train_variant(name:str, # of VARIANTS
     train, val, speaker_encoder, preset = clips
     seed_everything(seed)
     hierarchy = Hierarchy(preset, VARIANTS[name])
-    fit_eigenlips(hierarchy, train)
+    fit_eigenlips(hierarchy, train, seed=seed)
     log = fit(hierarchy.loss, hierarchy, batches(train, preset.batch["hierarchy"], seed, preset.vary), steps, preset.lr["hierarchy"],
               name=f"{name}-{steps}-{seed}", run_dir=out, bf16=True, seed=seed)
     weights = sum(p.numel() for p in hierarchy.parameters())
@@ -242,7 +242,7 @@ def teacher_study(name:str, # of a model
     "What each truth is worth to a model's μ, on clips that it was not trained on."
     model, ds = FacesToVoices.from_pretrained(name), ClipDataset(data, split=split)
     clips = [ds[i] for i in range(min(limit, len(ds)))]
-    seen = [collate([c], model.units, model.speaker_encoder) for c in clips]
+    seen = [collate([c], model.units, model.speaker_encoder).to(model.device) for c in clips]
     given = {k: truths for k, truths in GIVEN.items() if k != "the words" or model.preset.words}
     errors = {k: round(float(np.mean([told(model.hierarchy, b, truths) for b in seen])), 4) for k, truths in given.items()}
     share = model.preset.teacher_forcing
@@ -318,8 +318,9 @@ def adaptation(data, # prepared clips of both
     train, _, voices, preset = targets(data, out, seed)
     clips = lambda who, *splits: of_speaker(data, who, *splits).add(train.targets["units"], voices, preset.words)
     seen, held = ({who: clips(who, *splits) for who in (first, then)} for splits in (("train",), ("val", "test")))
+    seed_everything(seed)
     hierarchy = Hierarchy(preset)
-    fit_eigenlips(hierarchy, seen[first])
+    fit_eigenlips(hierarchy, seen[first], seed=seed)
     for when, who, n, rate in (("before", first, steps, 1.), ("after", then, more, 1/3)):
         fit(hierarchy.loss, hierarchy, batches(seen[who], preset.batch["hierarchy"], seed, preset.vary), n, rate*preset.lr["hierarchy"], name=when, run_dir=out, bf16=True, seed=seed)
         for who, ds in held.items():

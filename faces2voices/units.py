@@ -70,11 +70,12 @@ def fit(self:UnitQuantizer,
         seed:int=0) -> UnitQuantizer:
     "k-means on the features of all sounds, then the mean mel of every unit."
     from sklearn.cluster import MiniBatchKMeans
+    wavs = [w.to(self.mean.device) for w in wavs]
     x = torch.cat([self.features(w) for w in wavs])
     self.mean, self.scale = x.mean(0), x.std(0).clamp(min=1e-5)
     x = (x - self.mean)/self.scale
-    kmeans = MiniBatchKMeans(n_units or len(self.centroids), random_state=seed, batch_size=4096, n_init=3).fit(x.numpy())
-    self.centroids = torch.from_numpy(kmeans.cluster_centers_).float()
+    kmeans = MiniBatchKMeans(n_units or len(self.centroids), random_state=seed, batch_size=4096, n_init=3).fit(x.cpu().numpy())
+    self.centroids = torch.from_numpy(kmeans.cluster_centers_).float().to(x.device)
     mels = torch.cat([MEL(w).reshape(MEL.n_mels, -1, 2).mean(-1).T for w in wavs])
     member = F.one_hot(self.nearest(x), len(self.centroids)).float()
     self.unit_mels = (member.T @ mels)/member.sum(0)[:, None].clamp(min=1)

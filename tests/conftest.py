@@ -9,3 +9,14 @@ def shared():
     folder = Path(os.environ.get("F2V_SHARED", Path(__file__).resolve().parents[2]/"shared"))/"data"
     if not folder.is_dir(): pytest.skip(f"no test data: set F2V_SHARED to a folder that holds data/grid (looked in {folder.parent})")
     return folder
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    "A folder of four prepared sample clips, two of each of two people, so that voices can be told apart."
+    from faces2voices.corpora import prepare, read_manifest
+    from faces2voices.synthesis import FacesToVoices
+    out = tmp_path_factory.mktemp("prepared")
+    entries = read_manifest(Path(__file__).parents[1]/"data_samples"/"manifest.jsonl")[:4]
+    entries = [e._replace(split="train", speaker=f"t{i % 2}") for i, e in enumerate(entries)]
+    prepare(entries, out, FacesToVoices.from_pretrained("talkers", device="cpu").eyes(), progress=False)
+    return out
