@@ -106,9 +106,10 @@ def decoded_frames(container, # open in PyAV
             try:
                 frames = packet.decode()
             except av.FFmpegError as e:
-                damage = e
-                continue
+                frames, damage = [], e
             for frame in frames:
+                if frame.opaque is None:
+                    frame.opaque = number, packet.dts
                 yield frame
     except av.FFmpegError as e:
         damage = e

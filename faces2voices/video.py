@@ -71,12 +71,14 @@ QUICKTIME = (".mp4", ".m4v", ".mov")   # names of files in the family of mp4
 
 def _words(error): "What an error of FFmpeg says, without number and path."; return getattr(error, "strerror", None) or error
 
+# %% ../nbs/02_video.ipynb #78b82c38
 def _cure(path) -> str:
     "What may help where nothing can be written to `path`."
     if Path(path).suffix.lower() not in QUICKTIME:
         return "Give it a name that ends in .mp4"
     return "Is there room, and may it be written there?"
 
+# %% ../nbs/02_video.ipynb #7cce9408
 @contextmanager
 def _container(tmp, path):
     "An open container at `tmp`, for what shall become `path`."
@@ -450,6 +452,7 @@ def _packets(container, stream):
     except av.FFmpegError:
         return
 
+# %% ../nbs/02_video.ipynb #1b6540a6
 def _tick(packet, begin, last) -> int:
     "When a packet is shown that holds no picture of its own (a second field, what is only referred to)."
     if not packet.size or last is None and not packet.is_discard:
@@ -515,6 +518,7 @@ TICK = Fraction(1, 90000)   # s; 24, 25, 29.97, 30, 50 and 60 frames a second ar
 COLOURS_ARE = ("color_range", "color_primaries", "color_trc", "colorspace")
 UNTOLD = 2                  # a colour space that is not named
 
+# %% ../nbs/02_video.ipynb #d8a17e82
 def _add_like(out, stream, pictures):
     "An H.264 stream for such pictures."
     from av.sidedata.sidedata import Type
@@ -546,6 +550,7 @@ def _moved_frames(path, pictures, video):
             frame.pict_type = 0
             yield frame
 
+# %% ../nbs/02_video.ipynb #59621e65
 def _encoded(out, path, source, stream, pictures):
     "The packets of a stream of `out` that holds the pictures of `path`, encoded again."
     video = _add_like(out, stream, pictures)
@@ -573,6 +578,7 @@ def _again(file):
     while data := file.read(4096):
         yield np.frombuffer(bytearray(data), np.float32)
 
+# %% ../nbs/02_video.ipynb #ce773ff5
 @contextmanager
 def _repeatable(wav):
     "A function that gives the sound as often as it is called."
