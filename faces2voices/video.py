@@ -72,23 +72,23 @@ QUICKTIME = (".mp4", ".m4v", ".mov")   # names of files in the family of mp4
 def _words(error): "What an error of FFmpeg says, without number and path."; return getattr(error, "strerror", None) or error
 
 # %% ../nbs/02_video.ipynb #78b82c38
-def _cure(path) -> str:
-    "What may help where nothing can be written to `path`."
-    if Path(path).suffix.lower() not in QUICKTIME:
-        return "Give it a name that ends in .mp4"
-    return "Is there room, and may it be written there?"
+def _is_mp4(path) -> bool:
+    "Would a file of this name belong to the family of mp4?"
+    return Path(path).suffix.lower() in QUICKTIME
 
 # %% ../nbs/02_video.ipynb #7cce9408
 @contextmanager
 def _container(tmp, path):
     "An open container at `tmp`, for what shall become `path`."
     import av
-    front = dict(movflags="+faststart") if Path(path).suffix.lower() in QUICKTIME else {}
+    front = dict(movflags="+faststart") if _is_mp4(path) else {}
     try:
         with av.open(f"file:{tmp}", "w", options=front | dict(fflags="+bitexact")) as out:
             yield out
     except (av.FFmpegError, ValueError) as e:
-        raise MediaError(path, f"cannot be written ({_words(e)})", _cure(path)) from e
+        cure = ("Is there room, and may it be written there?" if _is_mp4(path)
+                else "Give it a name that ends in .mp4")
+        raise MediaError(path, f"cannot be written ({_words(e)})", cure) from e
 
 @contextmanager
 def _writing(path, overwrite):
@@ -100,7 +100,8 @@ def _writing(path, overwrite):
 def _add_video(out, fps, width, height, crf, pix_fmt="yuv420p"):
     "An H.264 stream; one thread and no macroblock tree, so that the same frames give the same bytes."
     options = {"crf": str(crf), "threads": "1", "x264-params": "no-mbtree=1"}
-    stream = out.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt=pix_fmt, options=options)
+    size = dict(width=width, height=height)
+    stream = out.add_stream("libx264", rate=fps, pix_fmt=pix_fmt, options=options, **size)
     stream.codec_context.thread_count = 1
     return stream
 
@@ -203,14 +204,16 @@ def _spans(path, numbers) -> dict: # number of a stream → seconds from its fir
 
 # %% ../nbs/02_video.ipynb #3cde1f23
 def _watched(path, streams):
-    "Of several streams of pictures the one that people see: no preview, the default one, the largest."
+    "Of several streams of pictures the one that people see: no preview; the default; the largest."
     from av.stream import Disposition
     if len(streams) == 1:
         return streams[0]
     spans = _spans(path, [s.index for s in streams])
     longest = max(spans.values())
-    return max(streams, key=lambda s: (spans[s.index] >= longest/2, Disposition.default in s.disposition,
-                                       s.width*s.height, spans[s.index]))
+    def rank(s):
+        default = Disposition.default in s.disposition
+        return spans[s.index] >= longest/2, default, s.width*s.height, spans[s.index]
+    return max(streams, key=rank)
 
 # %% ../nbs/02_video.ipynb #9dc32377
 def _moving_picture(path, container):
@@ -218,11 +221,15 @@ def _moving_picture(path, container):
     from av.stream import Disposition
     still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     pictures = [s for s in container.streams.video if not s.disposition & still]
-    if not pictures: raise MediaError(path, "has no moving picture, only sound", "Give a video of a face")
+    if not pictures:
+        raise MediaError(path, "has no moving picture, only sound", "Give a video of a face")
     pictures = [s for s in pictures if s.codec_context]
-    if not pictures: raise MediaError(path, "its pictures cannot be decoded", "Convert it to mp4 with H.264")
+    if not pictures:
+        raise MediaError(path, "its pictures cannot be decoded", "Convert it to mp4 with H.264")
     stream = _watched(path, pictures)
-    if stream.width*stream.height > MAX_PIXELS: raise MediaError(path, f"its pictures of {stream.width} × {stream.height} are too large", "Scale it down first")
+    if stream.width*stream.height > MAX_PIXELS:
+        reason = f"its pictures of {stream.width} × {stream.height} are too large"
+        raise MediaError(path, reason, "Scale it down first")
     stream.codec_context.options = dict(max_pixels=str(MAX_PIXELS))
     return stream
 
@@ -276,16 +283,22 @@ def _rising(timed, time_base, usual):
 
 # %% ../nbs/02_video.ipynb #fbcfa56e
 def _stamped(path, container, stream, damaged=False):
-    "Pairs of time and decoded frame, the damaged ones too if wanted; at last the time of the end, with None."
+    "Pairs of time and decoded frame, damaged ones too if wanted; last the time of the end, None."
     import av
     usual, end = min(MAX_STILL, float(1/(stream.average_rate or FPS))), None
     try:
         for seconds, frame in _rising(_timed(container, stream), stream.time_base, usual):
-            if frame.is_corrupt and not damaged: continue
-            if end is not None and seconds > end + MAX_STILL: raise MediaError(path, f"its picture stands still for {seconds - end:.0f} s", "Cut out the part that shows the face, or convert it to mp4")
-            end = seconds + min(MAX_STILL, float((frame.duration or 0)*stream.time_base) or usual)
+            if frame.is_corrupt and not damaged:
+                continue
+            if end is not None and seconds > end + MAX_STILL:
+                reason = f"its picture stands still for {seconds - end:.0f} s"
+                cure = "Cut out the part that shows the face, or convert it to mp4"
+                raise MediaError(path, reason, cure)
+            length = float((frame.duration or 0)*stream.time_base) or usual
+            end = seconds + min(MAX_STILL, length)
             yield seconds, frame
-    except av.FFmpegError: pass
+    except av.FFmpegError:
+        pass
     yield end, None
 
 # %% ../nbs/02_video.ipynb #ff5c8ada
@@ -330,15 +343,19 @@ def film_sound(path, # a video file
               ) -> torch.Tensor: # (640 T,)
     "The sound of a film on the clock of its pictures; MediaError where there is none."
     container, stream = _open(path)
-    with container: begin = next(_stamped(path, container, stream))[0] or 0.
+    with container:
+        begin = next(_stamped(path, container, stream))[0] or 0.
     return load_audio(path, begin + first/FPS, None if T is None else SAMPLES_PER_FRAME*T)
 
 # %% ../nbs/02_video.ipynb #6a928730
 def _sound(path, container, first, T):
     "The sound of `T` frames from frame `first` on; None where there is none, and why."
-    if not container.streams.audio: return None, ""
-    try: return film_sound(path, first, T), ""
-    except MediaError as e: return None, e.reason
+    if not container.streams.audio:
+        return None, ""
+    try:
+        return film_sound(path, first, T), ""
+    except MediaError as e:
+        return None, e.reason
 
 # %% ../nbs/02_video.ipynb #09886888
 def _sound_and_note(path, T, max_seconds=None, start=0., max_side=960):
@@ -419,7 +436,7 @@ class Dubbed(NamedTuple):
 class _Pictures(NamedTuple):
     "The pictures of a film."
     times: np.ndarray   # (n,) seconds after the first, in the order of showing
-    shown: np.ndarray   # (packets,) the same by the number of the packet; NaN where it shows nothing
+    shown: np.ndarray   # (packets,) the same for each packet; NaN where it shows nothing
     begin: float        # when the first is shown, seconds on the file's clock
     usual: float        # seconds from one to the next, most often
     first: object       # the first, decoded
@@ -431,13 +448,16 @@ def _pictures(path) -> _Pictures:
     times, shown, begin, first = array("d"), array("d"), 0., None
     with container:
         for seconds, frame in _stamped(path, container, stream, damaged=True):
-            if frame is None: break
-            if first is None: begin, first = seconds, frame
+            if frame is None:
+                break
+            if first is None:
+                begin, first = seconds, frame
             number = frame.opaque[0]
             times.append(seconds - begin)
             shown.extend([np.nan]*(number + 1 - len(shown)))
             shown[number] = times[-1]
-    if first is None: raise MediaError(path, "holds no picture that can be decoded", "Is the file whole?")
+    if first is None:
+        raise MediaError(path, "holds no picture that can be decoded", "Is the file whole?")
     usual = float(np.median(np.diff(times))) if len(times) > 1 else 1/FPS
     return _Pictures(np.array(times), np.array(shown), begin, usual, first)
 
@@ -454,7 +474,7 @@ def _packets(container, stream):
 
 # %% ../nbs/02_video.ipynb #1b6540a6
 def _tick(packet, begin, last) -> int:
-    "When a packet is shown that holds no picture of its own (a second field, what is only referred to)."
+    "When a packet is shown that holds no picture of its own, as a second field does; or `NOT`."
     if not packet.size or last is None and not packet.is_discard:
         return NOT
     if packet.pts is None:
@@ -514,7 +534,7 @@ def _copied(out, path, source, stream, pictures):
     return _moved_packets(path, pictures, ticks, video)
 
 # %% ../nbs/02_video.ipynb #133eef21
-TICK = Fraction(1, 90000)   # s; 24, 25, 29.97, 30, 50 and 60 frames a second are whole numbers of them
+TICK = Fraction(1, 90000)   # s; at 24, 25, 29.97, 30, 50 and 60 fps a frame takes a whole number
 COLOURS_ARE = ("color_range", "color_primaries", "color_trc", "colorspace")
 UNTOLD = 2                  # a colour space that is not named
 
@@ -559,8 +579,8 @@ def _encoded(out, path, source, stream, pictures):
 # %% ../nbs/02_video.ipynb #d6590560
 def _counted(tmp, path, pictures):
     "Open what was written; MediaError unless it holds the same pictures at the same times."
-    quicktime = Path(path).suffix.lower() in QUICKTIME
-    cure = "Convert the original to mp4 with H.264 first" if quicktime else _cure(path)
+    cure = ("Convert the original to mp4 with H.264 first" if _is_mp4(path)
+            else "Give it a name that ends in .mp4")
     try:
         again = _pictures(tmp).times
     except MediaError as e:
@@ -607,7 +627,9 @@ def dub(src, # video whose pictures are kept
         dst, # file to write, normally .mp4; never replaces one that is there unless told
         overwrite:bool=False
        ) -> Dubbed:
-    "Give a video new sound, beginning with its first picture; the pictures stay as they are. MediaError if they cannot."
+    """Give a video new sound, which begins with its first picture; the pictures stay as they are.
+
+    MediaError if `src` cannot be read or `dst` cannot hold it; nothing is left then."""
     with atomic_path(dst, overwrite) as tmp:
         pictures = _pictures(src)
         with _repeatable(wav) as sound:
