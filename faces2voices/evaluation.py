@@ -31,6 +31,7 @@ from .statistics import bootstrap_interval, crossed_interval, mean, pearson, rat
 from .core import EULER_STEPS, GRID_WORDS, MELS_PER_FRAME, SAMPLE_RATE, SAMPLES_PER_FRAME, CheckpointError, CorpusError, ToolMissingError, atomic_path, markdown_table, seed_everything
 from .records import machine, tool_version
 from .audio import MEL, energy, griffin_lim, load_audio, pitch, save_wav
+from .video import film_sound
 from .corpora import GRID_GRAMMAR, Clip, ClipDataset, grid_jsgf, read_manifest
 from .talkers import GRAMMAR, jsgf
 from .content import ConvBlock
@@ -813,7 +814,8 @@ def sounds_in(folder # of wavs; where there are none, of mp4s
     "The sounds of a folder by the names of their files."
     paths = sorted(Path(folder).glob("*.wav")) or sorted(Path(folder).glob("*.mp4"))
     if not paths: raise CorpusError(folder, "holds no .wav and no .mp4", "Give a folder of sounds for each system")
-    return {p.stem: load_audio(p) for p in paths}
+    read = load_audio if paths[0].suffix == ".wav" else film_sound
+    return {p.stem: read(p) for p in paths}
 
 # %% ../nbs/17_evaluation.ipynb #eefb77d5
 ASKED = "original", "vocoder", "synthesised"
