@@ -221,13 +221,20 @@ def train(
     from faces2voices import training
     from faces2voices.core import PRESETS
     if dry_run:
-        costs = training.dry_run(PRESETS[preset.value])
-        return say.print(training.show_costs(PRESETS[preset.value], costs), markup=False)
+        return _costs(preset.value)
     parts, line = only.split(",") if only else None, command_line(ctx)
     folder = training.train_system(
         PRESETS[preset.value], out, data, init=init, voices=voices, only=parts,
         workers=workers, seed=seed, board=board, command=line)
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
+
+# %% ../nbs/20_cli.ipynb #4f7be29c
+def _costs(preset:str):
+    "Print what a preset's training would cost."
+    from faces2voices import training
+    from faces2voices.core import PRESETS
+    costs = training.dry_run(PRESETS[preset])
+    say.print(training.show_costs(PRESETS[preset], costs), markup=False)
 
 # %% ../nbs/20_cli.ipynb #4c5b44ad
 @app.command()
@@ -503,7 +510,7 @@ def bench(
     device: Annotated[Device, typer.Option(help="`train`: where to compute.")] = Device.auto,
     out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="`flow` and `train`: write the figures (JSON) here.")] = None,
 ):
-    "Time ours against others on the same input, in the same run, and print ratios; or time training."
+    "Time ours against others on the same input, in the same run; prints ratios."
     from faces2voices import experiments as ex
     if what is Bench.vocoder:
         return say.print(ex.bench_vocoder(model, seconds, repeats), markup=False)

@@ -327,6 +327,7 @@ def show_history(log, # lines of `fit`, or the path of its .jsonl
     display(fig, metadata={"alt": f"Losses over {log[-1]['step']} steps: {ends}"}); plt.close(fig)
 
 # %% ../nbs/16_training.ipynb #f7953e04
+import os
 from dataclasses import replace
 from torch.fx.experimental import _config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
@@ -428,7 +429,7 @@ FITTED = "hierarchy", "decoder", "vocoder" # trained by `fit`, which spreads ove
 def part(run:Path, name:str, module, train, # function that trains `module` in place
          only=None # names of the parts that may be trained now; None: all
         ):
-    "Load a part's weights from the run folder, in all processes; train and write them first if need be."
+    "Load a part from the run folder, in all processes; train and write it first if need be."
     path, began = run/f"{name}.safetensors", time.time()
     def finish():
         if name not in FITTED: train()
@@ -701,7 +702,8 @@ def cost(model, name:str, run) -> Cost:
     sizes = [(p.numel(), p.requires_grad) for p in getattr(model, name).parameters()]
     total, learned = sum(n for n, _ in sizes), sum(n for n, wanted in sizes if wanted)
     with FlopCounterMode(display=False) as counter, assume_all_frames_real(): run().sum().backward()
-    return Cost(name, total/1e6, learned/1e6, 4*(2*total + 3*learned)/1e9, counter.get_total_flops()/1e9)
+    flops, held = counter.get_total_flops(), 4*(2*total + 3*learned)
+    return Cost(name, total/1e6, learned/1e6, held/1e9, flops/1e9)
 
 # %% ../nbs/16_training.ipynb #7fbafd8c
 def assume_all_frames_real(): "On `meta` no mask has values: let every frame count as real."; return functorch_config.patch(meta_nonzero_assume_all_nonzero=True)
@@ -729,8 +731,7 @@ def random_scenes(preset:Preset) -> Scene:
     "A batch for the decoder."
     B = preset.batch["decoder"]
     mel = torch.randn(2, B, MEL.n_mels, WINDOW)
-    mask = torch.ones(B, 1, WINDOW, dtype=torch.bool)
-    return Scene([], *mel, mask, torch.randn(B, preset.speaker_dim))
+    return Scene([], *mel, torch.ones_like(mel[0, :, :1], dtype=torch.bool), torch.randn(B, preset.speaker_dim))
 
 # %% ../nbs/16_training.ipynb #8e42d6b9
 def random_segments(model): # → Segments
@@ -797,8 +798,8 @@ def show_speed(found:dict # of `bench_train`
     head = ["part", "steps a second", "loss of the last step", "peak GB on the GPU"]
     fields = "steps_per_second", "loss", "peak_gigabytes"
     rows = [[name, *(part.get(k) for k in fields)] for name, part in found["parts"].items()]
-    note = f"{found['steps']} steps each, preset {found['preset']}, {found['device']}, load {found['load']}"
-    return markdown_table(head, rows) + "\n\n" + note
+    where = f"preset {found['preset']}, {found['device']}, load {found['load']}"
+    return markdown_table(head, rows) + f"\n\n{found['steps']} steps each, {where}"
 
 # %% ../nbs/16_training.ipynb #e07b92d8
 SPEEDS = WEIGHTS.parents[1]/"nbs"/"results" # of a checkout

@@ -25,7 +25,8 @@ from faces2voices.synthesis import FacesToVoices
 PARTS = "locator", "units", "speaker", "hierarchy", "decoder", "vocoder"
 SMALL = dict(dim=64, decoder_channels=(32, 32), vocoder_channels=64, n_units=8, eigenlips=16)
 ONE = dict.fromkeys(PARTS, 1)
-FEW = dict(steps=ONE | dict(vocoder=2), batch=ONE | dict(speaker=4, hierarchy=2, decoder=2, vocoder=2), lr=dict.fromkeys(PARTS, 1e-3))
+BATCH = ONE | dict(speaker=4, hierarchy=2, decoder=2, vocoder=2)
+FEW = dict(steps=ONE | dict(vocoder=2), batch=BATCH, lr=dict.fromkeys(PARTS, 1e-3))
 PRESETS = [replace(p, **SMALL, **FEW, unit_features="mfcc") for p in (TINY, GRID, PAPER)]
 by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.name)
 
@@ -38,12 +39,14 @@ def clip(preset, i:int, frames:int) -> Clip:
     g = torch.Generator().manual_seed(i)
     noise = partial(torch.randn, generator=g)
     contour, units = torch.ones(2*frames), torch.zeros(2*frames, dtype=torch.long)
-    return Clip(f"clip{i}", "somebody", "", (50*noise(frames, 96, 96)).byte(), (50*noise(112, 112, 3)).byte(), noise(frames, preset.expression_dim),
-                noise(preset.identity_dim), .1*noise(640*frames), 5*contour, contour, -4*contour, units=units, words=units, voice=noise(256))
+    seen = (50*noise(frames, 96, 96)).byte(), (50*noise(112, 112, 3)).byte()
+    seen += noise(frames, preset.expression_dim), noise(preset.identity_dim)
+    heard = .1*noise(640*frames), 5*contour, contour, -4*contour
+    return Clip(f"clip{i}", f"talker{i % 2}", "", *seen, *heard, units=units, words=units, voice=noise(256))
 
 def clips(preset) -> ClipDataset:
-    "Three clips of two lengths, so that there is padding."
-    return ClipDataset([clip(preset, i, frames) for i, frames in enumerate((50, 60, 60))])
+    "Four clips of two people, of two lengths, so that there is padding."
+    return ClipDataset([clip(preset, i, frames) for i, frames in enumerate((50, 60, 60, 50))])
 
 def over_the_padded(rnn, frames, mask):
     return rnn(frames)[0]*mask[..., None]
@@ -64,11 +67,14 @@ def everywhere(mode, op, x):
 def meta(monkeypatch):
     "An accelerator whose device is `meta`, and answers where numbers are asked for."
     device = torch.device("meta")
-    accelerator = SimpleNamespace(device=device, num_processes=1, process_index=0, is_main_process=True, reduce=lambda x, how: x)
+    accelerator = SimpleNamespace(device=device, num_processes=1, process_index=0,
+                                  is_main_process=True, reduce=lambda x, how: x)
     monkeypatch.setattr(training, "Accelerator", lambda **kw: accelerator)
     def answered(name, answer):
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda x, *a: answer(x) if x.is_meta else real(x, *a))
+        def either(x, *args):
+            return answer(x) if x.is_meta else real(x, *args)
+        monkeypatch.setattr(torch.Tensor, name, either)
     answered("__bool__", lambda x: True)
     answered("__int__", lambda x: 1)
     answered("item", lambda x: 1.)
@@ -83,7 +89,7 @@ def meta(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters", "ignore:for .* copying from a non-meta")
 @by_name
 def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tmp_path):
-    "`train_system` as it is, but for weights, which nobody can write: every part takes a step, its log a line and its sample a look."
+    "`train_system`, but for weights, which nobody can write: every part steps, logs and shows a sample."
     ds, seen = clips(preset), {}
     def train(run, name, module, step, only=None):
         step()
@@ -104,13 +110,14 @@ def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tm
 
 @pytest.fixture()
 def fake(monkeypatch):
-    "A mode in which tensors say that they are on a GPU; what is built before it is entered is real, and on the CPU."
+    "A mode in which tensors say that they are on a GPU; what is built before is real, on the CPU."
     caches = audio._mel_filters, hierarchy.third_octaves, vocoder._nearest_bands, units._mfcc
     monkeypatch.setattr(avhubert, "run_packed", over_the_padded)
     monkeypatch.setattr(vocoder, "sounded", one_hop_a_column)
     monkeypatch.setattr(torch.nn.GRU, "forward", of_its_shape)
-    monkeypatch.setitem(op_implementations_dict, torch.ops.aten.nonzero.default, everywhere)
-    monkeypatch.setitem(op_implementations_dict, torch.ops.aten._local_scalar_dense.default, lambda *a: 1)
+    aten = torch.ops.aten
+    monkeypatch.setitem(op_implementations_dict, aten.nonzero.default, everywhere)
+    monkeypatch.setitem(op_implementations_dict, aten._local_scalar_dense.default, lambda *a: 1)
     for cache in caches: cache.cache_clear()
     yield FakeTensorMode(allow_non_fake_inputs=True)
     for cache in caches: cache.cache_clear()      # they hold tensors without numbers
@@ -148,7 +155,8 @@ def test_vocoders_and_critics_ask_for_one_device(preset, fake):
     with fake:
         b = training.send_to_device(b, torch.device("cuda"))
         game = vocoder.Game(on_gpu(generator), on_gpu(critics), plain=True)
-        assert game.generator_loss(b)["total"].device.type == game.critics_loss(b).device.type == "cuda"
+        assert game.generator_loss(b)["total"].device.type == "cuda"
+        assert game.critics_loss(b).device.type == "cuda"
 
 def test_voices_units_and_the_locator_ask_for_one_device(fake, monkeypatch):
     model, one = FacesToVoices(TINY.to_json()), clip(TINY, 0, 50)
@@ -160,4 +168,5 @@ def test_voices_units_and_the_locator_ask_for_one_device(fake, monkeypatch):
         assert model.units(one.wav).device.type == "cuda"
         voices = model.speaker_encoder(mel.to("cuda").expand(4, -1, -1)).unflatten(0, (2, 2))
         assert timbre.ge2e_loss(voices).device.type == "cuda"
-        assert all(x.device.type == "cuda" for x in model.locator(torch.rand(2, 1, 80, 80, device="cuda")))
+        found = model.locator(torch.rand(2, 1, 80, 80, device="cuda"))
+        assert all(x.device.type == "cuda" for x in found)

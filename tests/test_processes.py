@@ -29,8 +29,9 @@ torch.manual_seed(accelerator.process_index)                       # every proce
 m = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(.2), nn.Linear(8, 2))
 def batch(step): return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
 def loss(x): return (m(x) - x.sum(1, keepdim=True)).pow(2).mean()
-log = fit(loss, m, batch, 8, 1e-2, name="m", run_dir=folder, warmup=2, log_every=2, accumulate=2//accelerator.num_processes)
-torch.save(dict(weights=m.state_dict(), losses=[line["total"] for line in log]), f"{folder}/{accelerator.process_index}.pt")
+n, rank = accelerator.num_processes, accelerator.process_index
+log = fit(loss, m, batch, 8, 1e-2, name="m", run_dir=folder, warmup=2, log_every=2, accumulate=2//n)
+torch.save(dict(weights=m.state_dict(), losses=[line["total"] for line in log]), f"{folder}/{rank}.pt")
 """
 
 def test_two_processes_equal_one_with_both_batches(tmp_path):
@@ -38,7 +39,8 @@ def test_two_processes_equal_one_with_both_batches(tmp_path):
     for n in (1, 2):
         (tmp_path/str(n)).mkdir()
         launch(tmp_path/"fit.py", tmp_path/str(n), processes=n)
-    one, first, second = (torch.load(tmp_path/p, weights_only=True) for p in ("1/0.pt", "2/0.pt", "2/1.pt"))
+    files = [tmp_path/p for p in ("1/0.pt", "2/0.pt", "2/1.pt")]
+    one, first, second = (torch.load(f, weights_only=True) for f in files)
     for k in first["weights"]: same(first["weights"][k], second["weights"][k])
     for k in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"):
         same(one["weights"][k], first["weights"][k], atol=1e-6)
@@ -52,8 +54,9 @@ from faces2voices import cli, core, training
 PARTS = "locator", "units", "speaker", "hierarchy", "decoder", "vocoder"
 n, (folder, data) = int(os.environ["WORLD_SIZE"]), sys.argv[1:3]
 assert training.make_accelerator().num_processes == n
-core.PRESETS["tiny"] = replace(core.TINY, face_backend="cascade", lip_width=4, dim=32, n_units=8, n_blocks=1, decoder_channels=(32, 32),
-    decoder_mid=1, vocoder_channels=16, vocoder_blocks=1, steps=dict.fromkeys(PARTS, 2), batch=dict.fromkeys(PARTS, 2))
+core.PRESETS["tiny"] = replace(core.TINY, face_backend="cascade", lip_width=4, dim=32, n_units=8,
+    n_blocks=1, decoder_channels=(32, 32), decoder_mid=1, vocoder_channels=16, vocoder_blocks=1,
+    steps=dict.fromkeys(PARTS, 2), batch=dict.fromkeys(PARTS, 2))
 training.fit = partial(training.fit, accumulate=2//n)
 made, assemble = [], training.assemble
 def noted(model, *args):
@@ -74,16 +77,20 @@ torch.save(dict(weights=model.state_dict(), made=len(made)), f"{folder}/rank{os.
 def test_train_gives_one_model_in_two_processes(prepared, tmp_path):
     (tmp_path/"train.py").write_text(TRAIN)
     for n in (1, 2): launch(tmp_path/"train.py", tmp_path/str(n), prepared, processes=n)
-    one, first, second = (torch.load(tmp_path/p, weights_only=True) for p in ("1/rank0.pt", "2/rank0.pt", "2/rank1.pt"))
+    files = [tmp_path/p for p in ("1/rank0.pt", "2/rank0.pt", "2/rank1.pt")]
+    one, first, second = (torch.load(f, weights_only=True) for f in files)
     assert (one["made"], first["made"], second["made"]) == (1, 1, 0), "who writes"
     for k in first["weights"]: same(first["weights"][k], second["weights"][k])
     for part in ("units", "speaker"):
         a, b = (load_file(tmp_path/n/f"{part}.safetensors") for n in "12")
         for k in a: same(a[k], b[k])
-    total = lambda n, name: json.loads((tmp_path/n/f"{name}.jsonl").read_text().splitlines()[-1])["total"]
-    for name in ("hierarchy", "vocoder-plain", "vocoder-critics"):
-        assert total("1", name) == pytest.approx(total("2", name), rel=1e-4)     # the order of a sum, in float32 and bfloat16
-    assert total("1", "decoder") == pytest.approx(total("2", "decoder"), rel=.02)  # μ comes from batch norm's averages, which count other clips
+    def total(n, name):
+        last = (tmp_path/n/f"{name}.jsonl").read_text().splitlines()[-1]
+        return json.loads(last)["total"]
+    for name in ("hierarchy", "vocoder-plain", "vocoder-critics"):     # but for the order of sums
+        assert total("1", name) == pytest.approx(total("2", name), rel=1e-4)
+    # μ, which the decoder reads, comes from batch norm's averages: each process's count other clips
+    assert total("1", "decoder") == pytest.approx(total("2", "decoder"), rel=.02)
 
 FAIL = """
 import os, sys, time
@@ -99,9 +106,10 @@ time.sleep(3)                                                      # before the 
 sys.exit(1)
 """
 
-@pytest.mark.parametrize("work,first,second", [
-    ("ours", "CorpusError: clips: are gone. Look for them", "CorpusError: clips: are gone. Look for them"),
-    ("another", "ZeroDivisionError: of somebody else", "RuntimeError: the main process failed: ZeroDivisionError('of somebody else')")])
+OURS, ANOTHER = "CorpusError: clips: are gone. Look for them", "ZeroDivisionError: of somebody else"
+TOLD = "RuntimeError: the main process failed: ZeroDivisionError('of somebody else')"
+
+@pytest.mark.parametrize("work,first,second", [("ours", OURS, OURS), ("another", ANOTHER, TOLD)])
 def test_nobody_waits_for_a_main_process_that_failed(work, first, second, tmp_path):
     (tmp_path/"fail.py").write_text(FAIL)
     assert launch(tmp_path/"fail.py", tmp_path, work, check=False).returncode != 0

@@ -297,14 +297,15 @@ def shrunk(**kw):
     "The preset `tiny`, small enough for a few steps, and without a locator to draw faces for."
     from faces2voices.core import TINY
     few = dict(steps=dict.fromkeys(PARTS, 1), batch=dict.fromkeys(PARTS, 2))
-    return replace(TINY, face_backend="cascade", lip_width=4, dim=32, n_units=8, n_blocks=1, decoder_channels=(32, 32), decoder_mid=1,
-                   vocoder_channels=16, vocoder_blocks=1, **few | kw)
+    return replace(TINY, face_backend="cascade", lip_width=4, dim=32, n_units=8, n_blocks=1,
+                   decoder_channels=(32, 32), decoder_mid=1, vocoder_channels=16, vocoder_blocks=1, **few | kw)
 
 def test_the_seed_decides_every_weight(prepared, tmp_path):
     for before, (name, seed) in enumerate((("a", 1), ("b", 1), ("c", 2))):
         torch.manual_seed(before)                                   # whatever was drawn before
         training.train_system(shrunk(), tmp_path/name, prepared, seed=seed)
-    a, b, c = ({p.name: p.read_bytes() for p in (tmp_path/name).glob("*.safetensors")} for name in "abc")
+    runs = [(tmp_path/name).glob("*.safetensors") for name in "abc"]
+    a, b, c = ({p.name: p.read_bytes() for p in files} for files in runs)
     assert set(a) == {f"{part}.safetensors" for part in PARTS[1:]}
     assert a == b
     assert all(a[part] != c[part] for part in a)
@@ -315,7 +316,8 @@ def test_the_seed_decides_what_a_saved_model_does_not_hold(tmp_path):
     weights = []
     for before in (1, 2):
         torch.manual_seed(before)
-        weights.append(training.start(shrunk(), str(tmp_path), True, 0)[0].hierarchy.content.masked.state_dict())
+        model, _ = training.start(shrunk(), str(tmp_path), True, 0)
+        weights.append(model.hierarchy.content.masked.state_dict())
     for k in weights[0]: same(weights[0][k], weights[1][k])
 
 def test_the_seed_decides_the_critics(tmp_path):
@@ -325,15 +327,18 @@ def test_the_seed_decides_the_critics(tmp_path):
         model = small(steps=dict(vocoder=1), batch=dict(vocoder=1), lr=dict(vocoder=1e-3))
         torch.manual_seed(before)
         wavs, contours = [.1*torch.sin(torch.arange(16000.)/20)], [torch.full((2, 50), 1.)]
-        train_vocoder(wavs, model.vocoder, model.preset, run_dir=tmp_path/str(before), plain_share=0., contours=contours)
-        critics.append(torch.load(tmp_path/str(before)/"vocoder-critics.ckpt", weights_only=True)["learners"][1]["module"])
-    first = next(k for k in critics[0] if k.endswith("original1"))  # a direction, which one step of one sound hardly turns
+        run = tmp_path/str(before)
+        train_vocoder(wavs, model.vocoder, model.preset, run_dir=run, plain_share=0., contours=contours)
+        saved = torch.load(run/"vocoder-critics.ckpt", weights_only=True)
+        critics.append(saved["learners"][1]["module"])
+    first = next(k for k in critics[0] if k.endswith("original1"))  # hardly turned by one step
     same(critics[0][first], critics[1][first], atol=.05)
 
 def test_the_seed_decides_the_eigenlips(monkeypatch):
     from faces2voices.avhubert import EigenlipEncoder
     lips = torch.rand(4, 1, 20, 88, 88, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(training, "collate", lambda clips: SimpleNamespace(lips=lips, mask=torch.ones(4, 20, dtype=torch.bool)))
+    batch = SimpleNamespace(lips=lips, mask=torch.ones(4, 20, dtype=torch.bool))
+    monkeypatch.setattr(training, "collate", lambda clips: batch)
     found = []
     for before in (1, 2):
         encoder = EigenlipEncoder(8, 32, 16)
@@ -352,16 +357,11 @@ def test_a_pass_is_shuffled_once(monkeypatch):
     for step in range(30): draw(step)                               # 210 draws touch three passes
     assert len(calls) == 3
 
-def test_training_is_timed_and_the_command_is_one_of_ours():
-    from typer.main import get_command
-    from faces2voices.cli import app
+def test_training_is_timed():
     found = training.bench_train(shrunk(), "cpu", steps=2)
     assert list(found["parts"]) == ["hierarchy", "decoder", "vocoder-plain", "vocoder-critics"]
-    assert all(p["steps_per_second"] > 0 and math.isfinite(p["loss"]) for p in found["parts"].values())
-    assert set(found["versions"]) == {"python", "torch", "torchaudio", "numpy", "accelerate"}
-    bench = get_command(app).commands["bench"]
-    asked = bench.make_context("bench", found["command"].split()[2:]).params
-    assert (asked["what"].value, asked["preset"].value, asked["device"].value) == ("train", "tiny", "cpu")
+    for part in found["parts"].values():
+        assert part["steps_per_second"] > 0 and math.isfinite(part["loss"])
 
 def test_a_device_that_is_not_there_is_an_error():
     if torch.cuda.is_available(): pytest.skip("it is there")
@@ -372,11 +372,15 @@ def test_hours_are_measured_or_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SPEEDS", tmp_path)
     preset = replace(TINY, steps=dict(hierarchy=3600, decoder=7200, vocoder=36000))
     costs = [training.Cost(part, 1., 1., 1., 1.) for part in ("hierarchy", "decoder", "vocoder")]
-    assert "not measured" in training.show_costs(preset, costs) and "| hours" not in training.show_costs(preset, costs)
-    speed = lambda **kw: dict(preset="tiny", machine="an abacus", load=0., command="count", parts={k.replace("_", "-"): dict(steps_per_second=v) for k, v in kw.items()})
+    table = training.show_costs(preset, costs)
+    assert "not measured" in table and "| hours" not in table
+    def speed(**kw):
+        parts = {k.replace("_", "-"): dict(steps_per_second=v) for k, v in kw.items()}
+        return dict(preset="tiny", device="an abacus", load=0., commit="0", command="count", parts=parts)
     cpu = speed(hierarchy=2., decoder=4., vocoder_plain=9., vocoder_critics=.5)
     assert training.hours(preset, cpu) == pytest.approx(dict(hierarchy=.5, decoder=.5, vocoder=1. + 2.))
-    assert training.hours(preset, speed(hierarchy=2., decoder=4., vocoder_critics=10.))["vocoder"] == pytest.approx(1.)
+    gpu = speed(hierarchy=2., decoder=4., vocoder_critics=10.)
+    assert training.hours(preset, gpu)["vocoder"] == pytest.approx(1.)
     (tmp_path/"train-speed.json").write_text(json.dumps(cpu))
     table = training.show_costs(preset, costs)
     assert "hours, an abacus" in table and "`count`" in table and "| 3 " in table
