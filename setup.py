@@ -19,7 +19,7 @@ cfg = ConfigParser(delimiters=["="])
 cfg.read("settings.ini", encoding="utf-8")
 meta = cfg["DEFAULT"]
 extras = {key.removesuffix("_requirements"): meta[key].split() for key in meta if key.endswith("_requirements")}
-extras["dev"] = sorted({r for name in ("dev", "talkers", "metrics") for r in extras[name]})
+extras["dev"] = sorted({r for name in ("dev", "talkers", "metrics", "cluster") for r in extras[name]})
 
 setup(
     name=meta["lib_name"], version=meta["version"], description=meta["description"], keywords=meta["keywords"],

@@ -26,7 +26,7 @@ app.add_typer(course_app, name="course")
 say = Console(highlight=False, soft_wrap=True)
 complain = Console(stderr=True, highlight=False, soft_wrap=True)
 Device = enum.Enum("Device", {d: d for d in ("auto", "cpu", "cuda")}, type=str)
-Bench = enum.Enum("Bench", {d: d for d in ("vocoder", "flow", "train")}, type=str)
+Bench = enum.Enum("Bench", {d: d for d in ("vocoder", "flow", "train", "loader")}, type=str)
 Layout = enum.Enum("Layout", {d: d for d in ("lrs2", "lrs3", "voxmm")}, type=str)
 Preset = enum.Enum("Preset", {d: d for d in ("tiny", "grid", "eigenlips", "slim", "paper")}, type=str)
 
@@ -176,6 +176,14 @@ def _backend(name:str, faces, locator):
     from faces2voices.synthesis import FacesToVoices
     return FacesToVoices.from_pretrained(locator, device="cpu").eyes()
 
+# %% ../nbs/20_cli.ipynb #e4107a6b
+def _targets(model:str, folder, workers, scheduler):
+    "The targets that a model learns from, beside prepared clips."
+    from faces2voices.corpora import ClipDataset, write_targets
+    from faces2voices.synthesis import FacesToVoices
+    known = FacesToVoices.from_pretrained(model, device="cpu")
+    write_targets(ClipDataset(folder), known.units, known.speaker_encoder, workers=workers, scheduler=scheduler)
+
 # %% ../nbs/20_cli.ipynb #5fd9bb88
 @app.command()
 def prepare(
@@ -188,7 +196,8 @@ def prepare(
     faces: Faces = None,
     locator: Annotated[str, typer.Option(help="Model whose locator is used.")] = "talkers",
     workers: Workers = 2,
-    scheduler: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler, `tcp://HOST:8786`: its workers are used instead of processes here.", show_default=False)] = None,
+    scheduler: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler, `tcp://HOST:8786`: its workers are used instead of processes here. Needs `pip install faces2voices[cluster]`.", show_default=False)] = None,
+    targets: Annotated[Optional[str], typer.Option(help="Write beside each clip what this model's units and speaker encoder make of its sound, for `adapt` to read.", show_default=False)] = None,
 ):
     """Cut lips, face and expression out of every clip of a corpus, and measure its pitch and energy.
 
@@ -200,6 +209,7 @@ def prepare(
     done = corpora.prepare(entries, out, _backend(backend, faces, locator), workers, scheduler)
     records.note_making(out, command_line(ctx), corpus)
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
+    if targets: _targets(targets, out, workers, scheduler)
     raise typer.Exit(int(done.failed > 0))
 
 # %% ../nbs/20_cli.ipynb #d0689706
@@ -214,7 +224,7 @@ def train(
     only: Annotated[Optional[str], typer.Option(help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only count: weights, memory, operations; hours where they were measured (`bench train`).")] = False,
     board: Annotated[bool, typer.Option(help="Log for TensorBoard too; needs pip install faces2voices[board].")] = False,
-    workers: Workers = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make the world and the targets, and that draw batches ahead; 0: this one does it all.")] = 2,
     seed: Seed = 0,
 ):
     "Train a system part by part. Stopped runs go on where they were: give the same command again."
@@ -501,14 +511,15 @@ def study_recogniser(
 @app.command()
 def bench(
     ctx: typer.Context,
-    what: Annotated[Bench, typer.Argument(help="`vocoder`: against Griffin-Lim; `flow`: solver, field and mel against other packages (extra `bench`); `train`: training steps a second, from which `train --dry-run` has its hours.")] = Bench.vocoder,
+    what: Annotated[Bench, typer.Argument(help="`vocoder`: against Griffin-Lim; `flow`: solver, field and mel against other packages (extra `bench`); `train`: training steps a second, from which `train --dry-run` has its hours; `loader`: prepared clips a second, against what training uses up.")] = Bench.vocoder,
+    data: Annotated[Optional[Path], typer.Argument(help="`loader`: prepared clips.", show_default=False)] = None,
     model: Model = "talkers",
     seconds: Annotated[float, typer.Option(min=.4, help="Length of the speech.")] = 3.,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds, of which the median counts; `loader`: steps.")] = 5,
     processor: Annotated[bool, typer.Option(help="`flow`: count processor time instead of the clock's, for a machine that does other things too.")] = False,
     preset: Annotated[Preset, typer.Option(help="`train`: whose sizes.")] = Preset.tiny,
     device: Annotated[Device, typer.Option(help="`train`: where to compute.")] = Device.auto,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="`flow` and `train`: write the figures (JSON) here.")] = None,
+    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="`flow`, `train` and `loader`: write the figures (JSON) here.")] = None,
 ):
     "Time ours against others on the same input, in the same run; prints ratios."
     from faces2voices import experiments as ex
@@ -516,9 +527,21 @@ def bench(
         return say.print(ex.bench_vocoder(model, seconds, repeats), markup=False)
     if what is Bench.train:
         return _bench_train(ctx, preset.value, device.value, out)
+    if what is Bench.loader:
+        return _bench_loader(ctx, model, data, repeats, out)
     found = ex.bench_flow(model, repeats, seconds, processor)
     _record(ctx, found, 0, [], ex.BENCHED, out)
     say.print(ex.bench_text(found), markup=False)
+
+# %% ../nbs/20_cli.ipynb #6f2d91c8
+def _bench_loader(ctx, model:str, data:Optional[Path], steps:int, out:Optional[Path]):
+    "Time how fast prepared clips come; print and record what was found."
+    from faces2voices import training
+    if data is None:
+        raise typer.BadParameter("give a folder of prepared clips", param_hint="DATA")
+    found = training.bench_loader(model, data, steps)
+    _record(ctx, found, 0, [data], ("accelerate",), out)
+    say.print(training.show_supply(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #93d6f1b8
 def _bench_train(ctx, preset:str, device:str, out:Optional[Path]):

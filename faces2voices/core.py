@@ -6,8 +6,8 @@
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'EULER_STEPS',
            'TEMPERATURE', 'NOTATION', 'GRID_WORDS', 'TINY', 'GRID', 'EIGENLIPS', 'SLIM', 'PAPER', 'PRESETS',
            'markdown_table', 'F2VError', 'MediaError', 'NoFaceError', 'CheckpointError', 'CorpusError',
-           'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device', 'test_same', 'check', 'Looking',
-           'Stages', 'Sounding', 'Preset']
+           'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device', 'one_thread', 'test_same', 'check',
+           'Looking', 'Stages', 'Sounding', 'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
 import os, random, tempfile
@@ -97,6 +97,15 @@ def pick_device(device:str="auto" # `auto`, `cpu`, `cuda` or `cuda:1`
     "The device to run on; `auto` takes a GPU where there is one."
     if device != "auto": return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# %% ../nbs/00_core.ipynb #8e15b6f0
+@contextmanager
+def one_thread():
+    "Compute with one thread."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
 
 # %% ../nbs/00_core.ipynb #ad8c8085
 def test_same(a, b, # tensors or arrays

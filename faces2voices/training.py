@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['WAIT', 'WINDOW', 'NEEDS', 'FITTED', 'KEPT', 'WARM', 'SPEEDS', 'shuffled', 'schedule', 'EMA', 'terms',
            'make_accelerator', 'average_gradients', 'spread', 'batch_number', 'Recipe', 'Learner', 'report', 'fit',
-           'Run', 'milestones', 'show_history', 'Scene', 'scenes', 'scene_batches', 'on_main', 'to_train', 'write_part',
-           'part', 'note_time', 'Watch', 'two_mels', 'open_board', 'watched', 'fit_eigenlips', 'train_hierarchy',
-           'train_speaker', 'train_the_vocoder', 'decoder_loss', 'train_decoder', 'training_clips', 'start',
-           'train_system', 'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'one_second', 'Cost',
-           'cost', 'assume_all_frames_real', 'dry_run', 'random_clips', 'random_scenes', 'random_segments',
+           'Run', 'milestones', 'Steps', 'as_it_is', 'show_history', 'Scene', 'Scenes', 'write_scenes', 'scenes',
+           'scene_batches', 'on_main', 'to_train', 'write_part', 'part', 'note_time', 'Watch', 'two_mels', 'open_board',
+           'watched', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_the_vocoder', 'decoder_loss',
+           'train_decoder', 'training_clips', 'read_targets', 'start', 'train_system', 'assemble', 'write_card',
+           'train_the_locator', 'make_world', 'adapt', 'Supply', 'supply', 'bench_loader', 'show_supply', 'one_second',
+           'Cost', 'cost', 'assume_all_frames_real', 'dry_run', 'random_clips', 'random_scenes', 'random_segments',
            'training_steps', 'time_steps', 'bench_train', 'computer', 'show_speed', 'measured', 'hours', 'show_costs']
 
 # %% ../nbs/16_training.ipynb #787aaa54
 import copy, json, math, time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # %% ../nbs/16_training.ipynb #b0a5e6d7
@@ -27,8 +29,9 @@ from fastcore.basics import patch, store_attr
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list
 from accelerate.utils import gather_object, send_to_device
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from .core import CheckpointError, F2VError, atomic_path, seed_everything
+from .core import CheckpointError, F2VError, atomic_path, one_thread, seed_everything
 
 # %% ../nbs/16_training.ipynb #587780f9
 def shuffled(n:int, # examples in the data set
@@ -188,6 +191,7 @@ def fit(loss_fn, # batch → losses (see `terms`); a tuple of them for adversari
         resume:bool=True, # go on from the checkpoint in `run_dir`, if there is one
         bf16:bool=False, # bfloat16 autocast in the loss
         accumulate:int=1, # batches in a step
+        workers:int=0, # processes that draw batches ahead; 0: this one draws each when it needs it
         seed:int=0, callback=None # called with each new line of the log and the averaged module (of the first learner)
        ) -> list: # lines of the log: {"step", "lr", "seconds", and the mean of each loss}
     "Train `module` on `batches`, and leave the averaged weights in it."
@@ -195,7 +199,7 @@ def fit(loss_fn, # batch → losses (see `terms`); a tuple of them for adversari
     how = Recipe(steps, min(warmup, steps), clip, bf16, accumulate, log_every, save_every_seconds, seed)
     run = Run([Learner(m, f, lr, ema, betas, accelerator) for f, m in pairs], how, name, run_dir, accelerator)
     if resume: run.resume()
-    run.loop(batches, callback)
+    run.loop(batches, callback, workers)
     run.finish()
     return run.log
 
@@ -250,32 +254,47 @@ def restore(self:Run):
     self.step, self.seconds, self.log = state["step"], state["seconds"], json.loads(state["log"])
 
 # %% ../nbs/16_training.ipynb #7b86c298
+class Steps(torch.utils.data.Dataset):
+    "Item k: the batches of step k that fall to this process, computed with one thread, so that it does not matter who computes them."
+    def __init__(self, batches, accumulate:int, place): # batch number → batch; batches a step; with `process_index` and `num_processes`
+        self.batches, self.accumulate = batches, accumulate
+        self.place = SimpleNamespace(process_index=place.process_index, num_processes=place.num_processes)
+
+    def __getitem__(self, step:int) -> list:
+        with one_thread(): return [self.batches(batch_number(step, k, self.accumulate, self.place)) for k in range(self.accumulate)]
+
+def as_it_is(x): return x
+
 @patch
-def draw(self:Run, batches, step:int) -> list:
-    "The batches of one step that fall to this process."
-    acc, n = self.accelerator, self.how.accumulate
-    return [send_to_device(batches(batch_number(step, k, n, acc)), acc.device) for k in range(n)]
+@contextmanager
+def draw(self:Run, batches, workers:int):
+    "The batches of every step that is still to do. With `workers`, processes draw ahead; they are forked, so `batches` may be any function, and must not touch a GPU."
+    acc, how = self.accelerator, self.how
+    ahead = dict(prefetch_factor=2, multiprocessing_context="fork") if workers else {}
+    loader = DataLoader(Steps(batches, how.accumulate, acc), sampler=range(self.step, how.steps), batch_size=None,
+        collate_fn=as_it_is, num_workers=workers, pin_memory=acc.device.type == "cuda", generator=torch.Generator(), **ahead)
+    drawn = iter(loader)
+    try: yield (send_to_device(step, acc.device, non_blocking=True) for step in drawn)
+    finally:
+        if workers: drawn._shutdown_workers()     # at once, although a traceback may hold `drawn` for long
 
 # %% ../nbs/16_training.ipynb #bfd4592a
 @patch
-def loop(self:Run, batches, callback):
-    "The steps that are still to do; the next batch is drawn while this one is learned."
-    how, start, saved, totals = self.how, time.time() - self.seconds, time.time(), {}
+def loop(self:Run, batches, callback, workers:int):
+    "The steps that are still to do."
+    how, start, saved, totals, first = self.how, time.time() - self.seconds, time.time(), {}, self.step
     bar = tqdm(total=how.steps, initial=self.step, desc=self.name, mininterval=1, disable=not self.accelerator.is_main_process)
     for learner in self.learners: learner.module.train()
-    with ThreadPoolExecutor(1) as pool, bar:
-        coming = pool.submit(self.draw, batches, self.step) if self.step < how.steps else None
+    with self.draw(batches, workers) as drawn, bar:
         try:
-            while self.step < how.steps:
-                drawn = coming.result()
-                if self.step + 1 < how.steps: coming = pool.submit(self.draw, batches, self.step + 1)
-                for k, v in self.turns(drawn).items(): totals.setdefault(k, []).append(v)
+            for batch in drawn:
+                for k, v in self.turns(batch).items(): totals.setdefault(k, []).append(v)
                 self.step += 1; self.seconds = time.time() - start; bar.update()
                 if self.step % how.log_every == 0 or self.step == how.steps: self.note(totals, bar, callback)
                 if self.step in milestones(how.steps): self.keep()
                 if time.time() - saved > how.save_every: self.save(); saved = time.time()
         except KeyboardInterrupt: self.save(); raise
-        if coming is not None: self.save()
+        if self.step > first: self.save()
 
 # %% ../nbs/16_training.ipynb #acf7adeb
 @patch
@@ -317,7 +336,7 @@ def show_history(log, # lines of `fit`, or the path of its .jsonl
     "Every loss of a run over its steps, on a logarithmic axis."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    if not isinstance(log, list): log = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    if not isinstance(log, list): log = [json.loads(line) for line in Path(log).read_text().split("\n") if line]
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for name in [k for k in log[-1] if k not in ("step", "lr", "seconds")]:
         ax.plot([line["step"] for line in log], [line[name] for line in log], label=name)
@@ -334,7 +353,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/16_training.ipynb #c7d1f3a8
 from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table
-from .corpora import Batch, ClipDataset, batches, collate, prepare, read_manifest
+from .corpora import Batch, ClipDataset, Store, batches, collate
+from .corpora import fingerprint, prepare, read_manifest, write_targets
 from .avhubert import EigenlipEncoder
 from .synthesis import FacesToVoices
 from .timbre import seeded, train_speaker_encoder
@@ -352,34 +372,56 @@ class Scene(NamedTuple):
     speaker: torch.Tensor # (256,)
 
 # %% ../nbs/16_training.ipynb #c1b13912
+class Scenes:
+    "The scenes of a data set in its store, each mapped from its file when it is asked for."
+    def __init__(self, store:Store, names:list, views:int): # of the clips; passes over each clip
+        self.store, self.keys = store, [f"{name}.{view}" for view in range(views) for name in names]
+
+    def __len__(self): return len(self.keys)
+
+    def __getitem__(self, i:int) -> Scene:
+        if not (found := self.store.read(self.keys[i])): raise CorpusError(self.store.places[0], f"has lost the scene {self.keys[i]}", "Give the same command again")
+        x1, mu = found["x1"].T, found["mu"].T
+        return Scene([self.keys[i].rsplit(".", 1)[0]], x1, mu, torch.ones(1, x1.shape[1], dtype=torch.bool), found["speaker"])
+
+def write_scenes(names:list, batch:Batch, stage, store:Store):
+    "One file a clip of a batch, from what the hierarchy gave for it."
+    for name, x1, mu, frames, speaker in zip(names, batch.mel, stage.mu, batch.mask.sum(1).tolist(), stage.speaker):
+        L = MELS_PER_FRAME*frames
+        store.write(name, x1=x1[:, :L].T.cpu().half(), mu=mu[:, :L].T.cpu().half(), speaker=speaker.cpu())
+
+# %% ../nbs/16_training.ipynb #5e82c9d3
 @torch.no_grad()
-def scenes(hierarchy, dataset:ClipDataset, batch:int=16, views:int=2, vary:int=1, seed:int=0) -> list:
-    "One Scene for each clip and view, from a frozen hierarchy."
-    device, out = next(hierarchy.parameters()).device, []
+def scenes(hierarchy, dataset:ClipDataset, spare=None, batch:int=16, views:int=2, vary:int=1, seed:int=0) -> Scenes:
+    "A scene for each clip and view, from a frozen hierarchy; those that are written already are kept, and processes share the work. `spare` is written to where nothing can be written beside the clips."
+    device, order = next(hierarchy.parameters()).device, sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
+    store = Store(dataset.folder, f"scenes-{fingerprint(hierarchy, sorted(dataset.names), batch, vary, seed)}", spare)
     hierarchy.eval()
-    for view in range(views):
-        rng, order = torch.Generator().manual_seed(seed + view), sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
-        for start in tqdm(range(0, len(order), batch), desc=f"μ of every clip, view {view + 1}"):
-            b = collate([dataset[i] for i in order[start:start + batch]], train=vary, rng=rng).to(device)
-            m = hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
-            for name, x1, mu, frames, speaker in zip(b.names, b.mel, m.mu, b.mask.sum(1).tolist(), m.speaker):
-                L = MELS_PER_FRAME*frames
-                out.append(Scene([name], x1[:, :L].cpu().half(), mu[:, :L].cpu().half(), torch.ones(1, L, dtype=torch.bool), speaker.cpu()))
-    return out
+    accelerator, starts = make_accelerator(), range(0, len(order), batch)
+    jobs = [(view, start) for view in range(views) for start in starts][accelerator.process_index::accelerator.num_processes]
+    for view, start in tqdm(jobs, desc="μ of every clip", disable=not accelerator.is_main_process):
+        names = [f"{dataset.names[i]}.{view}" for i in order[start:start + batch]]
+        if all(map(store.find, names)): continue
+        rng = torch.Generator().manual_seed((seed*100 + view)*1_000_003 + start)
+        b = collate([dataset[i] for i in order[start:start + batch]], train=vary, rng=rng).to(device)
+        write_scenes(names, b, hierarchy(b.lips, b.face, b.identity, b.expression, b.mask), store)
+    accelerator.wait_for_everyone()
+    return Scenes(store, dataset.names, views)
 
 # %% ../nbs/16_training.ipynb #28df3b72
 WINDOW = 128 # mel frames of a decoder's example
 
 # %% ../nbs/16_training.ipynb #41381b4c
-def scene_batches(scenes:list, batch:int, window:int=WINDOW, seed:int=0):
+def scene_batches(scenes, # a list of Scene, or Scenes
+                  batch:int, window:int=WINDOW, seed:int=0):
     "step → batch of random windows out of random scenes."
     draw = shuffled(len(scenes), batch, seed)
     def at(step):
         g, rows = torch.Generator().manual_seed(seed*1_000_003 + step), []
         for s in (scenes[i] for i in draw(step)):
             start = int(torch.randint(max(s.mu.shape[1] - window, 0) + 1, (), generator=g))
-            fit_to = lambda x: torch.nn.functional.pad(x[:, start:start + window], (0, max(0, window - s.mu.shape[1])))
-            rows.append((s.names[0], fit_to(s.x1.float()), fit_to(s.mu.float()), fit_to(s.mask), s.speaker))
+            cut = lambda x: torch.nn.functional.pad(x[:, start:start + window], (0, max(0, window - s.mu.shape[1])))
+            rows.append((s.names[0], cut(s.x1).float(), cut(s.mu).float(), cut(s.mask), s.speaker.clone()))
         names, *tensors = zip(*rows)
         return Scene(list(names), *map(torch.stack, tensors))
     return at
@@ -507,13 +549,13 @@ def fit_eigenlips(hierarchy, dataset, limit:int=300, seed:int=0):
     seeded(seed, lambda: lips.fit(b.lips[:, :, ::5].to(device), b.mask[:, ::5].to(device)))
 
 # %% ../nbs/16_training.ipynb #0bdc8894
-def train_hierarchy(model, dataset, preset, run, seed, board=None):
+def train_hierarchy(model, dataset, preset, run, seed, board=None, workers=0):
     "All losses of the three stages and of μ, at once."
     fit_eigenlips(model.hierarchy, dataset, seed=seed)
     b = watched(dataset.folder).to(model.device)
     watch = Watch(run, "hierarchy", lambda h: h(b.lips, b.face, b.identity, b.expression, b.mask).mu[0], b.mel[0], board=board)
     fit(model.hierarchy.loss, model.hierarchy, batches(dataset, preset.batch["hierarchy"], seed, preset.vary), preset.steps["hierarchy"], preset.lr["hierarchy"],
-        name="hierarchy", run_dir=run, bf16=True, seed=seed, callback=watch)
+        name="hierarchy", run_dir=run, bf16=True, workers=workers, seed=seed, callback=watch)
 
 # %% ../nbs/16_training.ipynb #cfaf1c00
 def train_speaker(model, dataset, preset, first, seed):
@@ -543,14 +585,14 @@ def decoder_loss(model):
     return loss
 
 # %% ../nbs/16_training.ipynb #3fa533f6
-def train_decoder(model, dataset, preset, run, seed, board=None):
+def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
     "OT-CFM on the μ of the frozen hierarchy."
-    seen, b = scenes(model.hierarchy, dataset, vary=preset.vary, seed=seed), watched(dataset.folder).to(model.device)
+    seen, b = scenes(model.hierarchy, dataset, run, vary=preset.vary, seed=seed), watched(dataset.folder).to(model.device)
     with torch.no_grad(): m = model.hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
     mask = b.mask.repeat_interleave(MELS_PER_FRAME, 1)[:, None]
     watch = Watch(run, "decoder", lambda d: d.sample(m.mu, mask, m.speaker)[0], b.mel[0], board=board)
     fit(decoder_loss(model), model.decoder, scene_batches(seen, preset.batch["decoder"], seed=seed),
-        preset.steps["decoder"], preset.lr["decoder"], name="decoder", run_dir=run, bf16=True, seed=seed, callback=watch)
+        preset.steps["decoder"], preset.lr["decoder"], name="decoder", run_dir=run, bf16=True, workers=workers, seed=seed, callback=watch)
 
 # %% ../nbs/16_training.ipynb #83ae0f23
 def training_clips(data, told=False # must some have word times?
@@ -560,6 +602,13 @@ def training_clips(data, told=False # must some have word times?
     if not len(ds): raise CorpusError(data, "holds no clips with sound whose split is `train`", "Prepare a corpus with `faces2voices prepare`")
     if told and not any(ds.spoken.values()): raise CorpusError(data, "has no word times, and this preset learns from them", "Prepare the corpus once more (its clips are kept), or choose --preset eigenlips")
     return ds
+
+# %% ../nbs/16_training.ipynb #d9b27f40
+def read_targets(dataset:ClipDataset, model, run, workers:int) -> ClipDataset:
+    "`write_targets` by the main process; the others find what it wrote."
+    known = dict(spare=run, workers=workers if model.device.type == "cpu" else 1)
+    on_main(lambda: write_targets(dataset, model.units, model.speaker_encoder, **known) and None)
+    return write_targets(dataset, model.units, model.speaker_encoder, spare=run, progress=False)
 
 # %% ../nbs/16_training.ipynb #a7cb8945
 KEPT = "locator", "units", "speaker" # what `adapt` leaves as it is
@@ -594,9 +643,9 @@ def train_system(preset:Preset,
     ds = training_clips(data or on_main(lambda: make_world(model, run, preset, workers, seed)), told=preset.words and not adapt)
     step("units", model.units, lambda: model.units.fit([ds[i].wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
     step("speaker", model.speaker_encoder, lambda: train_speaker(model, ds, preset, first, seed))
-    ds.add(units=model.units, speaker=model.speaker_encoder, words=preset.words)
-    step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer))
-    step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer))
+    read_targets(ds, model, run, workers).add(words=preset.words)
+    step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer, workers))
+    step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer, workers))
     step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed))
     return on_main(lambda: assemble(model, run, ds, command))
 
@@ -607,9 +656,9 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     if missing := [n for n in wanted if not (run/f"{n}.safetensors").exists()]:
         print(f"still to train: {', '.join(missing)}")
         return run
-    clips = list(dataset)
-    if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([c.identity for c in clips]).mean(0))
-    model.info = dict(command=command, data=f"{len(clips)} clips of {len({c.speaker for c in clips})} speakers, {sum(len(c.lips) for c in clips)/25/60:.0f} minutes",
+    seen = [(c.speaker, c.identity) for c in dataset]
+    if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([identity for _, identity in seen]).mean(0))
+    model.info = dict(command=command, data=f"{len(seen)} clips of {len({who for who, _ in seen})} speakers, {sum(dataset.lengths)/25/60:.0f} minutes",
         commit=commit(), seconds=json.loads((run/"times.json").read_text()), machine=f"{machine()}, torch {torch.__version__}")
     model.save_pretrained(run/"model")
     write_card(model, run/"model"/"README.md")
@@ -662,7 +711,7 @@ def make_world(model, run:Path, preset, workers:int, seed:int) -> Path: # folder
     from faces2voices.talkers import LocatorBackend, make_corpus
     if preset.face_backend != "locator": raise CheckpointError(run, f"the preset `{preset.name}` trains on real clips", "Give a folder of prepared clips: faces2voices prepare CORPUS PREPARED")
     began = time.time()
-    make_corpus(run/"clips", 480, 3, seed=seed, workers=workers)
+    make_corpus(run/"clips", 480, 3, seed=seed, workers=max(1, workers))
     done = prepare(read_manifest(run/"clips"/"manifest.jsonl"), run/"prepared", LocatorBackend(copy.deepcopy(model.locator).cpu()), workers)
     if done.made: note_time(run, "world", time.time() - began)
     return run/"prepared"
@@ -678,6 +727,43 @@ def adapt(model:str, # to go on from
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
     brief = dict(vary=2, steps=preset.steps | dict.fromkeys(("hierarchy", "decoder", "vocoder"), steps), lr={k: v/3 for k, v in preset.lr.items()})
     return train_system(replace(preset, **brief), out, data, init=model, adapt=True, **kw)
+
+# %% ../nbs/16_training.ipynb #1be90d5f
+class Supply(NamedTuple):
+    "How fast clips come."
+    workers: int           # processes that draw batches; 0: the one that trains
+    clips_per_second: float
+    share: float           # of what the training step could use; below 1 the step waits
+
+def supply(dataset, preset, workers:int, need:float, # clips a second that training could use
+           steps:int, seed:int=0) -> Supply:
+    "Draw batches and do nothing with them; the start of the processes does not count."
+    drawn = Run([], Recipe(steps + 1, 1, 1., False, 1, 1, 1., seed), "supply", None, Accelerator(cpu=True))
+    with drawn.draw(batches(dataset, preset.batch["hierarchy"], seed, preset.vary), workers) as coming:
+        next(coming)
+        began = time.perf_counter()
+        clips = sum(len(b.names) for step in coming for b in step)
+    rate = clips/(time.perf_counter() - began)
+    return Supply(workers, round(rate, 1), round(rate/need, 2))
+
+# %% ../nbs/16_training.ipynb #a8d3f760
+def bench_loader(model:str, # whose targets are read, and whose hierarchy is trained
+                 data, # prepared clips
+                 steps:int=20, seed:int=0) -> dict: # what JSON can hold
+    "Clips a second from the disk, none kept in memory, beside what a training step of the hierarchy uses up."
+    f2v = FacesToVoices.from_pretrained(model, device="cpu")
+    p, times = f2v.preset, []
+    dataset = write_targets(ClipDataset(data, cache=0), f2v.units, f2v.speaker_encoder).add(words=p.words)
+    batch = batches(dataset, p.batch["hierarchy"], seed, p.vary)(0)
+    fit(f2v.hierarchy.loss, f2v.hierarchy, lambda step: batch, 3 + steps, 1e-4, name="step", log_every=1, bf16=True, callback=lambda *_: times.append(time.perf_counter()))
+    need = len(batch.names)*steps/(times[-1] - times[2])
+    rows = [supply(dataset, p, n, need, steps, seed)._asdict() for n in (0, 1, 2)]
+    return dict(clips=len(dataset), frames=sum(dataset.lengths), batch=len(batch.names), step_clips_per_second=round(need, 1), rows=rows)
+
+def show_supply(found:dict) -> str: # Markdown
+    "A table of `bench_loader`."
+    rows = [[r["workers"], r["clips_per_second"], f"{r['share']:.0%}"] for r in found["rows"]]
+    return markdown_table(["processes that draw", "clips a second", f"of the {found['step_clips_per_second']} that a training step could use"], rows)
 
 # %% ../nbs/16_training.ipynb #a20281cc
 def one_second(model) -> dict: # part → function without arguments that runs it on a second of speech

@@ -34,7 +34,7 @@ def test_groups_of_commands_are_explained():
     shown = run("listen", "--help").output
     assert all(word in shown for word in ("page", "marks", "marks-*.csv", "1 to 5", "interval"))
 
-@pytest.mark.parametrize("args", [("synthesize",), ("listen",), ("listen", "page"), ("listen", "marks", "x"), ("synthesize", "x.mp4", "--steps", "-1"), ("bench", "nothing"), ("ablate", "x", "--seeds", "a,b"),
+@pytest.mark.parametrize("args", [("synthesize",), ("listen",), ("listen", "page"), ("listen", "marks", "x"), ("synthesize", "x.mp4", "--steps", "-1"), ("bench", "nothing"), ("bench", "loader"), ("ablate", "x", "--seeds", "a,b"),
     ("listen", "page", "t", "a", "b", "--model", "talkers")])
 def test_wrong_calls_end_with_2(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

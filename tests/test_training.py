@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-import pytest, torch
+import psutil, pytest, torch
 from safetensors.torch import load_file
 from torch import nn
-from faces2voices.core import PRESETS, CheckpointError, F2VError, ToolMissingError, test_same as same
+from faces2voices.core import PRESETS, CheckpointError, CorpusError, F2VError, ToolMissingError, test_same as same
 from faces2voices import training
-from faces2voices.training import EMA, Watch, adapt, dry_run, fit, fit_eigenlips, open_board, schedule, shuffled, train_the_vocoder
+from faces2voices.training import EMA, Watch, adapt, dry_run, fit, fit_eigenlips, open_board, scene_batches, scenes, schedule, shuffled, train_the_vocoder
 
 def batch_of(step):
     g = torch.Generator().manual_seed(step)
@@ -77,6 +77,63 @@ def test_the_average_of_each_quarter_stays(tmp_path):
     train(model, tmp_path, callback=lambda line, average: seen.update({line["step"]: {k: v.clone() for k, v in average.state_dict().items()}}))
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == ["net-10.safetensors", "net-15.safetensors", "net-5.safetensors"]
     for k, v in load_file(tmp_path/"net-10.safetensors").items(): same(v, seen[10][k])
+
+def sound_of(step):
+    "A batch whose sums depend on how many threads add them up."
+    g = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 3, generator=g) + torch.randn(100_000, generator=g).sum()/1e3
+    return Named([str(step)], x), os.getpid()
+
+def drawn_by(workers, adversary, run_dir=None, callback=None):
+    "The weights after 12 steps of two batches each, and who drew them."
+    models, drawers = [net(0), net(1)][:1 + adversary], set()
+    def loss_of(model):
+        def loss(batch):
+            drawers.add(batch[1])
+            return (model(batch[0].x) - 1).pow(2).mean()
+        return loss
+    losses, modules = (tuple(map(loss_of, models)), tuple(models)) if adversary else (loss_of(models[0]), models[0])
+    fit(losses, modules, sound_of, 12, 1e-2, name="net", run_dir=run_dir, warmup=2, log_every=3, accumulate=2, workers=workers, callback=callback)
+    return nn.ModuleList(models).state_dict(), drawers
+
+@pytest.fixture()
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+@pytest.mark.parametrize("adversary", [False, True])
+def test_it_does_not_matter_who_draws_the_batches(tmp_path, adversary, two_threads):
+    alone, here = drawn_by(0, adversary)
+    assert here == {os.getpid()}
+    for workers in (1, 2):
+        with pytest.raises(KeyboardInterrupt): drawn_by(workers, adversary, tmp_path/str(workers), stop_at(6))
+        resumed, others = drawn_by(workers, adversary, tmp_path/str(workers))
+        assert len(others) == workers and os.getpid() not in others
+        for k, v in alone.items(): assert torch.equal(v, resumed[k]), k
+
+def children(): return psutil.Process().children(recursive=True)
+
+@pytest.mark.parametrize("where", ["callback", "interrupt", "loss", "batches"])
+def test_whatever_ends_a_run_ends_its_processes(where):
+    before, m = {p.pid for p in children()}, nn.Linear(1, 1)
+    def fails(at, error=ZeroDivisionError):
+        if where == at: raise error(where)
+    def batch(step):
+        if step == 3: fails("batches")
+        return torch.ones(1, 1)*step
+    def loss(b): fails("loss"); return m(b).sum()
+    def callback(line, average): fails("callback"); fails("interrupt", KeyboardInterrupt)
+    with pytest.raises((ZeroDivisionError, KeyboardInterrupt), match=where) as held:      # `held` keeps the traceback, and all that it refers to
+        fit(loss, m, batch, 10, 1e-2, name="m", log_every=2, workers=2, callback=callback)
+    assert not {p.pid for p in children()} - before and held
+
+def test_drawing_leaves_the_global_generator_alone():
+    torch.manual_seed(3); expected = torch.rand(2)
+    torch.manual_seed(3)
+    with training.Run([], training.Recipe(4, 1, 1., False, 1, 1, 1., 0), "x", None, training.Accelerator()).draw(batch_of, 0) as drawn: assert len(list(drawn)) == 4
+    same(torch.rand(2), expected)
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     layers = lambda: (torch.manual_seed(0), nn.Linear(3, 1))[1]
@@ -223,6 +280,53 @@ def test_shuffled_shows_every_example_once_a_pass(n, batch):
 def test_schedule():
     rates = [schedule(k, 100, 10) for k in range(100)]
     assert rates[9] == rates[10] == 1 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True) and rates[55] == pytest.approx(.5)
+
+class Echo(nn.Module):
+    "A hierarchy of a kind: μ is how bright the lips are."
+    def __init__(self, gain=1.): super().__init__(); self.gain = nn.Parameter(torch.tensor(gain))
+    def forward(self, lips, face, identity, expression, mask):
+        mu = self.gain*lips.mean((1, 3, 4)).repeat_interleave(4, 1)[:, None].expand(-1, 80, -1)
+        return SimpleNamespace(mu=mu, speaker=torch.nn.functional.normalize(mu.mean((1, 2))[:, None] + torch.arange(256.), dim=-1))
+
+@pytest.fixture()
+def talk(tmp_path):
+    "A data set of five clips in a folder."
+    from faces2voices.corpora import Clip, ClipDataset, Entry, save_clip, write_manifest
+    for i in range(5):
+        T, g = 30 + 5*i, torch.Generator().manual_seed(i)
+        lips = torch.randint(0, 256, (T, 96, 96), generator=g, dtype=torch.uint8)
+        sound = .1*torch.randn(640*T, generator=g)
+        save_clip(Clip(str(i), "ann", "", lips, torch.zeros(112, 112, 3, dtype=torch.uint8), torch.zeros(T, 6), torch.zeros(0), sound, *torch.zeros(3, 2*T)), tmp_path/f"{i}.npz")
+    write_manifest([Entry(str(i), tmp_path/"x.mp4", extra=dict(frames=30 + 5*i, sound=True)) for i in range(5)], tmp_path/"manifest.jsonl")
+    return ClipDataset(tmp_path)
+
+def stored(folder): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+def test_scenes_are_written_once_and_read_in_windows(talk, monkeypatch):
+    seen = scenes(Echo(), talk, batch=2, vary=0)
+    before = stored(talk.folder)
+    assert len(seen) == len(before) == 10
+    for i, clip in enumerate(talk):
+        same(seen[i].x1.float(), clip.mel, atol=2e-3)
+        right = ((clip.lips[:, 4:92, 4:92].float()/255 - .421)/.165).mean((1, 2)).repeat_interleave(4).expand(80, -1)
+        same(seen[i].mu.float(), right, atol=2e-3)
+    a, b = (scene_batches(s, 4, seed=3)(5) for s in (seen, list(seen)))
+    assert a.names == b.names and a.mu.shape == (4, 80, 128) and torch.equal(a.mu, b.mu) and torch.equal(a.x1, b.x1) and a.mu.dtype == torch.float
+    lost = next(talk.folder.rglob("3.1.safetensors"))
+    lost.unlink()
+    scenes(Echo(), talk, batch=2, vary=0)
+    assert stored(talk.folder) == before
+    monkeypatch.setattr(Echo, "forward", None)               # from now on nothing is computed
+    assert torch.equal(scenes(Echo(), talk, batch=2, vary=0)[7].mu, seen[7].mu)
+
+def test_scenes_of_other_weights_are_not_read(talk, tmp_path):
+    one, two = scenes(Echo(), talk, batch=5, views=1), scenes(Echo(2.), talk, batch=5, views=1)
+    same(two[2].mu.float(), 2*one[2].mu.float(), atol=4e-3)
+    right = one[2].mu.clone()
+    (tmp_path/"targets").rename(tmp_path/"old"); (tmp_path/"targets").write_text("nothing can be written here")
+    same(scenes(Echo(), talk, tmp_path/"run", batch=5, views=1)[2].mu, right)
+    assert len(stored(tmp_path/"run")) == 5
+    with pytest.raises(CorpusError, match="has lost the scene 2.0"): one[2]
 
 def test_the_paper_size_is_counted_without_memory_for_it():
     import resource
