@@ -1,0 +1,34 @@
+"""What the temperature of the flow does to speech, for lesson 13: `python tests/temperature.py` (ten minutes on one core).
+
+The packaged model `talkers` speaks every clip of data_samples that is not a test clip, under each number of steps and each
+temperature. Scores are kept clip by clip, because the clips differ more than the settings do."""
+import json
+from pathlib import Path
+
+from faces2voices.core import atomic_path
+from faces2voices.corpora import clip_of, read_manifest
+from faces2voices.evaluation import machine
+from faces2voices.experiments import sweep
+from faces2voices.synthesis import FacesToVoices
+from faces2voices.video import look
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT/"nbs"/"results"/"temperature.json"
+SETTINGS = {(steps, tau): dict(steps=steps, temperature=tau) for steps in (2, 10) for tau in (1., .3, 0.)}
+
+def scored(model, entry) -> list:
+    "One clip's scores, a row for each setting."
+    clip = clip_of(entry.name, look(entry.path, model.eyes()), entry.speaker, entry.text)
+    found = sweep(model, [clip], SETTINGS)
+    return [dict(clip=entry.name, steps=steps, temperature=tau, **row) for (steps, tau), row in found.items()]
+
+def main():
+    model = FacesToVoices.from_pretrained("talkers", device="cpu")
+    entries = [e for e in read_manifest(ROOT/"data_samples"/"manifest.jsonl") if e.split != "test"]
+    rows = [row for entry in entries for row in scored(model, entry)]
+    study = dict(command="python tests/temperature.py", machine=machine(), model="talkers", clips=len(entries), rows=rows)
+    with atomic_path(OUT, overwrite=True) as tmp:
+        tmp.write_text(json.dumps(study, indent=1))
+
+if __name__ == "__main__":
+    main()
