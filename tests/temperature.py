@@ -1,8 +1,10 @@
-"""What the temperature of the flow does to speech, for lesson 13: `python tests/temperature.py` (ten minutes on one core).
+"""What the temperature of the flow does to speech, for lesson 13: `python tests/temperature.py`.
 
-The packaged model `talkers` speaks every clip of data_samples that is not a test clip, under each number of steps and each
-temperature. Scores are kept clip by clip, because the clips differ more than the settings do."""
+The packaged model `talkers` speaks every clip of data_samples that is not a test clip, under each
+number of steps and each temperature (ten minutes on one core). Scores are kept clip by clip,
+because the clips differ more than the settings do."""
 import json
+from itertools import product
 from pathlib import Path
 
 from faces2voices.core import atomic_path
@@ -14,19 +16,20 @@ from faces2voices.video import look
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/"nbs"/"results"/"temperature.json"
-SETTINGS = {(steps, tau): dict(steps=steps, temperature=tau) for steps in (2, 10) for tau in (1., .3, 0.)}
+SETTINGS = list(product((2, 10), (1., .3, 0.)))   # Euler steps, temperature
 
 def scored(model, entry) -> list:
     "One clip's scores, a row for each setting."
     clip = clip_of(entry.name, look(entry.path, model.eyes()), entry.speaker, entry.text)
-    found = sweep(model, [clip], SETTINGS)
-    return [dict(clip=entry.name, steps=steps, temperature=tau, **row) for (steps, tau), row in found.items()]
+    found = sweep(model, [clip], {(n, tau): dict(steps=n, temperature=tau) for n, tau in SETTINGS})
+    return [dict(clip=clip.name, steps=n, temperature=tau, **found[n, tau]) for n, tau in SETTINGS]
 
 def main():
     model = FacesToVoices.from_pretrained("talkers", device="cpu")
     entries = [e for e in read_manifest(ROOT/"data_samples"/"manifest.jsonl") if e.split != "test"]
     rows = [row for entry in entries for row in scored(model, entry)]
-    study = dict(command="python tests/temperature.py", machine=machine(), model="talkers", clips=len(entries), rows=rows)
+    study = dict(command="python tests/temperature.py", machine=machine(), model="talkers",
+                 clips=len(entries), rows=rows)
     with atomic_path(OUT, overwrite=True) as tmp:
         tmp.write_text(json.dumps(study, indent=1))
 
