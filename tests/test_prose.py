@@ -310,14 +310,17 @@ def test_a_link_brings_what_it_leads_to(tmp_path):
         assert len(unfounded(page(f"It is [0.444]({target})."), tmp_path)) == 1
     assert len(unfounded(page("It is [0.272](b.ipynb#before)."), tmp_path)) == 1
 
-def test_a_wrong_digit_in_a_lesson_is_found():
-    "Of the quoted numbers with two decimals, each with its last digit changed, two in three."
-    tried = []
-    for path in NOTEBOOKS:
-        nb = json.loads(path.read_text())
-        for q in quotes(nb):
-            if q.decimals < 2 or CITED.search(q.sentence):
-                continue
-            wrong = q._replace(number=q.number[:-1] + str((int(q.number[-1]) + 5)%10))
-            tried.append(not founded(wrong, nb, NBS))
-    assert len(tried) >= 20 and sum(tried) >= 2/3*len(tried)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_wrong_digit_in_a_copy_of_a_lesson_is_found(path):
+    "A number that the lesson shows is quoted beside it, right and with its last digit changed."
+    cells = json.loads(path.read_text())["cells"]
+    long = [(i, f"{value:.{n}f}") for i, c in enumerate(cells) if c["cell_type"] == "code"
+            for value, n in values(shown(c)) if 3 <= n <= 6 and value > 0]
+    if not long:
+        pytest.skip("the lesson shows no number with three decimals")
+    i, number = max(long, key=lambda found: len(found[1]))
+    wrong = number[:-1] + str((int(number[-1]) + 5)%10)
+    quoted = [cell("markdown", f"Planted: {x}.") for x in (number, wrong)]
+    notebook = dict(cells=[*cells[:i + 1], *quoted, *cells[i + 1:]])
+    planted = [q.number for q in unfounded(notebook) if q.sentence.startswith("Planted")]
+    assert planted == [wrong]
