@@ -3,14 +3,12 @@
 The packaged model `talkers` speaks every clip of data_samples that is not a test clip, under each
 number of steps and each temperature (ten minutes on one core). Scores are kept clip by clip,
 because the clips differ more than the settings do."""
-import json
 from itertools import product
 from pathlib import Path
 
-from faces2voices.core import atomic_path
 from faces2voices.corpora import clip_of, read_manifest
-from faces2voices.evaluation import machine
 from faces2voices.experiments import sweep
+from faces2voices.records import record
 from faces2voices.synthesis import FacesToVoices
 from faces2voices.video import look
 
@@ -28,10 +26,9 @@ def main():
     model = FacesToVoices.from_pretrained("talkers", device="cpu")
     entries = [e for e in read_manifest(ROOT/"data_samples"/"manifest.jsonl") if e.split != "test"]
     rows = [row for entry in entries for row in scored(model, entry)]
-    study = dict(command="python tests/temperature.py", machine=machine(), model="talkers",
-                 clips=len(entries), rows=rows)
-    with atomic_path(OUT, overwrite=True) as tmp:
-        tmp.write_text(json.dumps(study, indent=1))
+    found = dict(model="talkers", clips=len(entries), rows=rows)
+    tools = "pystoi", "librosa", "speechmos", "pocketsphinx", "jiwer"
+    record(found, "python tests/temperature.py", 0, {}, tools, OUT, overwrite=True)
 
 if __name__ == "__main__":
     main()
