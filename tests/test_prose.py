@@ -28,7 +28,7 @@ QUOTED = re.compile(
     rf"(?:[ -]?(?P<unit>{UNIT})(?!\w| \d))?")
 RANGE = re.compile(
     rf"\s*(?:to|and|or|±|–|·|against|instead of|of|,)\s*{NUMBER}[ -]?(?P<unit>{UNIT})(?!\w)")
-VERSION = re.compile(r"\b(?:Python|torch|nbdev|fairseq)(?: up to)? \d+(?:\.\d+)+")
+VERSION = re.compile(r"\b(?:Python|torch|pip|nbdev|fairseq)(?: up to| before)? \d+(?:\.\d+)+")
 RATES = FPS, UNIT_RATE, MEL_RATE, SAMPLE_RATE, SAMPLE_RATE/2   # Hz: the clocks of lesson 0
 
 # somebody else's number: a link that leaves the site, an arXiv number, or authors and a year
