@@ -835,9 +835,13 @@ def sounds_of(model, data, # FacesToVoices; folder of prepared clips
 # %% ../nbs/17_evaluation.ipynb #8a3c517f
 CLAIMS = [ # claim, (row, metric) that should be better, (row, metric) that should be worse
     ("with other lips, the words are those of the lips", ("wrong lips", "WER of the borrowed lips"), ("wrong lips", "WER")),
-    ("with another face, the words stay", ("wrong face", "WER"), ("wrong lips", "WER")),
+    ("another face costs fewer words than other lips",
+        ("wrong face", "WER"), ("wrong lips", "WER")),
     ("with another face, the voice is less the clip's own", ("synthesised", "voice similarity"), ("wrong face", "voice similarity")),
-    ("with another face, the voice is more the borrowed one than a stranger's is", ("wrong face", "voice similarity to the borrowed face"), ("original", "voice similarity to the borrowed face")),
+    ("with another face, the voice is more the borrowed one than the clip's own",
+        ("wrong face", "voice similarity to the borrowed face"), ("wrong face", "voice similarity")),
+    ("the same, by Resemblyzer",
+        ("wrong face", "the same to the borrowed face"), ("wrong face", "voice similarity, Resemblyzer")),
     ("with another face, mean pitch follows the borrowed face", ("wrong face", "mean F0 of the borrowed face, r"), ("wrong face", "mean F0, r"))]
 
 def claims(card:dict) -> list: # of (claim, True, False or None, text of both numbers)

@@ -25,8 +25,11 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 def parse(line:str):
-    "Read a command with the command line's own parser, without running it."
+    "Read a command with the command line's own parser, or find its script; nothing is run."
     program, *words = shlex.split(line)
+    if program == "python":
+        assert re.match("tests/", words[0]) and (ROOT/words[0]).is_file(), line
+        return None
     assert program == "faces2voices", line
     command, label = typer.main.get_command(cli.app), program
     while hasattr(command, "commands"):
