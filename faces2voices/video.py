@@ -246,6 +246,7 @@ def _open(path):
 # %% ../nbs/02_video.ipynb #6abd0226
 LOOK_AHEAD = 8   # frames of an AVI that are decoded before the first is placed
 
+# %% ../nbs/02_video.ipynb #c6a78fcb
 def _by_slot(frames, stream):
     "Pairs of a time, in slots of an AVI, and a decoded frame."
     waiting, lowest, shift, shown = deque(), float("inf"), -float("inf"), 0
@@ -464,6 +465,7 @@ def _pictures(path) -> _Pictures:
 # %% ../nbs/02_video.ipynb #d5da4b1f
 NOT = np.iinfo(np.int64).min   # in the place of a time: this packet is left out
 
+# %% ../nbs/02_video.ipynb #4aaddcf4
 def _packets(container, stream):
     "The packets of a stream, until the file ends or breaks."
     import av
