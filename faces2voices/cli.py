@@ -184,6 +184,14 @@ def _targets(model:str, folder, workers, scheduler):
     known = FacesToVoices.from_pretrained(model, device="cpu")
     write_targets(ClipDataset(folder), known.units, known.speaker_encoder, workers=workers, scheduler=scheduler)
 
+# %% ../nbs/20_cli.ipynb #c2d80e57
+def _entries(corpus:Path, grid, layout) -> list: # of Entry
+    "The clips of a corpus, by the reader that was asked for or that its path asks for."
+    from faces2voices import corpora
+    if grid: return [e for s in grid.split(",") for e in corpora.grid(corpus, s)]
+    if layout: return getattr(corpora, layout.value)(corpus)
+    return (corpora.read_manifest if corpus.is_file() else corpora.folder)(corpus)
+
 # %% ../nbs/20_cli.ipynb #5fd9bb88
 @app.command()
 def prepare(
@@ -204,9 +212,7 @@ def prepare(
     Stopped or killed, it goes on where it was when the same command is given again."""
     from faces2voices import corpora, records
     if not (grid or layout) and (corpus/"manifest.jsonl").is_file(): corpus = corpus/"manifest.jsonl"
-    if grid: entries = [e for s in grid.split(",") for e in corpora.grid(corpus, s)]
-    else: entries = (getattr(corpora, layout.value) if layout else corpora.read_manifest if corpus.is_file() else corpora.folder)(corpus)
-    done = corpora.prepare(entries, out, _backend(backend, faces, locator), workers, scheduler)
+    done = corpora.prepare(_entries(corpus, grid, layout), out, _backend(backend, faces, locator), workers, scheduler)
     records.note_making(out, command_line(ctx), corpus)
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
     if targets: _targets(targets, out, workers, scheduler)
