@@ -163,6 +163,7 @@ def download(url:str, path, size:int, md5:str):
     if (found := _md5(part)) != md5: part.unlink(); raise CorpusError(url, f"has the checksum {found}, not {md5}", "Fetch it again")
     part.replace(path)
 
+# %% ../nbs/04_corpora.ipynb #a0c6d7f2
 def _md5(path) -> str:
     digest = hashlib.md5()
     with open(path, "rb") as f:
@@ -506,6 +507,7 @@ def prepare(entries:list, # of Entry
     _write_records(good, bad, out)
     return Prepared(len(good) - kept, kept, len(bad))
 
+# %% ../nbs/04_corpora.ipynb #b91e83d4
 def _preparer(out, backend): return partial(_try, out=out, backend=_built(backend))
 
 def _each(entries, tool, workers, scheduler, desc, progress) -> dict: # name → result

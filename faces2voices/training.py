@@ -190,8 +190,7 @@ def fit(loss_fn, # batch → losses (see `terms`); a tuple of them for adversari
         log_every:int=50, save_every_seconds:float=120, # steps averaged in a line of the log; between checkpoints
         resume:bool=True, # go on from the checkpoint in `run_dir`, if there is one
         bf16:bool=False, # bfloat16 autocast in the loss
-        accumulate:int=1, # batches in a step
-        workers:int=0, # processes that draw batches ahead; 0: this one draws each when it needs it
+        accumulate:int=1, workers:int=0, # batches in a step; processes that draw batches ahead (0: this one draws them)
         seed:int=0, callback=None # called with each new line of the log and the averaged module (of the first learner)
        ) -> list: # lines of the log: {"step", "lr", "seconds", and the mean of each loss}
     "Train `module` on `batches`, and leave the averaged weights in it."
