@@ -678,6 +678,7 @@ def _insightface_root(root=None) -> Path:
     "Where face models are kept: `root`, else `$F2V_INSIGHTFACE`, else `~/.insightface`."
     return Path(root or os.environ.get("F2V_INSIGHTFACE") or "~/.insightface").expanduser()
 
+# %% ../nbs/02_video.ipynb #d8a63250
 def face_pack(root=None) -> Path: # the folder of the pack's ONNX files
     "The pack of face models that `InsightFaceBackend` takes; ToolMissingError where there is none."
     root = _insightface_root(root)
