@@ -412,8 +412,8 @@ def ablate(
     The record is ablation.json in the folder of the runs."""
     from faces2voices.experiments import ablation, show_ablation
     from faces2voices.records import data_of, record
-    new_folder(out)
     chosen = numbers(seeds)
+    new_folder(out)
     rows = ablation(data, out, steps=steps, seeds=chosen)
     found = record(dict(rows=rows), command_line(ctx), chosen, data_of(data),
                    out=out/"ablation.json", overwrite=True)

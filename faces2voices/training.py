@@ -715,7 +715,8 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     model.info = dict(command=command, data=f"{len(seen)} clips of {len({who for who, _ in seen})} speakers, {sum(dataset.lengths)/25/60:.0f} minutes",
         commit=commit(), seconds=json.loads((run/"times.json").read_text()), machine=f"{machine()}, torch {torch.__version__}")
     kept = ClipDataset(dataset.folder, split="val") if dataset.folder else []
-    model.info["usual"] = model.measure_usual((list(kept) or clips)[:50])
+    kept = kept if len(kept) else dataset
+    model.info["usual"] = model.measure_usual([kept[i] for i in range(min(50, len(kept)))])
     model.save_pretrained(run/"model")
     write_card(model, run/"model"/"README.md")
     return run/"model"
