@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MEL', 'RATES', 'LONGEST', 'WOBBLE', 'REPEAT', 'CANCELLED', 'vowel', 'MelSpec', 'show_speech', 'decoded_frames',
-           'load_audio', 'save_wav', 'fit_length', 'pitch', 'crepe_pitch', 'energy', 'griffin_lim']
+           'load_audio', 'open_wav', 'save_wav', 'fit_length', 'pitch', 'crepe_pitch', 'energy', 'griffin_lim']
 
 # %% ../nbs/01_audio.ipynb #7be8ffc7
-import math
+import math, os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .core import SAMPLE_RATE, MediaError, ToolMissingError, atomic_path
+from .core import SAMPLE_RATE, F2VError, MediaError, ToolMissingError, atomic_path
 
 # %% ../nbs/01_audio.ipynb #94291f1c
 def vowel(f0, # (N,) pitch in Hz at every sample
@@ -239,15 +240,32 @@ def load_audio(path, # any file with sound in it
     return wav if n is None else fit_length(wav, n)
 
 # %% ../nbs/01_audio.ipynb #a32518b5
+@contextmanager
+def open_wav(path, # .wav file to write; never replaces one that is there unless told
+             overwrite:bool=False):
+    """Yield a function that appends (N,) sound at 16 kHz to a 16-bit wav, tagged as synthetic speech.
+
+    The file is there, whole, when the block ends well; F2VError where it cannot be written."""
+    import soundfile
+    if Path(path).suffix.lower() != ".wav":
+        raise F2VError(path, "would be written as a wav under another name", "Give a name that ends in .wav")
+    with atomic_path(path, overwrite) as tmp:
+        with soundfile.SoundFile(os.fsencode(tmp), "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as f:
+            f.comment = "synthetic speech (faces2voices)"
+            def write(wav):
+                try: f.write(torch.as_tensor(wav).detach().cpu().float().clamp(-1, 1).numpy())
+                except (soundfile.SoundFileError, AssertionError) as e:     # soundfile asserts that all was written
+                    raise F2VError(path, f"cannot be written ({str(e) or 'no room'})", "Is there room on the disk?") from e
+            yield write
+
+# %% ../nbs/01_audio.ipynb #7ccc7ee8
 def save_wav(path, # .wav file to write; never replaces one that is there unless told
              wav, # (N,) at 16 kHz
              overwrite:bool=False):
     "Write 16-bit mono at 16 kHz, tagged as synthetic speech."
-    import soundfile
-    with atomic_path(path, overwrite) as tmp, soundfile.SoundFile(tmp, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as f:
-        f.comment = "synthetic speech (faces2voices)"
-        f.write(torch.as_tensor(wav).detach().cpu().float().clamp(-1, 1).numpy())
+    with open_wav(path, overwrite) as write: write(wav)
 
+# %% ../nbs/01_audio.ipynb #bffed494
 def fit_length(wav:torch.Tensor, n:int) -> torch.Tensor:
     "Cut or zero-pad (…, N) sound to exactly `n` samples."
     return F.pad(wav[..., :n], (0, max(0, n - wav.shape[-1])))

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['app', 'say', 'complain', 'Device', 'Bench', 'Layout', 'Preset', 'Model', 'Steps', 'Guidance', 'Seed', 'OtherFace',
            'Reference', 'Expression', 'Dub', 'Report', 'Faces', 'Split', 'Out', 'Workers', 'listen', 'study', 'Data',
-           'GridData', 'AtMost', 'OneSplit', 'new_file', 'main', 'command_line', 'numbers', 'synthesize', 'talkers',
-           'prepare', 'train', 'adapt', 'evaluate', 'listen_page', 'listen_marks', 'sweep', 'ablate', 'study_teacher',
-           'study_slots', 'study_adaptation', 'study_stages', 'study_masked_ce', 'study_link', 'study_copy',
-           'study_recogniser', 'bench', 'download']
+           'GridData', 'AtMost', 'OneSplit', 'new_file', 'new_folder', 'Stopped', 'stop', 'main', 'command_line',
+           'numbers', 'synthesize', 'talkers', 'prepare', 'train', 'adapt', 'evaluate', 'listen_page', 'listen_marks',
+           'sweep', 'ablate', 'study_teacher', 'study_slots', 'study_adaptation', 'study_stages', 'study_masked_ce',
+           'study_link', 'study_copy', 'study_recogniser', 'bench', 'download']
 
 # %% ../nbs/20_cli.ipynb #8a564655
-import enum, shlex, sys
+import enum, os, shlex, signal, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from rich.console import Console
-from .core import EULER_STEPS, F2VError, atomic_path
+from .core import EULER_STEPS, F2VError, atomic_path, whole_seed
 from .course import app as course_app
 
 # %% ../nbs/20_cli.ipynb #a8776670
@@ -36,28 +36,56 @@ def new_file(path:Optional[Path]) -> Optional[Path]:
     if path and path.exists(): raise typer.BadParameter(f"{path} exists already. Give another name, or remove it", param_hint="--out")
     return path
 
+# %% ../nbs/20_cli.ipynb #c416835c
+def new_folder(path:Path) -> Path:
+    "Make a folder for results, or say before the work why it cannot be one."
+    try: path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise F2VError(path, "is a file or lies below one, and is to be a folder", "Give another with -o") from e
+    except OSError as e: raise F2VError(path, f"cannot be made ({e.strerror})", "Give another with -o") from e
+    if not os.access(path, os.W_OK): raise F2VError(path, "is a folder that cannot be written to", "Give another with -o")
+    return path
+
 # %% ../nbs/20_cli.ipynb #d371a2db
+class Stopped(SystemExit): "A signal asked us to stop."
+
+def stop(number:int, frame=None):
+    "End as after Ctrl-C: whatever is unfinished is removed on the way out. The same signal again is not heard."
+    signal.signal(number, signal.SIG_IGN)
+    raise Stopped(128 + number)
+
 def main():
-    "The console script: an error of the user's input is one line, not a traceback."
+    "The console script: an error of the user's input, or of the disk, is one line, not a traceback."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+    for name in ("SIGTERM", "SIGHUP"):          # not on Windows; and `nohup` has its way
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is signal.SIG_DFL: signal.signal(number, stop)
     try: app()
-    except F2VError as e:
-        complain.print(f"[red]error[/] {_plain(e)}")
-        sys.exit(1)
+    except F2VError as e: _end(e)
+    except OSError as e: _end(f"{e.filename or 'the system'}: {e.strerror or e}")
+    except MemoryError: _end("memory: there is not enough of it. Give shorter or fewer clips")
+    except Stopped: complain.print("stopped"); raise
     except KeyboardInterrupt:
         complain.print("stopped")
         sys.exit(130)
 
 # %% ../nbs/20_cli.ipynb #5a8be928
 def _plain(text) -> str:
-    "Text in which rich sees no markup (file names may hold brackets)."
+    "Text in which rich sees no markup (file names may hold brackets), on one line."
     from rich.markup import escape
-    return escape(str(text))
+    return escape(str(text).replace("\n", "\\n"))
+
+def _end(error):
+    "Say what is wrong in one line, and end with 1."
+    complain.print(f"[red]error[/] {_plain(error)}")
+    sys.exit(1)
 
 # %% ../nbs/20_cli.ipynb #de62abde
 Model = Annotated[str, typer.Option(help="`talkers` (drawn faces), `grid` (real faces), a model folder, or a Hub id.")]
 Steps = Annotated[int, typer.Option(min=0, max=1000, help="Euler steps of the flow (0: none, μ is spoken as it is); more add detail and, with these small models, noise.")]
 Guidance = Annotated[float, typer.Option(min=0., max=20., help="w of classifier-free guidance; 1 is plain, more follows the face more closely and sounds less natural.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 OtherFace = Annotated[Optional[Path], typer.Option("--face", help="Speak with the voice of the face in this picture or video.")]
 Reference = Annotated[Optional[Path], typer.Option(help="Speak with the voice that is heard in this file.")]
 Expression = Annotated[float, typer.Option(min=0., max=5., help="How much of what the face does to melody and loudness: 0 a face at rest, 1 as seen, 2 exaggerated.")]
@@ -105,8 +133,8 @@ def _record(ctx, found:dict, seed, folders:list, tools:tuple=(), out=None) -> di
 def numbers(text:str) -> list: # of int
     "Whole numbers with commas between them."
     try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
+        return [whole_seed(int(word)) for word in text.split(",")]
+    except (ValueError, F2VError):
         said = "whole numbers with commas between them, as 0,1,2"
         raise typer.BadParameter(said, param_hint="--seeds") from None
 
@@ -123,28 +151,45 @@ def synthesize(
 
     The speech is synthetic and tagged so. Example: `faces2voices synthesize holiday.mp4 -o speech --model grid`"""
     from tqdm.auto import tqdm
-    from faces2voices.synthesis import FacesToVoices, synthesize_file, write_report
-    model_name, f2v = model, FacesToVoices.from_pretrained(model, device=device.value, faces=faces)
-    page, sections, done = _free(out/"report.html"), [] if report else None, []
-    say.print(f"model [bold]{_plain(model_name)}[/], faces found by [bold]{f2v.eyes().name}[/], on {f2v.device}")
+    from faces2voices.synthesis import FacesToVoices, synthesize_file
+    new_folder(out)
+    f2v, sections, done = FacesToVoices.from_pretrained(model, device=device.value, faces=faces), [] if report else None, []
+    say.print(f"model [bold]{_plain(model)}[/], faces found by [bold]{f2v.eyes().name}[/], on {f2v.device}")
+    _notes("", f2v.limits(reference))
     f2v.voice_like(face, reference)                    # a bad voice is said once, before any clip
     for path in tqdm(inputs, unit="clip", disable=None):
         done.append(synthesize_file(f2v, path, out, dub, sections, face=face, reference=reference, expression=expression, steps=steps, guidance=guidance, seed=seed))
         if done[-1].error: complain.print(f"[red]failed[/] {_plain(done[-1].error)}")
-    if sections: write_report(page, sections, model_name)
-    _summary(done, out, page if sections else None)
-    raise typer.Exit(int(any(d.error for d in done)))
+        _notes(f"{path}: ", done[-1].notes)
+    _summary(done, out, page := _write_page(out/"report.html", sections, model) if sections else None)
+    raise typer.Exit(int(any(d.error for d in done) or bool(sections and not page)))
 
 # %% ../nbs/20_cli.ipynb #cc7b495b
+def _notes(before:str, lines):
+    "What makes results doubtful, a line each."
+    for line in lines: complain.print(f"[yellow]note[/] {_plain(before + line)}")
+
 def _free(path:Path) -> Path:
     "`path`, or the first of path-2, path-3 … that is not taken."
     names = (path if i == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(1, 10_000))
     return next(p for p in names if not p.exists())
 
+def _write_page(path:Path, sections:list, model:str) -> Optional[Path]:
+    "Write the report under the first free name; one that cannot be written is a line, since the speech stands."
+    from faces2voices.synthesis import write_report
+    while True:
+        page = _free(path)
+        try: write_report(page, sections, model)
+        except F2VError as e:
+            if page.exists(): continue          # another run took the name meanwhile
+            complain.print(f"[red]failed[/] {_plain(e)}")
+            return None
+        return page
+
 # %% ../nbs/20_cli.ipynb #35c00850
 def _summary(done, out, page):
     "What was written, how fast, and what to do next."
-    good, speech = [d for d in done if not d.error], sum(d.speech_seconds for d in done)
+    good, speech = [d for d in done if d.written], sum(d.speech_seconds for d in done)
     if not good: return
     say.print(f"{len(good)} of {len(done)} clips spoken, {speech:.1f} s of speech, real-time factor {sum(d.compute_seconds for d in good)/speech:.2f}")
     for line in [f"speech  {out}/*.wav", *([f"dubbed  {out}/*.dubbed.mp4"] if any(len(d.written) > 1 for d in good) else []), *([f"report  {page}"] if page else [])]: say.print("  " + _plain(line))
@@ -163,18 +208,25 @@ def talkers(
     "Draw and speak synthetic talkers: mp4 clips in which what, who and how are known. Needs `pip install faces2voices[talkers]`."
     from faces2voices.records import note_making
     from faces2voices.talkers import make_corpus
+    new_folder(out)
     make_corpus(out, speakers, clips, seed=seed, workers=workers)
     note_making(out, command_line(ctx))
-    say.print(f"{speakers*clips} clips in {_plain(out)}; next: [bold]faces2voices prepare {_plain(out)} PREPARED[/]")
+    say.print(f"{speakers*clips} clips in {_plain(out)}; next: [bold]faces2voices prepare {_plain(out)} PREPARED --backend locator[/]")
 
 # %% ../nbs/20_cli.ipynb #5aff2062
 def _backend(name:str, faces, locator):
     "A function that makes the face backend: workers build their own."
     from functools import partial
-    from faces2voices.video import make_backend
+    from faces2voices.video import face_pack, make_backend
+    if faces is not None: face_pack(faces)      # what is named must be there
     if name != "locator": return partial(make_backend, name, faces)
     from faces2voices.synthesis import FacesToVoices
     return FacesToVoices.from_pretrained(locator, device="cpu").eyes()
+
+def _finder(name:str, entries:list) -> str:
+    "Who finds faces; of drawn talkers, whose manifest knows the talker of each clip, `auto` is the locator."
+    drawn = all({"talker", "tract"} <= e.extra.keys() for e in entries)
+    return "locator" if name == "auto" and drawn and entries else name
 
 # %% ../nbs/20_cli.ipynb #e4107a6b
 def _targets(model:str, folder, workers, scheduler):
@@ -203,7 +255,7 @@ def prepare(
     out: Annotated[Path, typer.Argument(help="Folder for the prepared clips (one .npz each). A second run goes on where the first stopped.")],
     grid: Annotated[Optional[str], typer.Option(help="Read CORPUS as GRID and take these speakers, for example `s1,s4`.", show_default=False)] = None,
     layout: Annotated[Optional[Layout], typer.Option(help="Read CORPUS as LRS2, LRS3 or VoxMM.", show_default=False)] = None,
-    backend: Annotated[str, typer.Option(help="Who finds faces: `locator` (drawn ones), `insightface`, `cascade` or `auto`.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Who finds faces: `locator` (drawn ones), `insightface`, `cascade` or `auto`: the locator for manifests of drawn talkers, else the first of the others that is at hand.")] = "auto",
     faces: Faces = None,
     locator: Annotated[str, typer.Option(help="Model whose locator is used.")] = "talkers",
     workers: Workers = 2,
@@ -214,7 +266,9 @@ def prepare(
 
     Stopped or killed, it goes on where it was when the same command is given again."""
     from faces2voices import corpora, records
-    done = corpora.prepare(_entries(corpus, grid, layout), out, _backend(backend, faces, locator), workers, scheduler)
+    entries = _entries(corpus, grid, layout)
+    made = _backend(_finder(backend, entries), faces, locator)
+    done = corpora.prepare(entries, new_folder(out), made, workers, scheduler)
     records.note_making(out, command_line(ctx), corpus)
     say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
     if targets: _targets(targets, out, workers, scheduler)
@@ -240,10 +294,9 @@ def train(
     from faces2voices.core import PRESETS
     if dry_run:
         return _costs(preset.value)
-    parts, line = only.split(",") if only else None, command_line(ctx)
-    folder = training.train_system(
-        PRESETS[preset.value], out, data, init=init, voices=voices, only=parts,
-        workers=workers, seed=seed, board=board, command=line)
+    parts = only.split(",") if only else None
+    folder = training.train_system(PRESETS[preset.value], new_folder(out), data, init=init, voices=voices,
+        only=parts, workers=workers, seed=seed, board=board, command=command_line(ctx))
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/20_cli.ipynb #4f7be29c
@@ -266,6 +319,7 @@ def adapt(
 ):
     "Go on from a trained model with clips of somebody new; units and the space of voices stay."
     from faces2voices import training
+    new_folder(out)
     folder = training.adapt(model, data, out, steps, seed=seed, command=command_line(ctx))
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
@@ -276,7 +330,7 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Prepared clips with sound and text.")],
     model: Model = "talkers",
     split: Split = "test",
-    limit: Annotated[Optional[int], typer.Option(help="At most so many clips.")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many clips.")] = None,
     steps: Steps = EULER_STEPS,
     guidance: Guidance = 1.,
     seed: Seed = 0,
@@ -369,6 +423,7 @@ def ablate(
     from faces2voices.experiments import ablation, show_ablation
     from faces2voices.records import data_of, record
     chosen = numbers(seeds)
+    new_folder(out)
     rows = ablation(data, out, steps=steps, seeds=chosen)
     found = record(dict(rows=rows), command_line(ctx), chosen, data_of(data),
                    out=out/"ablation.json", overwrite=True)
@@ -572,6 +627,7 @@ def download(
     from faces2voices.corpora import download_grid
     from faces2voices.records import note_making
     if what != "grid": raise typer.BadParameter("only `grid` can be downloaded: LRS2 and VoxMM are given out on request, LRS3 no longer", param_hint="WHAT")
+    new_folder(out)
     download_grid(out, speakers.split(","))
     note_making(out, command_line(ctx))
 

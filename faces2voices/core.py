@@ -6,16 +6,17 @@
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'EULER_STEPS',
            'TEMPERATURE', 'NOTATION', 'GRID_WORDS', 'TINY', 'GRID', 'EIGENLIPS', 'SLIM', 'PAPER', 'PRESETS',
            'markdown_table', 'F2VError', 'MediaError', 'NoFaceError', 'CheckpointError', 'CorpusError',
-           'ToolMissingError', 'atomic_path', 'seed_everything', 'pick_device', 'one_thread', 'test_same', 'check',
-           'Looking', 'Stages', 'Sounding', 'Preset']
+           'ToolMissingError', 'atomic_path', 'whole_seed', 'seed_everything', 'pick_device', 'one_thread', 'test_same',
+           'check', 'Looking', 'Stages', 'Sounding', 'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
-import os, random, tempfile
+import operator, os, random, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, asdict, replace
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 # %% ../nbs/00_core.ipynb #48f928f7
 FPS, UNIT_RATE, MEL_RATE, SAMPLE_RATE = 25, 50, 100, 16000
@@ -69,18 +70,63 @@ class ToolMissingError(F2VError): "An optional package or model that this step n
 def atomic_path(path, # where the file shall stand
                 overwrite:bool=False # may it replace a file that is there?
                ):
-    "Yield a temporary path beside `path` that becomes `path` if the block succeeds and vanishes if it fails."
-    path = Path(path)
-    if path.exists() and not overwrite: raise F2VError(path, "already exists", "Give another output folder, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix=path.suffix)
-    os.close(fd)
+    """Yield a temporary path beside `path` that becomes `path` if the block succeeds and vanishes if it fails.
+
+    F2VError where `path` is taken, by now or at the end, or cannot be written."""
+    path, tmp = Path(path), None
     try:
+        if _taken(path) and not overwrite:
+            raise FileExistsError
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=_PART, suffix=path.suffix)
+        os.close(fd)
         yield Path(tmp)
         os.chmod(tmp, 0o666 & ~_umask())
-        os.replace(tmp, path)
-    finally: Path(tmp).unlink(missing_ok=True)
+        (os.replace if overwrite else _give_name)(tmp, path)
+    except OSError as e:
+        if not _of_writing(e, path):
+            raise
+        raise _cannot_write(path, e) from e
+    finally:
+        if tmp is not None: Path(tmp).unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #23b81b3b
+_PART = ".part-"   # how the names of unfinished files begin
+
+# %% ../nbs/00_core.ipynb #b0418c34
+def _taken(path:Path) -> bool:
+    "Is something of this name there? OSError where the name cannot be looked up."
+    try: os.lstat(path)
+    except FileNotFoundError: return False
+    return True
+
+# %% ../nbs/00_core.ipynb #5cf54d2d
+def _give_name(tmp, path):
+    "Name the finished file, unless somebody else took the name meanwhile."
+    try: os.link(tmp, path)
+    except FileExistsError: raise
+    except OSError:                          # a file system without hard links: claim the name first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try: os.replace(tmp, path)
+        except OSError: os.unlink(path); raise
+
+# %% ../nbs/00_core.ipynb #fcc5db0b
+def _of_writing(e:OSError, path:Path) -> bool:
+    "Is the error about the file that is written, and not about one that is read meanwhile?"
+    about = e.filename2 or e.filename
+    if not isinstance(about, (str, bytes, os.PathLike)): return True
+    about = Path(os.fsdecode(about))
+    return about.name.startswith(_PART) or about in (path, *path.parents)
+
+# %% ../nbs/00_core.ipynb #d02ca3b3
+def _cannot_write(path, e:OSError) -> F2VError:
+    "What the system said, in words that help."
+    if isinstance(e, FileExistsError) and (e.filename is None or Path(path).exists()):
+        return F2VError(path, "already exists", "Give another output folder, or remove it")
+    reason = f"cannot be written ({e.strerror or e})"
+    return F2VError(path, reason, "Is the name short enough, the folder yours, and room on the disk?")
+
+# %% ../nbs/00_core.ipynb #0c95bf41
 def _umask() -> int:
     "The process's umask, read without changing it for longer than a moment."
     mask = os.umask(0)
@@ -88,15 +134,33 @@ def _umask() -> int:
     return mask
 
 # %% ../nbs/00_core.ipynb #b2bf990c
+def whole_seed(seed) -> int:
+    "A seed as a plain integer in [0, 2³²), whatever library its type comes from; F2VError for anything else."
+    try: n = operator.index(seed)
+    except TypeError: n = -1
+    if not 0 <= n < 2**32:
+        raise F2VError("seed", f"{seed!r} is not a whole number from 0 to {2**32 - 1}", "Give another")
+    return n
+
+# %% ../nbs/00_core.ipynb #6c4d02ad
 def seed_everything(seed:int=0):
     "Seed the global generators of Python, NumPy and torch (every device); generators made by hand keep their own state."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    seed = operator.index(seed) % 2**64
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
+# %% ../nbs/00_core.ipynb #84b5bf5c
 def pick_device(device:str="auto" # `auto`, `cpu`, `cuda` or `cuda:1`
                ) -> torch.device:
-    "The device to run on; `auto` takes a GPU where there is one."
-    if device != "auto": return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    "The device to run on; `auto` takes a GPU where there is one. F2VError where the one asked for is not there."
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try: chosen = torch.device(device)
+    except RuntimeError as e: raise F2VError(device, "is no device", "Choose auto, cpu or cuda") from e
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise F2VError(device, "is not there: torch finds no such GPU, or no driver for it", "Choose auto or cpu")
+    return chosen
 
 # %% ../nbs/00_core.ipynb #8e15b6f0
 @contextmanager
@@ -212,11 +276,82 @@ class Preset(Looking, Stages, Sounding):
 
     @classmethod
     def from_json(cls, d:dict):
-        "The preset that `to_json` wrote; unknown keys are an error, lists become tuples again."
+        "The preset that `to_json` wrote; CheckpointError where a key is unknown or a value makes no model. Lists become tuples again."
         if extra := set(d) - set(cls.__dataclass_fields__): raise CheckpointError("config.json", f"unknown preset keys {sorted(extra)}", "Another version wrote it: use that one, or train again")
-        return cls(**{k: _tuples(v) for k, v in d.items()})
+        preset = cls(**{k: _tuples(v) for k, v in d.items()})
+        preset.check()
+        return preset
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
+
+# %% ../nbs/00_core.ipynb #36584f08
+_NAMES = dict(lip_encoder=("slim", "eigenlips", "avhubert-base", "avhubert-large"), unit_features=("mfcc", "hubert"))
+_BACKENDS = "locator", "insightface", "mediapipe", "cascade"
+_RANGES = dict( # name → smallest and largest value; whole numbers where both are
+    identity_dim=(0, 2**14), expression_dim=(1, 2**14), lip_width=(1, 2**10), eigenlips=(1, 2**12),
+    lip_memory=(1, 2**12), lip_scale=(1, 8), n_units=(2, 2**16), dim=(2, 2**13), n_blocks=(1, 64),
+    mask_kernel=(3, 255), mask_size=(1, 253), speaker_dim=(1, 2**12), decoder_mid=(1, 64),
+    vocoder_channels=(1, 2**13), vocoder_blocks=(0, 64), vary=(0, 2),
+    masked_weight=(0., 1e6), word_weight=(0., 1e6), prior_weight=(0., 1e6), envelope_weight=(0., 1e6),
+    teacher_forcing=(0., 1.), condition_drop=(0., 1.), label_smoothing=(0., .99), dropout=(0., .99),
+    sigma_min=(0., .99))
+_LISTS = dict( # name → smallest and largest value of each entry, and fewest and most entries
+    decoder_channels=((4, 2**12), (1, 3)), vocoder_kernels=((1, 63), (0, 16)),
+    vocoder_dilations=((1, 64), (0, 16)))
+_TRAINED = dict(steps=(0, 10**9), batch=(0, 2**20), lr=(0., 10.))
+
+# %% ../nbs/00_core.ipynb #461fed16
+def _in_range(x, low, high) -> bool:
+    "Is `x` a number from `low` to `high`, and a whole one where `low` is?"
+    whole = isinstance(low, int)
+    if isinstance(x, bool) or not isinstance(x, int if whole else (int, float)): return False
+    return low <= x <= high                  # false for NaN
+
+# %% ../nbs/00_core.ipynb #b27c81c5
+def _all_in(xs, bounds, counts=(0, 2**16)) -> bool:
+    "Is `xs` a tuple, perhaps of tuples, of numbers within the bounds, and of a length within `counts`?"
+    if not isinstance(xs, tuple) or not counts[0] <= len(xs) <= counts[1]: return False
+    return all(_all_in(x, bounds, counts) if isinstance(x, tuple) else _in_range(x, *bounds) for x in xs)
+
+# %% ../nbs/00_core.ipynb #03e92faa
+def _said_by(name, x) -> bool:
+    "Does the table of names, numbers and lists allow this value?"
+    if name in _RANGES: return _in_range(x, *_RANGES[name])
+    if name in _LISTS: return _all_in(x, *_LISTS[name])
+    if name in _NAMES: return x in _NAMES[name]
+    if name in _TRAINED: return isinstance(x, dict) and all(_in_range(v, *_TRAINED[name]) for v in x.values())
+    if name == "words": return isinstance(x, tuple) and all(isinstance(w, str) for w in x)
+    if name == "face_backend": return isinstance(x, str) and all(part in _BACKENDS for part in x.split("+"))
+    return isinstance(x, type(Preset.__dataclass_fields__[name].default))
+
+# %% ../nbs/00_core.ipynb #bfc2cd0c
+def _odds(preset) -> list:
+    "Names and reasons where values do not go together, or one of them must be odd or even."
+    p = preset
+    nested = p.vocoder_dilations and all(isinstance(d, tuple) for d in p.vocoder_dilations)
+    first, hole = p.decoder_channels[0], p.mask_size + 2*p.n_blocks
+    rules = dict(
+        mask_kernel=(p.mask_kernel % 2 and hole < p.mask_kernel, f"must be odd, and over {hole}"),
+        mask_size=(p.mask_size % 2, "must be odd"),
+        lip_scale=(p.lip_encoder != "slim" or p.lip_scale not in (3, 6), "leaves no map of 3 × 3"),
+        decoder_channels=(first % 2 == 0, "must begin with an even number"),
+        words=(len(set(p.words)) == len(p.words), "names a word twice"),
+        vocoder_kernels=(all(k % 2 for k in p.vocoder_kernels), "must be odd"),
+        vocoder_channels=(not p.vocoder_kernels or p.vocoder_channels >= 32, "must be 32 or more"),
+        vocoder_dilations=(len(p.vocoder_dilations) == len(p.vocoder_kernels)
+                           and (nested or not p.vocoder_dilations), "must be one list for each kernel"))
+    return [(name, reason) for name, (fine, reason) in rules.items() if not fine]
+
+# %% ../nbs/00_core.ipynb #0143d6ba
+@patch
+def check(self:Preset):
+    "CheckpointError where a value, or two together, make no model."
+    values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+    wrong = [(name, "is out of range") for name, x in values.items() if not _said_by(name, x)]
+    if wrong := wrong or _odds(self):
+        name, reason = wrong[0]
+        raise CheckpointError("config.json", f"`{name}` {reason}: {str(values[name])[:60]}",
+                              "Was it changed by hand? Copy it again, or train again")
 
 # %% ../nbs/00_core.ipynb #b2829785
 GRID_WORDS = tuple("""bin lay place set blue green red white at by in with a b c d e f g h i j k l m n o p q r s t u v x y z

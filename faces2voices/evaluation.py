@@ -603,9 +603,13 @@ def test_clips(data, # folder of prepared clips
                limit:int|None=None # at most so many clips, spread evenly
               ) -> tuple: # list of Clip, and what was left out
     "The clips that a card is made of."
-    kept, left_out = unseen(read_manifest(Path(data)/"manifest.jsonl"), split)
+    if limit is not None and limit < 1: raise CorpusError(data, f"cannot be judged by {limit} clips", "Give a limit of 1 or more")
+    kept, left_out = unseen(entries := read_manifest(Path(data)/"manifest.jsonl"), split)
+    if not left_out["of_split"]:
+        there = ", ".join(repr(s) for s in sorted({e.split for e in entries if e.split})) or "none at all"
+        raise CorpusError(data, f"has no clip of split {split!r} (splits that it has: {there})", 'Ask for one of these with --split, or give each line of its manifest.jsonl a "split": train, val or test')
     names = [e.name for e in kept if e.extra.get("sound", True)]
-    if not names: raise CorpusError(data, f"has no clip of split {split or 'any'!r} that was not trained on", f"Of {left_out['of_split']}, {left_out['sentence_trained_on']} sentences were trained on")
+    if not names: raise CorpusError(data, f"has no clip of split {split or 'any'!r} that was not trained on", f"Of its {left_out['of_split']} clips, {left_out['sentence_trained_on']} have a sentence of the split train, and the others no sound or a face of it; ask for another with --split")
     if limit and limit < len(names): names = [names[i] for i in np.linspace(0, len(names) - 1, limit).round().astype(int)]
     return list(ClipDataset(data, names=set(names))), left_out
 test_clips.__test__ = False

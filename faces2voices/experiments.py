@@ -23,14 +23,14 @@ import numpy as np
 import torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 from .statistics import holm, paired_difference, ratio, t_interval
-from .core import EULER_STEPS, GRID, TINY, CheckpointError, Preset, atomic_path, markdown_table, seed_everything
+from .core import EULER_STEPS, GRID, TINY, CheckpointError, CorpusError, Preset, atomic_path, markdown_table, seed_everything, whole_seed
 from .records import commit, machine
 from .audio import MEL, griffin_lim, load_audio, save_wav, vowel
 from .corpora import GRID_GRAMMAR, Clip, ClipDataset, batches, collate, read_manifest
 from .timbre import SpeakerEncoder
 from .hierarchy import Hierarchy, prior_loss, probe, see, show_mus
 from .synthesis import WEIGHTS, FacesToVoices
-from .training import fit, fit_eigenlips, part, shuffled, train_speaker
+from .training import claim, clips_identity, fit, fit_eigenlips, part, shuffled, train_speaker
 from .vocoder import excitation
 from .evaluation import made_text
 from .evaluation import Sound, correlation, energy_correlation, grammar_of, grid_listener, grid_sentence, listener, loud, mcd, mean_f0, plot_scores, score_text, show_card, stoi, unit_accuracy, word_errors
@@ -160,6 +160,7 @@ def judge(hierarchy, dataset, speaker_encoder) -> dict: # name → number
     "Means over the clips, and the two numbers that need all clips at once."
     rows = [judge_mu(hierarchy.cpu().eval(), clip, speaker_encoder) for clip in dataset]
     rows = [r for r in rows if np.isfinite(r["true F0"])]
+    if not rows: raise CorpusError(dataset.folder, "has no voiced speech in its validation clips", "Give others the split val")
     column = lambda k: [r.pop(k) for r in rows if k in r]
     true_f0, mean_mel, predicted = column("true F0"), column("mean mel"), column("predicted F0")
     found = {k: float(np.nanmean([r[k] for r in rows])) for k in rows[0]}
@@ -172,8 +173,10 @@ def targets(data, out, seed) -> tuple: # training set, validation set, speaker e
     "The clips with the targets that all variants share."
     train, val = ClipDataset(data, split="train"), ClipDataset(data, split="val")
     for name, ds in (("train", train), ("val", val)):
-        if not len(ds): raise CheckpointError(data, f"holds no clips with sound whose split is `{name}`", "Prepare a corpus with `faces2voices prepare`")
+        if not len(ds): raise CheckpointError(data, f"holds no clips with sound whose split is `{name}`", f"Prepare a corpus with `faces2voices prepare`, and give lines of its manifest.jsonl the split {name}")
     preset = preset_for(train[0])
+    if not any(train.spoken.values()): preset = replace(preset, words=())      # nothing tells when which word is said
+    claim(out, data=clips_identity(data), preset=preset.to_json())
     model = FacesToVoices(preset.to_json())
     part(out, "units", model.units, lambda: model.units.fit([train[i].wav for i in shuffled(len(train), min(len(train), 300), seed)(0)], preset.n_units, seed))
     part(out, "speaker", model.speaker_encoder, lambda: train_speaker(model, train, preset, None, seed))
@@ -201,7 +204,7 @@ def ablation(data, # folder of prepared clips with splits train and val
              steps:int=800, # of each variant
              seeds=(0,)) -> list: # one row a variant and seed
     "Train every variant for the same number of steps from every seed; what stands in `out` is not run again."
-    out = Path(out)
+    out, seeds = Path(out), [whole_seed(s) for s in seeds]
     out.mkdir(parents=True, exist_ok=True)
     path, key = out/"rows.json", dict(data=str(data), steps=steps)
     rows, clips = json.loads(path.read_text()) if path.exists() else [], targets(data, out, 0)

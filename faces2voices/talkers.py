@@ -31,7 +31,7 @@ from scipy.signal import resample_poly
 from scipy.special import ndtr
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, CorpusError, ToolMissingError, atomic_path
+from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, CorpusError, ToolMissingError, atomic_path, whole_seed
 from .video import write_video
 
 # %% ../nbs/03_talkers.ipynb #e8a055aa
@@ -1180,7 +1180,7 @@ def make_corpus(folder, # where to; may hold part of the same corpus already
                 workers:int=2 # processes; 1: this one
                ) -> Path: # the manifest
     "Write a corpus of talkers as mp4 files and a manifest; files that are there already are kept."
-    folder = Path(folder)
+    folder, seed = Path(folder), whole_seed(seed)
     world = dict(seed=seed, link=link, nuisance=nuisance._asdict() if isinstance(nuisance, Nuisance) else nuisance)
     _same_world(folder/"world.json", world)
     jobs = [(folder, world, nuisance, number, k) for number in range(first_talker, first_talker + n_talkers) for k in range(n_clips)]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['masked_mean', 'SpeakerEncoder', 'ge2e_similarity', 'ge2e_loss', 'random_window', 'draw_windows', 'descend', 'seeded',
            'train_speaker_encoder', 'sentence', 'embed_voices', 'Retrieval', 'retrieval', 'line_up', 'show_voices',
-           'real_voice', 'FaceEncoder', 'TimbreEncoder', 'timbre_loss', 'snapshot', 'snapshots', 'train_timbre',
-           'show_ranks', 'shapes', 'People', 'meet', 'score', 'seek', 'measure_link', 'show_strength', 'arcface_loss',
-           'show_margin', 'train_arcface', 'same_and_other', 'show_angles', 'FiLM']
+           'speech_part', 'to_loudness', 'real_voice', 'FaceEncoder', 'TimbreEncoder', 'timbre_loss', 'snapshot',
+           'snapshots', 'train_timbre', 'show_ranks', 'shapes', 'People', 'meet', 'score', 'seek', 'measure_link',
+           'show_strength', 'arcface_loss', 'show_margin', 'train_arcface', 'same_and_other', 'show_angles', 'FiLM']
 
 # %% ../nbs/08_timbre.ipynb #cc642506
 from dataclasses import replace
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .statistics import bootstrap_interval
 from .core import TINY, ToolMissingError
-from .audio import MEL
+from .audio import MEL, energy
 from .talkers import LINKED, draw_face, face_points, head_motion, make_talker, perform
 from .video import align_face
 
@@ -195,6 +195,26 @@ def show_voices(embeddings, # (N, D)
         fig.colorbar(ax.scatter(*at.T, c=value, cmap="viridis", s=24), ax=ax, label=name)
         ax.set(xticks=[], yticks=[], title=f"coloured by {name}")
     display(fig, metadata={"alt": f"One dot a talker on the two principal axes of the embeddings, coloured by {' and by '.join(factors)}"}); plt.close(fig)
+
+# %% ../nbs/08_timbre.ipynb #aead8192
+def speech_part(wav, # (N,) at 16 kHz
+                below:float=35., # dB under the loud parts, where speech ends
+                pause:int=8 # frames of 20 ms that are kept on each side of it
+               ) -> torch.Tensor: # (n,), n ≤ N, a multiple of 320
+    "The sound without its long pauses; the loud parts are the loudest twentieth of all that is no silence."
+    wav = wav[:len(wav)//320*320]
+    e = energy(wav)
+    heard = e[e > math.log(1e-4)]
+    if not len(heard): return wav[:0]
+    on = (e > heard.quantile(.95) - below*math.log(10)/20).float()
+    wide = F.max_pool1d(on[None], 2*pause + 1, 1, pause)[0] > 0
+    return wav[wide.repeat_interleave(320)]
+
+def to_loudness(wav, # (N,)
+                decibels:float # of the root mean square; 0 is full scale
+               ) -> torch.Tensor: # (N,)
+    "The sound, made louder or quieter."
+    return wav*10**(decibels/20)/wav.square().mean().sqrt().clamp(min=1e-8)
 
 # %% ../nbs/08_timbre.ipynb #bd88c3c4
 @lru_cache(maxsize=1)

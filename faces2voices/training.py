@@ -8,13 +8,14 @@ __all__ = ['WAIT', 'WINDOW', 'NEEDS', 'FITTED', 'KEPT', 'WARM', 'SPEEDS', 'shuff
            'Run', 'milestones', 'Steps', 'as_it_is', 'show_history', 'Scene', 'Scenes', 'write_scenes', 'scenes',
            'scene_batches', 'on_main', 'to_train', 'write_part', 'part', 'note_time', 'Watch', 'two_mels', 'open_board',
            'watched', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_the_vocoder', 'decoder_loss',
-           'train_decoder', 'training_clips', 'read_targets', 'start', 'train_system', 'assemble', 'write_card',
-           'train_the_locator', 'make_world', 'adapt', 'Supply', 'supply', 'bench_loader', 'show_supply', 'one_second',
-           'Cost', 'cost', 'assume_all_frames_real', 'dry_run', 'random_clips', 'random_scenes', 'random_segments',
-           'training_steps', 'time_steps', 'bench_train', 'computer', 'show_speed', 'measured', 'hours', 'show_costs']
+           'train_decoder', 'training_clips', 'claim_run', 'clips_identity', 'claim', 'read_targets', 'start',
+           'train_system', 'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'Supply', 'supply',
+           'bench_loader', 'show_supply', 'one_second', 'Cost', 'cost', 'assume_all_frames_real', 'dry_run',
+           'random_clips', 'random_scenes', 'random_segments', 'training_steps', 'time_steps', 'bench_train',
+           'computer', 'show_speed', 'measured', 'hours', 'show_costs']
 
 # %% ../nbs/16_training.ipynb #787aaa54
-import copy, json, math, time
+import copy, hashlib, json, math, time
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -28,7 +29,7 @@ from accelerate import Accelerator
 from fastcore.basics import patch, store_attr
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list
 from accelerate.utils import gather_object, send_to_device
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from .core import CheckpointError, F2VError, atomic_path, one_thread, seed_everything
@@ -351,11 +352,11 @@ from torch.fx.experimental import _config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/16_training.ipynb #c7d1f3a8
-from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table
+from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table, whole_seed
 from .corpora import Batch, ClipDataset, Store, batches, collate
 from .corpora import fingerprint, prepare, read_manifest, write_targets
 from .avhubert import EigenlipEncoder
-from .synthesis import FacesToVoices
+from .synthesis import FacesToVoices, load_weights
 from .timbre import seeded, train_speaker_encoder
 from .audio import MEL, griffin_lim, save_wav
 from .records import commit, machine
@@ -478,7 +479,7 @@ def part(run:Path, name:str, module, train, # function that trains `module` in p
     if on_main(lambda: to_train(run, name, only)):
         if name in FITTED: train()
         on_main(finish)
-    if on_main(path.exists): module.load_state_dict(load_file(path))
+    if on_main(path.exists): load_weights(module, path)
     module.eval()
 
 # %% ../nbs/16_training.ipynb #862e36ea
@@ -598,9 +599,61 @@ def training_clips(data, told=False # must some have word times?
                   ) -> ClipDataset:
     "The clips of the training split; CorpusError where there are none, or none that serve."
     ds = ClipDataset(data, split="train")
-    if not len(ds): raise CorpusError(data, "holds no clips with sound whose split is `train`", "Prepare a corpus with `faces2voices prepare`")
+    if not len(ds): raise CorpusError(data, "holds no clips with sound whose split is `train`", "Prepare a corpus with `faces2voices prepare`, and give lines of its manifest.jsonl the split train")
     if told and not any(ds.spoken.values()): raise CorpusError(data, "has no word times, and this preset learns from them", "Prepare the corpus once more (its clips are kept), or choose --preset eigenlips")
     return ds
+
+# %% ../nbs/16_training.ipynb #cdb5fc2e
+def claim_run(run, preset:Preset, data, init, voices, adapt, seed):
+    "As `claim`, by the arguments of `train_system`; data that cannot be trained on claim no folder."
+    if data is not None: training_clips(data, told=preset.words and not adapt)
+    claim(run, preset=preset.to_json(), data=clips_identity(data), seed=seed, init=init and str(init),
+          voices=clips_identity(voices), adapt=adapt)
+
+# %% ../nbs/16_training.ipynb #7ca7b00b
+def clips_identity(data) -> dict|None: # None for no data
+    "Name, size and hash of prepared clips: of what their manifest says, not of where they lie."
+    if data is None: return None
+    said = [[e.name, e.speaker, e.text, e.split, e.extra] for e in read_manifest(Path(data)/"manifest.jsonl")]
+    coded = json.dumps(sorted(said, key=lambda row: row[0]), sort_keys=True)
+    return dict(name=Path(data).resolve().name, clips=len(said), sha256=hashlib.sha256(coded.encode()).hexdigest())
+
+# %% ../nbs/16_training.ipynb #330925dc
+def _differences(theirs:dict, ours:dict, within:str="") -> list:
+    "What differs, in words: the settings of the run that is there, and of the one that is asked for."
+    found = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        a, b = theirs.get(key), ours.get(key)
+        if isinstance(a, dict) and isinstance(b, dict): found += _differences(a, b, f"{within}{key}.")
+        elif a != b: found.append(f"{within}{key} {str(a)[:60]}, not {str(b)[:60]}")
+    return found
+
+# %% ../nbs/16_training.ipynb #db395510
+def _first_claim(run:Path, settings:dict):
+    "Write whose folder it is; CheckpointError where parts of a run that nobody knows are there."
+    if any(run.glob("*.safetensors")):
+        raise CheckpointError(run, "holds parts of a run that left no run.json", "Give another folder")
+    with atomic_path(run/"run.json") as tmp: tmp.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+# %% ../nbs/16_training.ipynb #df9b8d3e
+def _claimed(path:Path) -> dict:
+    "The settings of the run whose folder it is."
+    try: return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e: raise CheckpointError(path, "is damaged", "Give another folder") from e
+
+# %% ../nbs/16_training.ipynb #92d31283
+def claim(run, # folder of the run
+          **settings # whatever decides what the run makes; JSON must hold it
+         ):
+    "Make a folder belong to a run, or go on in it; CheckpointError, which names both runs, where it belongs to another."
+    path, ours = Path(run)/"run.json", json.loads(json.dumps(settings))
+    try:
+        if not path.exists(): _first_claim(Path(run), ours)
+    except CheckpointError: raise
+    except F2VError:
+        if not path.exists(): raise          # else another process was first
+    if wrong := _differences(_claimed(path), ours):
+        raise CheckpointError(run, f"belongs to another run: {'; '.join(wrong[:6])}", "Give another folder with -o, or the command of that run")
 
 # %% ../nbs/16_training.ipynb #d9b27f40
 def read_targets(dataset:ClipDataset, model, run, workers:int) -> ClipDataset:
@@ -635,7 +688,8 @@ def train_system(preset:Preset,
                  command:str="" # the model card names it
                 ) -> Path: # folder of the finished model
     "Train units, speaker encoder, hierarchy, decoder and vocoder, and save them as one model."
-    run, (model, first) = Path(out), start(preset, init, adapt, seed)
+    run, seed, (model, first) = Path(out), whole_seed(seed), start(preset, init, adapt, whole_seed(seed))
+    on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed))
     writer = open_board(run) if board and make_accelerator().is_main_process else None
     step = lambda name, module, train: part(run, name, module, (lambda: None) if adapt and name in KEPT else train, only)
     if preset.face_backend == "locator": step("locator", model.locator, lambda: train_the_locator(model, preset, seed))
@@ -659,6 +713,9 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([identity for _, identity in seen]).mean(0))
     model.info = dict(command=command, data=f"{len(seen)} clips of {len({who for who, _ in seen})} speakers, {sum(dataset.lengths)/25/60:.0f} minutes",
         commit=commit(), seconds=json.loads((run/"times.json").read_text()), machine=f"{machine()}, torch {torch.__version__}")
+    kept = ClipDataset(dataset.folder, split="val") if dataset.folder else []
+    kept = kept if len(kept) else dataset
+    model.info["usual"] = model.measure_usual([kept[i] for i in range(min(50, len(kept)))])
     model.save_pretrained(run/"model")
     write_card(model, run/"model"/"README.md")
     return run/"model"

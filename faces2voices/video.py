@@ -6,7 +6,7 @@
 __all__ = ['TAG', 'QUICKTIME', 'MIN_FRAMES', 'MIN_SIDE', 'MAX_PIXELS', 'MAX_STILL', 'LOOK_AHEAD', 'MAX_BYTES', 'KEEP_BYTES',
            'NOT', 'TICK', 'COLOURS_ARE', 'UNTOLD', 'FIVE', 'BOX_POINTS', 'GAP', 'MEAN_FACE', 'ARCFACE', 'clock_frame',
            'clock_number', 'show_frames', 'in_blocks', 'write_video', 'at_25fps', 'stream_frames', 'film_sound',
-           'Video', 'read_video', 'Film', 'weigh', 'show_lines', 'Dubbed', 'dub', 'Face', 'FaceBackend',
+           'Video', 'read_video', 'Film', 'weigh', 'show_lines', 'Dubbed', 'dub', 'Face', 'FaceBackend', 'face_pack',
            'InsightFaceBackend', 'MediaPipeBackend', 'Both', 'CascadeBackend', 'make_backend', 'overlap', 'Track',
            'track_face', 'in_a_row', 'show_points', 'similarity', 'warp', 'grey', 'lip_crops', 'brow_strip',
            'align_face', 'frames_at', 'frontal', 'sharpest', 'best_face', 'Crops', 'crop_in_parts', 'crop', 'Looked',
@@ -680,6 +680,14 @@ def _insightface_root(root=None) -> Path:
     "Where face models are kept: `root`, else `$F2V_INSIGHTFACE`, else `~/.insightface`."
     return Path(root or os.environ.get("F2V_INSIGHTFACE") or "~/.insightface").expanduser()
 
+# %% ../nbs/02_video.ipynb #d8a63250
+def face_pack(root=None) -> Path: # the folder of the pack's ONNX files
+    "The pack of face models that `InsightFaceBackend` takes; ToolMissingError where there is none."
+    root = _insightface_root(root)
+    if found := _pack(root): return found
+    raise ToolMissingError(root/"models", "holds no face models",
+        "Unpack a pack such as buffalo_l there (non-commercial research licence), or set F2V_INSIGHTFACE to the folder that holds models/")
+
 # %% ../nbs/02_video.ipynb #b272002c
 def _face_models(pack) -> dict:
     "The detector and the recogniser of a folder of ONNX models, by task; one thread each, on the CPU."
@@ -700,10 +708,8 @@ class InsightFaceBackend(FaceBackend):
     name = "insightface"
     def __init__(self, root=None # folder that holds `models/<pack>/*.onnx`
                 ):
-        root = _insightface_root(root)
         if not find_spec("insightface"): raise ToolMissingError("insightface", "is not installed", "pip install insightface onnxruntime")
-        if not (pack := _pack(root)): raise ToolMissingError(root/"models", "holds no face models",
-            "Unpack a pack such as buffalo_l there (non-commercial research licence), or set F2V_INSIGHTFACE to the folder that holds models/")
+        pack = face_pack(root)
         self.pack, self.models = pack.name, _face_models(pack)
 
     def detect(self, frame):
@@ -792,8 +798,10 @@ class CascadeBackend(FaceBackend):
 
 # %% ../nbs/02_video.ipynb #02601ce5
 def _at_hand(root=None) -> str:
-    "The name of the first backend whose package and models are installed."
-    if find_spec("insightface") and _pack(_insightface_root(root)): return "insightface"
+    "The backend of the first folder or file that is named, by `root` or a variable; else the first that is installed."
+    if root or os.environ.get("F2V_INSIGHTFACE"): return "insightface"
+    if find_spec("insightface") and _pack(_insightface_root()): return "insightface"
+    if os.environ.get("F2V_MEDIAPIPE"): return "mediapipe"
     return "mediapipe" if find_spec("mediapipe") and _mediapipe_model().is_file() else "cascade"
 
 # %% ../nbs/02_video.ipynb #e63c201e

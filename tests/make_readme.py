@@ -13,6 +13,7 @@ def readme() -> str:
     for cell in nb.cells:
         if "#| echo: false" in cell.source: cell.metadata["transient"] = {"remove_source": True}
         cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
+        if cell.cell_type == "code": cell.source = cell.source.replace('"../', '"')                  # as a script of the top folder finds it
         if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if "text/markdown" in o.get("data", {})]     # no sounds, no pictures
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({_from_root(m[1])})", text)
