@@ -465,10 +465,11 @@ def _raised(block, where:str) -> list[Trouble]:
 # %% ../nbs/19_course.ipynb #5e07d8a8
 @cache
 def raised() -> list[Trouble]:
-    "Every typed error that the package makes, by parsing it."
+    "Every typed error that the package makes, by parsing it; not those that repeat another's reason."
     files = sorted(Path(__file__).parent.glob("*.py")) if "__file__" in globals() else sorted(Path("../faces2voices").glob("*.py"))
     blocks = [(b, f"{f.stem}.{b.name}") for f in files for b in ast.parse(f.read_text(encoding="utf-8")).body if hasattr(b, "name")]
-    return [t for b, where in blocks for t in _raised(b, where)]
+    found = [t for b, where in blocks for t in _raised(b, where)]
+    return [t for t in found if t.reason.strip("… ")]
 
 # %% ../nbs/19_course.ipynb #e1e5c9e7
 def troubles_markdown(error:str # name of an error
