@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from .core import FPS, UNIT_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, ToolMissingError, atomic_path, one_thread
+from .core import FPS, UNIT_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, F2VError, ToolMissingError, atomic_path, one_thread
 from .audio import MEL, energy, fit_length, pitch
 from .video import look
 
@@ -692,7 +692,7 @@ def write(self:Store, name:str, **tensors):
         try:
             with atomic_path(place/f"{name}.safetensors", overwrite=True) as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
             return
-        except OSError as e: reason = e
+        except F2VError as e: reason = e.reason
     raise CorpusError(self.places[-1], f"cannot be written ({reason})", "Give a folder with room where you may write")
 
 # %% ../nbs/04_corpora.ipynb #6a94d0be

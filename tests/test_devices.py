@@ -102,6 +102,7 @@ def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tm
     monkeypatch.setattr(training, "assemble", lambda model, *a: model)
     monkeypatch.setattr(training.Run, "save", lambda run: None)
     monkeypatch.setattr(training.Run, "keep", lambda run: None)
+    monkeypatch.setattr(training, "claim_run", lambda *a: None)       # no folder of clips is read
     model = training.train_system(preset, tmp_path, "DATA")
     assert set(seen) == set(PARTS) - ({"locator"} if preset.face_backend != "locator" else set())
     assert all(devices == {meta} for devices in seen.values()), seen

@@ -399,12 +399,15 @@ def test_ablation_trains_judges_and_resumes(clips, tmp_path, monkeypatch):
     small = replace(TINY, dim=16, n_blocks=1, lip_width=4, n_units=8, steps=TINY.steps | dict(speaker=1), batch=TINY.batch | dict(hierarchy=2, speaker=2))
     dataset = lambda data, split: ClipDataset(clips if split == "train" else clips[:2])
     monkeypatch.setattr(ex, "ClipDataset", dataset); monkeypatch.setattr(ex, "preset_for", lambda clip: small)
-    rows = ex.ablation("data", tmp_path, steps=1)
+    data = tmp_path/"data"
+    data.mkdir()
+    (data/"manifest.jsonl").touch()
+    rows = ex.ablation(data, tmp_path, steps=1)
     assert [r["without"] for r in rows] == list(ex.VARIANTS) and all(np.isfinite(r["prior loss"]) for r in rows)
     flat = rows[-1]
     assert "unit accuracy in speech" not in flat and flat["mean F0 predicted, r"] is None
     monkeypatch.setattr(ex, "fit", None)                    # nothing is trained a second time
-    assert ex.ablation("data", tmp_path, steps=1) == rows
+    assert ex.ablation(data, tmp_path, steps=1) == rows
     assert all(r["commit"] and r["machine"] for r in rows)
     shown = ex.show_ablation(dict(rows=rows, command="faces2voices ablate data --steps 1", machine="here"))
     assert shown.count("| without ") == 4 and "`faces2voices ablate data --steps 1` on here" in shown

@@ -69,9 +69,10 @@ def kept(*args):
     model, first = start(*args)
     return model, first
 training.start = kept
-sys.argv[1:] = ["train", data, "-o", folder, "--seed", "3"]
-cli.app(standalone_mode=False)
-torch.save(dict(weights=model.state_dict(), made=len(made)), f"{folder}/rank{os.environ['RANK']}.pt")
+if __name__ == "__main__":                                           # not in a process that it starts
+    sys.argv[1:] = ["train", data, "-o", folder, "--seed", "3"]
+    cli.app(standalone_mode=False)
+    torch.save(dict(weights=model.state_dict(), made=len(made)), f"{folder}/rank{os.environ['RANK']}.pt")
 """
 
 def test_train_gives_one_model_in_two_processes(prepared, tmp_path):

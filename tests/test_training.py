@@ -239,7 +239,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     before = (tmp_path/"net.ckpt").read_bytes()
     def half(obj, f): f.write_bytes(b"half"); raise OSError("disk full")
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError): train(net(0), tmp_path, resume=False)
+    with pytest.raises(F2VError, match="disk full"): train(net(0), tmp_path, resume=False)
     assert (tmp_path/"net.ckpt").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".safetensors") == ["net.ckpt", "net.jsonl"]
 

@@ -395,8 +395,12 @@ def test_backends_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(ToolMissingError, match="Unpack a pack"): V.make_backend("insightface", tmp_path)
     with pytest.raises(ToolMissingError, match="drawn talkers"): V.make_backend("locator")
     with pytest.raises(ToolMissingError, match="Choose"): V.make_backend("wizard")
-    monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path/"none.task"))
-    assert V.make_backend("auto", tmp_path).name == "cascade"
+    with pytest.raises(ToolMissingError, match="Unpack a pack"):
+        V.make_backend("auto", tmp_path)                    # what is named must serve
+    for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert V.make_backend("auto").name == "cascade"
     assert V.make_backend("cascade+cascade").name == "cascade+cascade"
     pytest.importorskip("insightface")
     pack = tmp_path/"models"/"broken"; pack.mkdir(parents=True)
@@ -414,10 +418,15 @@ def test_the_second_of_two_backends_tells_the_expression():
 @pytest.mark.parametrize("there, chosen", [(("insightface", "mediapipe"), "insightface"), (("mediapipe",), "mediapipe"), ((), "cascade")])
 def test_auto_takes_the_first_at_hand(tmp_path, monkeypatch, there, chosen):
     monkeypatch.setattr(V, "find_spec", lambda name: name in there or None)
-    (tmp_path/"face.task").touch(); monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path/"face.task"))
-    pack = tmp_path/"models"/"pack"; pack.mkdir(parents=True)
-    for name in ("a.onnx", "b.onnx"): (pack/name).touch()
-    assert V._at_hand(tmp_path) == chosen
+    monkeypatch.setattr(V, "_mediapipe_model", lambda: tmp_path/"face.task")
+    for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pack = tmp_path/".insightface"/"models"/"pack"
+    pack.mkdir(parents=True)
+    for file in (pack/"a.onnx", pack/"b.onnx", tmp_path/"face.task"):
+        file.touch()
+    assert V._at_hand() == chosen
 
 def test_the_cut_around_a_face_stays_inside():
     frame, five = np.zeros((60, 80, 3), np.uint8), 10*V.BOX_POINTS
