@@ -262,6 +262,7 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step:int) -> list:
         with one_thread(): return [self.batches(batch_number(step, k, self.accumulate, self.place)) for k in range(self.accumulate)]
 
+# %% ../nbs/16_training.ipynb #b6e3c917
 def as_it_is(x): return x
 
 @patch
@@ -383,6 +384,7 @@ class Scenes:
         x1, mu = found["x1"].T, found["mu"].T
         return Scene([self.keys[i].rsplit(".", 1)[0]], x1, mu, torch.ones(1, x1.shape[1], dtype=torch.bool), found["speaker"])
 
+# %% ../nbs/16_training.ipynb #7fd2b6a1
 def write_scenes(names:list, batch:Batch, stage, store:Store):
     "One file a clip of a batch, from what the hierarchy gave for it."
     for name, x1, mu, frames, speaker in zip(names, batch.mel, stage.mu, batch.mask.sum(1).tolist(), stage.speaker):
@@ -734,6 +736,7 @@ class Supply(NamedTuple):
     clips_per_second: float
     share: float           # of what the training step could use; below 1 the step waits
 
+# %% ../nbs/16_training.ipynb #d8f72a43
 def supply(dataset, preset, workers:int, need:float, # clips a second that training could use
            steps:int, seed:int=0) -> Supply:
     "Draw batches and do nothing with them; the start of the processes does not count."
@@ -759,6 +762,7 @@ def bench_loader(model:str, # whose targets are read, and whose hierarchy is tra
     rows = [supply(dataset, p, n, need, steps, seed)._asdict() for n in (0, 1, 2)]
     return dict(clips=len(dataset), frames=sum(dataset.lengths), batch=len(batch.names), step_clips_per_second=round(need, 1), rows=rows)
 
+# %% ../nbs/16_training.ipynb #1c05e9b8
 def show_supply(found:dict) -> str: # Markdown
     "A table of `bench_loader`."
     rows = [[r["workers"], r["clips_per_second"], f"{r['share']:.0%}"] for r in found["rows"]]
