@@ -605,10 +605,9 @@ def training_clips(data, told=False # must some have word times?
     return ds
 
 # %% ../nbs/16_training.ipynb #d9b27f40
-def read_targets(dataset:ClipDataset, model, run, workers:int) -> ClipDataset:
-    "`write_targets` by the main process; the others find what it wrote."
-    known = dict(spare=run, workers=workers if model.device.type == "cpu" else 1)
-    on_main(lambda: write_targets(dataset, model.units, model.speaker_encoder, **known) and None)
+def read_targets(dataset:ClipDataset, model, run) -> ClipDataset:
+    "`write_targets` by the main process alone, where the model is; the others find what it wrote."
+    on_main(lambda: write_targets(dataset, model.units, model.speaker_encoder, run) and None)
     return write_targets(dataset, model.units, model.speaker_encoder, spare=run, progress=False)
 
 # %% ../nbs/16_training.ipynb #a7cb8945
@@ -644,7 +643,7 @@ def train_system(preset:Preset,
     ds = training_clips(data or on_main(lambda: make_world(model, run, preset, workers, seed)), told=preset.words and not adapt)
     step("units", model.units, lambda: model.units.fit([ds[i].wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
     step("speaker", model.speaker_encoder, lambda: train_speaker(model, ds, preset, first, seed))
-    read_targets(ds, model, run, workers).add(words=preset.words)
+    read_targets(ds, model, run).add(words=preset.words)
     step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer, workers))
     step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer, workers))
     step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed))
