@@ -286,7 +286,7 @@ def train(
     only: Annotated[Optional[str], typer.Option(help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only count: weights, memory, operations; hours where they were measured (`bench train`).")] = False,
     board: Annotated[bool, typer.Option(help="Log for TensorBoard too; needs pip install faces2voices[board].")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that make the world and the targets, and that draw batches ahead; 0: this one does it all.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make the world, and that draw batches ahead; 0: this one does it all.")] = 2,
     seed: Seed = 0,
 ):
     "Train a system part by part. Stopped runs go on where they were: give the same command again."

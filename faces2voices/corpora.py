@@ -170,6 +170,7 @@ def _md5(path) -> str:
         while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
+# %% ../nbs/04_corpora.ipynb #4be8120c
 def _fetch(url, part, have):
     "Append what is missing, or start again where the server cannot continue."
     from tqdm.auto import tqdm
@@ -314,11 +315,13 @@ def save_clip(clip:Clip, path, backend:str="", overwrite:bool=False):
     with atomic_path(path, overwrite) as tmp: np.savez_compressed(tmp, name=clip.name, speaker=clip.speaker, text=clip.text, backend=backend, **arrays)
 
 # %% ../nbs/04_corpora.ipynb #997fb7f2
-def load_clip(path) -> Clip:
+def load_clip(path, lips:bool=True # False: what is heard is enough, and quicker
+             ) -> Clip:
     "Read a prepared clip; nothing in the file can run code."
     try:
         with np.load(path, allow_pickle=False) as z: d = {k: z[k] for k in Clip._fields[:11]}
-        if d["lips"].ndim == 1: d["lips"] = decode_lips(d["lips"])
+        if not lips: d["lips"] = np.zeros((len(d["expression"]), 0, 0), np.uint8)
+        elif d["lips"].ndim == 1: d["lips"] = decode_lips(d["lips"])
         if len(d["lips"]) != len(d["expression"]): raise ValueError("its lips and its expression differ in length")
     except Exception as e: raise CorpusError(path, f"is not a prepared clip ({e})", "Remove it and run `prepare` again") from e
     words = {k: str(d.pop(k)) for k in ("name", "speaker", "text")}
@@ -473,6 +476,7 @@ def _by_cluster(entries, tool, address:str):
                 if some is not suspects and future and not future.cancelled() and isinstance(future.exception(), KilledWorker): suspects.append(entry)
                 else: yield entry.name, _told(future, KilledWorker)
 
+# %% ../nbs/04_corpora.ipynb #95d0b3ea
 def _compile_everywhere(client):
     "`_compile_once`, by one worker of each machine."
     of_machine = {address.rsplit(":", 1)[0]: address for address in client.nthreads()}
@@ -510,6 +514,7 @@ def prepare(entries:list, # of Entry
 # %% ../nbs/04_corpora.ipynb #b91e83d4
 def _preparer(out, backend): return partial(_try, out=out, backend=_built(backend))
 
+# %% ../nbs/04_corpora.ipynb #f0a7d932
 def _each(entries, tool, workers, scheduler, desc, progress) -> dict: # name → result
     "The results of all clips, behind a progress bar."
     from tqdm.auto import tqdm
@@ -618,6 +623,7 @@ class Recent:
         self.clips.move_to_end(name)
         return self.clips[name]
 
+# %% ../nbs/04_corpora.ipynb #63c9e5b1
 def _nbytes(clip): return sum(x.nbytes for x in clip if torch.is_tensor(x))
 
 # %% ../nbs/04_corpora.ipynb #8e7c4e2a
@@ -660,6 +666,7 @@ def fingerprint(*parts # modules, and settings as JSON can hold them
         else: digest.update(json.dumps(part).encode())
     return digest.hexdigest()[:12]
 
+# %% ../nbs/04_corpora.ipynb #2a7f9d04
 def _add_weights(digest, module):
     for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -713,10 +720,11 @@ def write_targets(dataset:ClipDataset,
     dataset.add(units=units, speaker=speaker).store = store
     return dataset
 
+# %% ../nbs/04_corpora.ipynb #e8b4167c
 def _measurer(store, units, speaker): return partial(_measure, store=store, units=units, speaker=speaker)
 
 def _measure(entry, store, units, speaker) -> dict:
-    with one_thread(): clip = with_targets(load_clip(entry.path), units, speaker)
+    with one_thread(): clip = with_targets(load_clip(entry.path, lips=False), units, speaker)
     if len(clip.wav): store.write(entry.name, mel=clip.mel.half(), units=clip.units.short(), voice=clip.voice)
     return {}
 
@@ -761,6 +769,7 @@ def mask_to(mask:torch.Tensor, # (B, T) bool at 25 Hz
 # %% ../nbs/04_corpora.ipynb #1190a3ff
 def _draw(n:int, rng) -> int: "A number in [0, n)."; return int(torch.randint(n, (), generator=rng))
 
+# %% ../nbs/04_corpora.ipynb #37f5a0c8
 def _window(lips, train:int, rng) -> torch.Tensor: # (T, 96, 96) bytes → (T, 88, 88)
     "The centre; or a random window (at strength 2 also a larger or smaller one), perhaps mirrored."
     if not train: return lips[:, 4:92, 4:92]

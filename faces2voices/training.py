@@ -263,6 +263,7 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step:int) -> list:
         with one_thread(): return [self.batches(batch_number(step, k, self.accumulate, self.place)) for k in range(self.accumulate)]
 
+# %% ../nbs/16_training.ipynb #b6e3c917
 def as_it_is(x): return x
 
 @patch
@@ -384,6 +385,7 @@ class Scenes:
         x1, mu = found["x1"].T, found["mu"].T
         return Scene([self.keys[i].rsplit(".", 1)[0]], x1, mu, torch.ones(1, x1.shape[1], dtype=torch.bool), found["speaker"])
 
+# %% ../nbs/16_training.ipynb #7fd2b6a1
 def write_scenes(names:list, batch:Batch, stage, store:Store):
     "One file a clip of a batch, from what the hierarchy gave for it."
     for name, x1, mu, frames, speaker in zip(names, batch.mel, stage.mu, batch.mask.sum(1).tolist(), stage.speaker):
@@ -656,10 +658,9 @@ def claim(run, # folder of the run
         raise CheckpointError(run, f"belongs to another run: {'; '.join(wrong[:6])}", "Give another folder with -o, or the command of that run")
 
 # %% ../nbs/16_training.ipynb #d9b27f40
-def read_targets(dataset:ClipDataset, model, run, workers:int) -> ClipDataset:
-    "`write_targets` by the main process; the others find what it wrote."
-    known = dict(spare=run, workers=workers if model.device.type == "cpu" else 1)
-    on_main(lambda: write_targets(dataset, model.units, model.speaker_encoder, **known) and None)
+def read_targets(dataset:ClipDataset, model, run) -> ClipDataset:
+    "`write_targets` by the main process alone, where the model is; the others find what it wrote."
+    on_main(lambda: write_targets(dataset, model.units, model.speaker_encoder, run) and None)
     return write_targets(dataset, model.units, model.speaker_encoder, spare=run, progress=False)
 
 # %% ../nbs/16_training.ipynb #a7cb8945
@@ -696,7 +697,7 @@ def train_system(preset:Preset,
     ds = training_clips(data or on_main(lambda: make_world(model, run, preset, workers, seed)), told=preset.words and not adapt)
     step("units", model.units, lambda: model.units.fit([ds[i].wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
     step("speaker", model.speaker_encoder, lambda: train_speaker(model, ds, preset, first, seed))
-    read_targets(ds, model, run, workers).add(words=preset.words)
+    read_targets(ds, model, run).add(words=preset.words)
     step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer, workers))
     step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer, workers))
     step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed))
@@ -791,6 +792,7 @@ class Supply(NamedTuple):
     clips_per_second: float
     share: float           # of what the training step could use; below 1 the step waits
 
+# %% ../nbs/16_training.ipynb #d8f72a43
 def supply(dataset, preset, workers:int, need:float, # clips a second that training could use
            steps:int, seed:int=0) -> Supply:
     "Draw batches and do nothing with them; the start of the processes does not count."
@@ -816,6 +818,7 @@ def bench_loader(model:str, # whose targets are read, and whose hierarchy is tra
     rows = [supply(dataset, p, n, need, steps, seed)._asdict() for n in (0, 1, 2)]
     return dict(clips=len(dataset), frames=sum(dataset.lengths), batch=len(batch.names), step_clips_per_second=round(need, 1), rows=rows)
 
+# %% ../nbs/16_training.ipynb #1c05e9b8
 def show_supply(found:dict) -> str: # Markdown
     "A table of `bench_loader`."
     rows = [[r["workers"], r["clips_per_second"], f"{r['share']:.0%}"] for r in found["rows"]]
