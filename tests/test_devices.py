@@ -68,7 +68,8 @@ def meta(monkeypatch):
     "An accelerator whose device is `meta`, and answers where numbers are asked for."
     device = torch.device("meta")
     accelerator = SimpleNamespace(device=device, num_processes=1, process_index=0,
-                                  is_main_process=True, reduce=lambda x, how: x)
+                                  is_main_process=True, reduce=lambda x, how: x,
+                                  wait_for_everyone=lambda: None)
     monkeypatch.setattr(training, "Accelerator", lambda **kw: accelerator)
     def answered(name, answer):
         real = getattr(torch.Tensor, name)
