@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from safetensors.torch import load_file, save_file
-from .core import CheckpointError, Preset, atomic_path
+from .core import CheckpointError, CorpusError, Preset, atomic_path
 
 # %% ../nbs/06_avhubert.ipynb #38ca32e5
 def show_lips(lips, # (B, 1, T, H, W)
@@ -119,6 +119,7 @@ def even(self:Eigenlips, lips, # (B, 1, T, S, S)
 def fit(self:Eigenlips, lips, mask): # as in `even`
     "Find the principal pictures of some mouths."
     x, n = self.even(lips, mask), self.basis.shape[1]
+    if len(x) <= n: raise CorpusError("the lips", f"{len(x)} frames are too few for {n} eigenlips", "Prepare more clips, or take a model that has another lip encoder")
     _, spread, pictures = torch.pca_lowrank(x, min(n + 16, *x.shape), niter=4)   # more than asked for makes those asked for exact
     self.mean.copy_(x.mean(0)); self.basis.copy_((pictures*len(x)**.5/spread)[:, :n])
 

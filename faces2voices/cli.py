@@ -52,6 +52,7 @@ class Stopped(SystemExit): "A signal asked us to stop."
 def stop(number:int, frame=None):
     "End as after Ctrl-C: whatever is unfinished is removed on the way out. The same signal again is not heard."
     signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"): signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's would raise as its workers die
     raise Stopped(128 + number)
 
 def main():

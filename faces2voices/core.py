@@ -6,17 +6,18 @@
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'EULER_STEPS',
            'TEMPERATURE', 'NOTATION', 'GRID_WORDS', 'TINY', 'GRID', 'EIGENLIPS', 'SLIM', 'PAPER', 'PRESETS',
            'markdown_table', 'F2VError', 'MediaError', 'NoFaceError', 'CheckpointError', 'CorpusError',
-           'ToolMissingError', 'atomic_path', 'whole_seed', 'seed_everything', 'pick_device', 'one_thread', 'test_same',
-           'check', 'Looking', 'Stages', 'Sounding', 'Preset']
+           'ToolMissingError', 'atomic_path', 'remove_scraps', 'whole_seed', 'seed_everything', 'pick_device',
+           'one_thread', 'test_same', 'check', 'Looking', 'Stages', 'Sounding', 'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
 import operator, os, random, tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, asdict, replace
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError
 
 # %% ../nbs/00_core.ipynb #48f928f7
 FPS, UNIT_RATE, MEL_RATE, SAMPLE_RATE = 25, 50, 100, 16000
@@ -79,11 +80,12 @@ def atomic_path(path, # where the file shall stand
             raise FileExistsError
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=_PART, suffix=path.suffix)
-        os.close(fd)
-        yield Path(tmp)
-        os.chmod(tmp, 0o666 & ~_umask())
-        (os.replace if overwrite else _give_name)(tmp, path)
-    except OSError as e:
+        with open(fd) as held:
+            if not _lock(held): held.close()
+            yield Path(tmp)
+            os.chmod(tmp, 0o666 & ~_umask())
+            (os.replace if overwrite else _give_name)(tmp, path)
+    except (OSError, RuntimeError, SafetensorError) as e:
         if not _of_writing(e, path):
             raise
         raise _cannot_write(path, e) from e
@@ -92,6 +94,23 @@ def atomic_path(path, # where the file shall stand
 
 # %% ../nbs/00_core.ipynb #23b81b3b
 _PART = ".part-"   # how the names of unfinished files begin
+
+# %% ../nbs/00_core.ipynb #7c41e0d5
+def _lock(file) -> bool:
+    "Hold an open file until it is closed or the process dies; False where another holds it, or nobody can."
+    try:
+        import fcntl                         # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+# %% ../nbs/00_core.ipynb #2d9b6f18
+def remove_scraps(folder):
+    "Remove the unfinished files of processes that died; where that cannot be known, they stay."
+    for scrap in Path(folder).glob(f"{_PART}*"):
+        with suppress(OSError), open(scrap, "r+b") as f:
+            if _lock(f): scrap.unlink()
 
 # %% ../nbs/00_core.ipynb #b0418c34
 def _taken(path:Path) -> bool:
@@ -111,19 +130,21 @@ def _give_name(tmp, path):
         except OSError: os.unlink(path); raise
 
 # %% ../nbs/00_core.ipynb #fcc5db0b
-def _of_writing(e:OSError, path:Path) -> bool:
+def _of_writing(e:Exception, path:Path) -> bool:
     "Is the error about the file that is written, and not about one that is read meanwhile?"
+    if not isinstance(e, OSError):           # as safetensors and torch.save say that a disk is full
+        return isinstance(e, SafetensorError) or "inline_container" in str(e)
     about = e.filename2 or e.filename
     if not isinstance(about, (str, bytes, os.PathLike)): return True
     about = Path(os.fsdecode(about))
     return about.name.startswith(_PART) or about in (path, *path.parents)
 
 # %% ../nbs/00_core.ipynb #d02ca3b3
-def _cannot_write(path, e:OSError) -> F2VError:
+def _cannot_write(path, e:Exception) -> F2VError:
     "What the system said, in words that help."
     if isinstance(e, FileExistsError) and (e.filename is None or Path(path).exists()):
         return F2VError(path, "already exists", "Give another output folder, or remove it")
-    reason = f"cannot be written ({e.strerror or e})"
+    reason = f"cannot be written ({getattr(e, 'strerror', None) or e})"
     return F2VError(path, reason, "Is the name short enough, the folder yours, and room on the disk?")
 
 # %% ../nbs/00_core.ipynb #0c95bf41

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from .core import FPS, UNIT_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, F2VError, ToolMissingError, atomic_path, one_thread
+from .core import FPS, UNIT_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, F2VError, ToolMissingError, atomic_path, one_thread, remove_scraps, whole_seed
 from .audio import MEL, energy, fit_length, pitch
 from .video import look
 
@@ -81,7 +81,7 @@ def write_manifest(entries:list, path, overwrite:bool=False):
         p = Path(e.path).resolve()
         p = p.relative_to(here) if p.is_relative_to(here) else p
         return json.dumps(dict(name=e.name, path=p.as_posix(), speaker=e.speaker, text=e.text, split=e.split) | e.extra, ensure_ascii=False)
-    with atomic_path(path, overwrite) as tmp: tmp.write_text("".join(line(e) + "\n" for e in entries), encoding="utf-8")
+    with atomic_path(path, overwrite) as tmp: tmp.write_text("".join(line(e) + "\n" for e in entries), encoding="utf-8", errors="backslashreplace")    # bytes of a name that are no text: JSON's \udcff
 
 # %% ../nbs/04_corpora.ipynb #30645840
 GRID_GRAMMAR = dict( # slot → character of the file name → word
@@ -323,6 +323,7 @@ def load_clip(path, lips:bool=True # False: what is heard is enough, and quicker
         if not lips: d["lips"] = np.zeros((len(d["expression"]), 0, 0), np.uint8)
         elif d["lips"].ndim == 1: d["lips"] = decode_lips(d["lips"])
         if len(d["lips"]) != len(d["expression"]): raise ValueError("its lips and its expression differ in length")
+        if bad := [k for k, v in d.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]: raise ValueError(f"its {bad[0]} is not all numbers")
     except Exception as e: raise CorpusError(path, f"is not a prepared clip ({e})", "Remove it and run `prepare` again") from e
     words = {k: str(d.pop(k)) for k in ("name", "speaker", "text")}
     d |= dict(expression=d["expression"].astype(np.float32), wav=d["wav"].astype(np.float32)/32767)
@@ -504,7 +505,8 @@ def prepare(entries:list, # of Entry
     out = Path(out).resolve()
     _check_names(entries, out)
     entries = [e._replace(path=Path(e.path).resolve()) for e in entries]
-    found = _each(entries, partial(_preparer, out, backend), workers, scheduler, "prepare", progress)
+    try: found = _each(entries, partial(_preparer, out, backend), workers, scheduler, "prepare", progress)
+    finally: remove_scraps(out)          # of workers that died, now or in a run before
     kept = sum(r.pop("kept", False) for r in found.values())
     good = {e.name: e._replace(extra=e.extra | found[e.name]) for e in entries if "reason" not in found[e.name]}
     bad = [dict(name=e.name, path=str(e.path)) | found[e.name] for e in entries if "reason" in found[e.name]]
@@ -531,7 +533,6 @@ class Prepared(NamedTuple):
 # %% ../nbs/04_corpora.ipynb #d6259d58
 def _write_records(good, bad, out):
     "manifest.jsonl (with the clips of earlier calls) and failures.jsonl; an error if nothing at all went well."
-    for scrap in out.glob(".part-*"): scrap.unlink()     # of processes that were killed
     before = {e.name: e for e in read_manifest(out/"manifest.jsonl")} if (out/"manifest.jsonl").is_file() else {}
     write_manifest(list((before | good).values()), out/"manifest.jsonl", overwrite=True)
     with atomic_path(out/"failures.jsonl", overwrite=True) as tmp: tmp.write_text("".join(json.dumps(b) + "\n" for b in bad))
@@ -858,7 +859,7 @@ class BucketSampler:
     "Batches of clips of about one length, in another seeded order every epoch. Serves as the `batch_sampler` of a DataLoader."
     drop_last = True
     def __init__(self, lengths:list, batch_size:int, seed:int=0):
-        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), min(batch_size, len(lengths)), seed, 0
+        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), min(batch_size, len(lengths)), whole_seed(seed), 0
 
     def __len__(self): return len(self.lengths)//self.batch_size
 
@@ -882,6 +883,7 @@ def batches(dataset:ClipDataset,
             train:int=1 # how much to vary the clips, see `collate`
            ): # a function: step number → Batch
     "A seeded, endless supply of batches."
+    seed = whole_seed(seed)
     sampler = BucketSampler(dataset.lengths, batch_size, seed)
     plan = lru_cache(2)(sampler.plan)
     def batch(step:int) -> Batch:

@@ -15,7 +15,7 @@ __all__ = ['WAIT', 'WINDOW', 'NEEDS', 'FITTED', 'KEPT', 'WARM', 'SPEEDS', 'shuff
            'computer', 'show_speed', 'measured', 'hours', 'show_costs']
 
 # %% ../nbs/16_training.ipynb #787aaa54
-import copy, hashlib, json, math, time
+import copy, hashlib, json, math, signal, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -32,13 +32,14 @@ from accelerate.utils import gather_object, send_to_device
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from .core import CheckpointError, F2VError, atomic_path, one_thread, seed_everything
+from .core import CheckpointError, F2VError, atomic_path, one_thread, seed_everything, whole_seed
 
 # %% ../nbs/16_training.ipynb #587780f9
 def shuffled(n:int, # examples in the data set
              batch:int, # examples in a batch
              seed:int=0):
     "A function from a step to its example numbers: every example once in each pass, in an order that the pass decides."
+    seed = whole_seed(seed)
     @lru_cache(2) # a batch may begin in one pass and end in the next
     def order(epoch):
         g = torch.Generator().manual_seed(seed*100_003 + epoch)
@@ -196,7 +197,7 @@ def fit(loss_fn, # batch → losses (see `terms`); a tuple of them for adversari
        ) -> list: # lines of the log: {"step", "lr", "seconds", and the mean of each loss}
     "Train `module` on `batches`, and leave the averaged weights in it."
     accelerator, pairs = make_accelerator(), zip(loss_fn, module) if isinstance(loss_fn, tuple) else [(loss_fn, module)]
-    how = Recipe(steps, min(warmup, steps), clip, bf16, accumulate, log_every, save_every_seconds, seed)
+    how = Recipe(steps, min(warmup, steps), clip, bf16, accumulate, log_every, save_every_seconds, whole_seed(seed))
     run = Run([Learner(m, f, lr, ema, betas, accelerator) for f, m in pairs], how, name, run_dir, accelerator)
     if resume: run.resume()
     run.loop(batches, callback, workers)
@@ -266,6 +267,13 @@ class Steps(torch.utils.data.Dataset):
 # %% ../nbs/16_training.ipynb #b6e3c917
 def as_it_is(x): return x
 
+def _say_nothing(*error): pass
+
+def _die_at_once(worker):
+    "In a process that draws: signals find no handler of the parent's, and a thread that loses the parent is silent."
+    sys.excepthook = _say_nothing
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)): signal.signal(getattr(signal, name), signal.SIG_DFL)
+
 @patch
 @contextmanager
 def draw(self:Run, batches, workers:int):
@@ -273,7 +281,7 @@ def draw(self:Run, batches, workers:int):
     acc, how = self.accelerator, self.how
     ahead = dict(prefetch_factor=2, multiprocessing_context="fork") if workers else {}
     loader = DataLoader(Steps(batches, how.accumulate, acc), sampler=range(self.step, how.steps), batch_size=None,
-        collate_fn=as_it_is, num_workers=workers, pin_memory=acc.device.type == "cuda", generator=torch.Generator(), **ahead)
+        collate_fn=as_it_is, num_workers=workers, pin_memory=acc.device.type == "cuda", generator=torch.Generator(), worker_init_fn=_die_at_once, **ahead)
     drawn = iter(loader)
     try: yield (send_to_device(step, acc.device, non_blocking=True) for step in drawn)
     finally:
@@ -294,7 +302,9 @@ def loop(self:Run, batches, callback, workers:int):
                 if self.step % how.log_every == 0 or self.step == how.steps: self.note(totals, bar, callback)
                 if self.step in milestones(how.steps): self.keep()
                 if time.time() - saved > how.save_every: self.save(); saved = time.time()
-        except KeyboardInterrupt: self.save(); raise
+        except (KeyboardInterrupt, SystemExit):      # Ctrl-C, or a signal: see the command line
+            self.save()
+            raise
         if self.step > first: self.save()
 
 # %% ../nbs/16_training.ipynb #acf7adeb
@@ -353,7 +363,7 @@ from torch.fx.experimental import _config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/16_training.ipynb #c7d1f3a8
-from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table, whole_seed
+from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table
 from .corpora import Batch, ClipDataset, Store, batches, collate
 from .corpora import fingerprint, prepare, read_manifest, write_targets
 from .avhubert import EigenlipEncoder
@@ -396,6 +406,7 @@ def write_scenes(names:list, batch:Batch, stage, store:Store):
 @torch.no_grad()
 def scenes(hierarchy, dataset:ClipDataset, spare=None, batch:int=16, views:int=2, vary:int=1, seed:int=0) -> Scenes:
     "A scene for each clip and view, from a frozen hierarchy; those that are written already are kept, and processes share the work. `spare` is written to where nothing can be written beside the clips."
+    seed = whole_seed(seed)
     device, order = next(hierarchy.parameters()).device, sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
     store = Store(dataset.folder, f"scenes-{fingerprint(hierarchy, sorted(dataset.names), batch, vary, seed)}", spare)
     hierarchy.eval()
@@ -417,6 +428,7 @@ WINDOW = 128 # mel frames of a decoder's example
 def scene_batches(scenes, # a list of Scene, or Scenes
                   batch:int, window:int=WINDOW, seed:int=0):
     "step → batch of random windows out of random scenes."
+    seed = whole_seed(seed)
     draw = shuffled(len(scenes), batch, seed)
     def at(step):
         g, rows = torch.Generator().manual_seed(seed*1_000_003 + step), []
