@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from .statistics import Interval, crossed_interval
-from .core import UNITS_PER_FRAME, CorpusError, Preset, seed_everything
+from .core import UNITS_PER_FRAME, CorpusError, Preset, seed_everything, whole_seed
 from .corpora import ClipDataset, collate, load_clip
 from .avhubert import influence
 
@@ -218,6 +218,7 @@ def masked_ce_study(model, # a FacesToVoices
                     limit:int|None=300 # training clips
                    ) -> dict: # what JSON can hold
     "CE against CE + masked CE, pair by pair: train on the training clips, judge on all others."
+    seeds = [whole_seed(s) for s in seeds]
     train, test, preset = see_and_hear(model, data, "train", limit=limit), see_and_hear(model, data, "val", "test"), model.preset
     def run(weight, seed):
         seed_everything(seed)

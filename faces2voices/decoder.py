@@ -10,12 +10,13 @@ __all__ = ['MATCHA_NAMES', 'ChannelNorm', 'time_embedding', 'Block', 'ResBlock',
 # %% ../nbs/13_decoder.ipynb #b3d6bd6a
 import math
 import re
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .audio import MEL
-from .core import CheckpointError
+from .core import CheckpointError, whole_seed
 from .flow import _shown, cfm_loss
 from .solvers import euler, guide, time_grid
 
@@ -147,7 +148,7 @@ def mel_noise(lengths:int, # number of mel frames, L
               seeds # one seed an item
              ) -> torch.Tensor: # (B, 80, L)
     "Standard normal noise that depends on the seed alone: the noise of a longer clip begins with that of a shorter one."
-    return torch.stack([torch.randn(lengths, MEL.n_mels, generator=torch.Generator().manual_seed(s)).T for s in seeds])
+    return torch.stack([torch.randn(lengths, MEL.n_mels, generator=torch.Generator().manual_seed(whole_seed(s))).T for s in seeds])
 
 # %% ../nbs/13_decoder.ipynb #15b62fb3
 @patch
@@ -174,7 +175,7 @@ def sample(self:Decoder, mu, # (B, 80, L)
     B, _, L = mu.shape
     mask = mu.new_ones(B, 1, L) if mask is None else mask.to(mu.dtype)
     speaker = mu.new_zeros(B, self.preset.speaker_dim) if speaker is None else speaker
-    x0 = temperature*mel_noise(L, [seed]*B if isinstance(seed, int) else seed).to(mu)*mask
+    x0 = temperature*mel_noise(L, [seed]*B if np.ndim(seed) == 0 else seed).to(mu)*mask
     xs = solver(self.field(mu, mask, speaker, guidance), x0, time_grid(steps).to(mu))
     return xs if trajectory else xs[-1]
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from .statistics import bootstrap_interval, crossed_interval, mean, pearson, ratio
-from .core import EULER_STEPS, GRID_WORDS, MELS_PER_FRAME, SAMPLE_RATE, SAMPLES_PER_FRAME, CheckpointError, CorpusError, ToolMissingError, atomic_path, markdown_table, seed_everything
+from .core import EULER_STEPS, GRID_WORDS, MELS_PER_FRAME, SAMPLE_RATE, SAMPLES_PER_FRAME, CheckpointError, CorpusError, ToolMissingError, atomic_path, markdown_table, seed_everything, whole_seed
 from .records import machine, tool_version
 from .audio import MEL, energy, griffin_lim, load_audio, pitch, save_wav
 from .video import film_sound
@@ -250,7 +250,7 @@ def train_recogniser(data, # prepared GRID clips
                     ) -> Recogniser:
     "Train on the train split, check on the val split, and write weights (float16) and card."
     if (path := Path(out)/"model.safetensors").exists(): raise CheckpointError(path, "stands already", "Give a new folder")
-    seed_everything(seed)
+    seed_everything(seed := whole_seed(seed))
     clips, model = list(ClipDataset(data, split="train")), Recogniser()
     draw, listen = shuffled(len(clips), batch, seed), hearing(model)
     for name, loss, n in (("flat start", flat_loss, steps//3), ("ctc", ctc_loss, steps - steps//3)):
@@ -622,6 +622,7 @@ def metric_card(model, # FacesToVoices
                 steps:int=EULER_STEPS, guidance:float=1., seed:int=0 # of the flow
                ) -> dict: # what JSON can hold
     "Score a model between its bounds; `record` adds what else the numbers depend on."
+    seed = whole_seed(seed)
     began, (clips, left_out) = time.time(), test_clips(data, split, limit)
     values, reasons = measure(model, clips, steps=steps, guidance=guidance, seed=seed)
     known = {beginning(e.text) for e in read_manifest(Path(data)/"manifest.jsonl") if e.split == "train" != split}
@@ -742,7 +743,7 @@ def listening_test(sounds:dict, # system → {clip: (N,) sound at 16 kHz}, the s
                    out, # new folder: `page` to give away, `key.json` to keep
                    seed:int=0, question:str="How natural does this speech sound?") -> Path: # the page
     "Write a blind listening test that needs no server."
-    out, rng, clips = Path(out), np.random.default_rng(seed), {frozenset(of) for of in sounds.values()}
+    out, rng, clips = Path(out), np.random.default_rng(seed := whole_seed(seed)), {frozenset(of) for of in sounds.values()}
     if len(clips) != 1 or not min(map(len, sounds.values())): raise CorpusError(out, "the systems do not all have the same clips", "Give {system: {clip: sound}} with one sound of each clip")
     check = int(rng.integers(2, 6))
     asked = [(system, clip, level(wav)) for system, of in sounds.items() for clip, wav in of.items()] + [("", "attention check", level(beeps(check)))]

@@ -316,6 +316,7 @@ def adaptation(data, # prepared clips of both
                steps:int=1500, more:int=300, # steps on the first speaker's clips, and then on the second's
                seed:int=0) -> list: # one row a speaker and time
     "μ of two speakers before and after a hierarchy that knows the first is adapted to the second."
+    seed = whole_seed(seed)
     out, rows = Path(out), []
     out.mkdir(parents=True, exist_ok=True)
     train, _, voices, preset = targets(data, out, seed)
@@ -368,6 +369,7 @@ def sweep(model, clips:list, # of Clip, with sound
 # %% ../nbs/18_experiments.ipynb #eb47c33a
 def flow_study(model, clips, nfes=(0, 1, 2, 4, 10, 30), ws=(.5, 1., 2.), seed:int=0) -> list: # of dicts: steps, guidance and SWEPT
     "Scores against the number of Euler steps (0: μ itself) and, for the default number, against the weight of guidance."
+    seed = whole_seed(seed)
     settings = [(n, 1.) for n in nfes] + [(EULER_STEPS, w) for w in ws if w != 1.]
     found = sweep(model, clips, {s: dict(steps=s[0], guidance=s[1], seed=seed) for s in settings})
     return [dict(steps=n, guidance=w, **scores) for (n, w), scores in found.items()]
@@ -377,6 +379,7 @@ def sweep_study(name:str, # of a model
                    data, # folder of prepared clips
                    limit:int=10, seed:int=0) -> dict: # what JSON can hold
     "A flow study on the first validation clips."
+    seed = whole_seed(seed)
     val = ClipDataset(data, split="val")
     if not len(val): raise CheckpointError(data, "holds no clips with sound whose split is `val`", "Prepare a corpus with `faces2voices prepare`")
     clips = [val[i] for i in range(min(limit, len(val)))]

@@ -907,7 +907,7 @@ def train_locator(steps:int=1500, # optimiser steps
                  ) -> Locator: # in evaluation mode
     "Draw a pool of talkers and learn to find their eyes, nose and mouth."
     from tqdm.auto import trange
-    torch.manual_seed(seed)
+    torch.manual_seed(seed := whole_seed(seed))
     g, model = torch.Generator().manual_seed(seed), Locator()
     pictures, points = face_pool(min(600, steps), seed)
     optim = torch.optim.AdamW(model.parameters(), lr=4e-3)

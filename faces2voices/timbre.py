@@ -19,7 +19,7 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .statistics import bootstrap_interval
-from .core import TINY, ToolMissingError
+from .core import TINY, ToolMissingError, whole_seed
 from .audio import MEL, energy
 from .talkers import LINKED, draw_face, face_points, head_motion, make_talker, perform
 from .video import align_face
@@ -106,6 +106,7 @@ def descend(params, loss_of, # what learns; generator → scalar
             steps:int, lr:float, seed:int=0, desc:str="" # optimiser steps, peak learning rate; of the draws; on the progress bar
            ) -> list: # losses
     "AdamW under a one-cycle schedule; neither touches nor depends on the global generator."
+    seed = whole_seed(seed)
     params, losses, generator = list(params), [], torch.Generator().manual_seed(seed)
     opt = torch.optim.AdamW(params, lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
@@ -121,7 +122,7 @@ def descend(params, loss_of, # what learns; generator → scalar
 def seeded(seed:int, make): # what `make()` gives
     "Make something with the global generator at a seed, and leave the generator as it was."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(whole_seed(seed))
         return make()
 
 # %% ../nbs/08_timbre.ipynb #4088709b

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from torchaudio.functional import compute_deltas
 from torchaudio.transforms import MFCC
-from .core import SAMPLE_RATE, CheckpointError, ToolMissingError
+from .core import SAMPLE_RATE, CheckpointError, ToolMissingError, whole_seed
 from .audio import MEL
 
 # %% ../nbs/05_units.ipynb #372483e1
@@ -69,6 +69,7 @@ def fit(self:UnitQuantizer,
         n_units:int|None=None, # K; None: as built
         seed:int=0) -> UnitQuantizer:
     "k-means on the features of all sounds, then the mean mel of every unit."
+    seed = whole_seed(seed)
     from sklearn.cluster import MiniBatchKMeans
     wavs = [w.to(self.mean.device) for w in wavs]
     x = torch.cat([self.features(w) for w in wavs])

@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 from .statistics import bootstrap_interval, holm, paired_difference
-from .core import PAPER, CheckpointError, markdown_table
+from .core import PAPER, CheckpointError, markdown_table, whole_seed
 from .audio import MEL, fit_length, griffin_lim, pitch
 from .timbre import seeded
 
@@ -413,6 +413,7 @@ def train_vocoder(wavs:list, # (N,) sounds at 16 kHz
                   contours:list|None=None, # (2, N/320) ln Hz and voicing of the sounds, for a generator that takes a source
                   seed:int=0) -> list: # log
     "Plain losses first, then critics; slim critics on a CPU, HiFi-GAN's own on a GPU."
+    seed = whole_seed(seed)
     from faces2voices.training import fit
     gpu = next(generator.parameters()).device.type != "cpu"
     steps, batch, lr = (d["vocoder"] for d in (preset.steps, preset.batch, preset.lr))

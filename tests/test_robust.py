@@ -1,15 +1,18 @@
 "Any file, any folder, any user: nothing is lost, nothing is claimed that is not so, and what cannot be is one line."
 import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
-from faces2voices import FacesToVoices, cli, synthesis as S
+from faces2voices import FacesToVoices, cli, content, corpora, evaluation, experiments, synthesis as S, talkers, timbre, training
 from faces2voices.audio import load_audio, pitch, save_wav
 from faces2voices.core import (CheckpointError, CorpusError, F2VError, MediaError, NoFaceError, Preset, TINY,
     ToolMissingError, atomic_path, pick_device, seed_everything, test_same as same, whole_seed)
+from faces2voices.avhubert import Eigenlips
+from faces2voices.corpora import load_clip, prepare, read_manifest, save_clip, write_manifest
 from faces2voices.training import claim, part
 from faces2voices.video import make_backend, read_video, write_video
 
@@ -105,6 +108,52 @@ def test_a_signal_leaves_nothing_unfinished(tmp_path, number):
         child.send_signal(number)
         assert child.wait(30) == 128 + number
     assert not list((tmp_path/"out").iterdir())
+
+@linux
+def test_scraps_of_the_living_stay_and_those_of_the_dead_go(prepared, tmp_path):
+    "Another process writes a clip into the folder of `prepare`; then it is killed."
+    code = ("import sys, time; from faces2voices.core import atomic_path\n"
+            "with atomic_path(sys.argv[1]) as tmp: print(tmp.name, flush=True); time.sleep(60)")
+    entries = [e for e in read_manifest(prepared/"manifest.jsonl")][:1]
+    shutil.copy(prepared/f"{entries[0].name}.npz", tmp_path)
+    backend = SimpleNamespace(name=str(np.load(tmp_path/f"{entries[0].name}.npz")["backend"]))
+    command = [sys.executable, "-c", code, str(tmp_path/"theirs.npz")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
+        theirs = tmp_path/child.stdout.readline().strip()
+        (tmp_path/".part-folder").mkdir()
+        prepare(entries, tmp_path, backend, progress=False)
+        there = theirs.exists()
+        child.kill()
+    assert there and theirs.exists()
+    prepare(entries, tmp_path, backend, progress=False)
+    assert not theirs.exists() and (tmp_path/".part-folder").exists()
+
+LEARN = """
+import sys, torch
+from torch import nn
+from faces2voices import cli, training
+def batch(step):
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+def train_system(*args, **kw):
+    m = nn.Linear(3, 1)
+    training.fit(lambda x: m(x).square().mean(), m, batch, 10**6, 1e-2, name="m", run_dir=sys.argv[3],
+        workers=2, log_every=20, callback=lambda line, _: line["step"] == 20 and print("learning", flush=True))
+training.train_system = train_system
+cli.main()
+"""
+
+@linux
+@pytest.mark.parametrize("number,everybody", [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, True)])
+def test_a_signal_leaves_a_checkpoint(tmp_path, number, everybody):
+    command = [sys.executable, "-c", LEARN, "train", "-o", str(tmp_path)]
+    kw = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(command, cwd=ROOT, **kw) as child:
+        assert "learning" in child.stdout.readline()
+        (os.killpg if everybody else os.kill)(child.pid, number)
+        said = child.communicate(timeout=60)[1]
+    assert child.returncode == 128 + number and "Traceback" not in said, said[-1500:]
+    assert torch.load(tmp_path/"m.ckpt", weights_only=True)["step"] >= 20
+    assert {p.name for p in tmp_path.iterdir()} == {"m.ckpt", "m.jsonl"}
 
 @linux
 def test_nohup_has_its_way():
@@ -210,6 +259,38 @@ def test_data_without_a_split_say_what_to_do(prepared, told, tmp_path):
     code, said = told("ablate", prepared, "-o", tmp_path/"runs")
     assert code == 1 and "split is `val`" in said and "manifest.jsonl" in said
 
+@pytest.mark.parametrize("field", ["expression", "identity", "log_f0", "energy"])
+def test_a_prepared_clip_of_no_numbers_is_one_line(prepared, told, tmp_path, field):
+    entry = read_manifest(prepared/"manifest.jsonl")[0]
+    clip = load_clip(prepared/f"{entry.name}.npz")
+    wrong = torch.full_like(torch.cat([getattr(clip, field).flatten(), torch.zeros(1)]), torch.nan)
+    wrong = wrong[:-1].view_as(getattr(clip, field)) if len(wrong) > 1 else wrong
+    save_clip(clip._replace(**{field: wrong}), tmp_path/f"{entry.name}.npz", "locator")
+    with pytest.raises(CorpusError, match=f"{entry.name}.npz.*{field} is not all numbers"):
+        load_clip(tmp_path/f"{entry.name}.npz")
+    write_manifest([entry], tmp_path/"manifest.jsonl")
+    code, said = told("evaluate", tmp_path, "--split", entry.split or "all")
+    assert code == 1 and f"{entry.name}.npz" in said
+
+@linux
+def test_a_folder_whose_names_are_no_text_is_prepared(prepared, told, tmp_path):
+    films = tmp_path/os.fsdecode(b"some \xff one")
+    films.mkdir()
+    shutil.copy(SAMPLES[0], films/os.fsdecode(b"clip \xfe.mp4"))
+    code, said = told("prepare", tmp_path, tmp_path/"out", "--backend", "locator", "--workers", 1)
+    assert code == 0, said
+    entry, = read_manifest(tmp_path/"out"/"manifest.jsonl")
+    assert entry.path == films/os.fsdecode(b"clip \xfe.mp4") and entry.speaker == films.name
+    assert load_clip(tmp_path/"out"/f"{entry.name}.npz").speaker == films.name
+
+def test_a_few_frames_give_no_eigenlips():
+    lips = torch.rand(1, 1, 8, 22, 22, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    Eigenlips(7, 22).fit(lips, mask)
+    for n in (8, 9, 30):
+        with pytest.raises(CorpusError, match=f"8 frames are too few for {n} eigenlips"):
+            Eigenlips(n, 22).fit(lips, mask)
+
 # --- what is asked of a disk, a console, a machine
 
 @pytest.mark.parametrize("args", [("synthesize", SAMPLES[0], "-o"), ("talkers",), ("prepare", ROOT/"data_samples"), ("train", "data", "-o"),
@@ -287,6 +368,31 @@ def test_limits_that_leave_no_clip(prepared, limit):
     from faces2voices.evaluation import test_clips
     assert run("evaluate", prepared, "--limit", limit).exit_code == 2
     with pytest.raises(CorpusError, match=f"{limit} clips"): test_clips(prepared, "train", limit)
+
+@pytest.mark.parametrize("bad", [-1, 2**32, "x"])
+def test_seeds_are_asked_for_wherever_they_enter(f2v, bad, tmp_path):
+    enter = [lambda s: evaluation.metric_card(f2v, tmp_path, seed=s),
+             lambda s: evaluation.listening_test({"a": {"b": torch.zeros(640)}}, tmp_path/"t", s),
+             lambda s: evaluation.train_recogniser(tmp_path, tmp_path, seed=s),
+             lambda s: experiments.sweep_study("talkers", tmp_path, seed=s),
+             lambda s: experiments.adaptation(tmp_path, tmp_path, seed=s),
+             lambda s: experiments.flow_study(f2v, [], seed=s),
+             lambda s: content.masked_ce_study(f2v, tmp_path, seeds=(s,)),
+             lambda s: training.shuffled(3, 2, s), lambda s: corpora.BucketSampler([1], 1, s),
+             lambda s: timbre.seeded(s, list), lambda s: timbre.descend([], None, 1, 1., s),
+             lambda s: f2v.decoder.sample(torch.zeros(1, 80, 8), seed=s),
+             lambda s: f2v.units.fit([], seed=s), lambda s: talkers.train_locator(1, seed=s)]
+    for take in enter:
+        with pytest.raises(F2VError, match="not a whole number from 0"): take(bad)
+
+def test_seeds_of_any_library_serve_in_parts(f2v):
+    mu, seven = torch.zeros(2, 80, 8), np.int64(7)
+    sample = f2v.decoder.sample
+    same(sample(mu, seed=seven, steps=1), sample(mu, seed=7, steps=1))
+    same(sample(mu, seed=np.array([7, 8]), steps=1), sample(mu, seed=[7, 8], steps=1))
+    assert training.shuffled(9, 4, seven)(5) == training.shuffled(9, 4, 7)(5)
+    assert list(corpora.BucketSampler(range(9), 2, seven)) == list(corpora.BucketSampler(range(9), 2, 7))
+    assert timbre.seeded(seven, lambda: torch.rand(1)) == timbre.seeded(7, lambda: torch.rand(1))
 
 # --- folders that are no model
 
