@@ -8,9 +8,9 @@ __all__ = ['WAIT', 'WINDOW', 'NEEDS', 'FITTED', 'KEPT', 'WARM', 'SPEEDS', 'shuff
            'Run', 'milestones', 'Steps', 'as_it_is', 'show_history', 'Scene', 'Scenes', 'write_scenes', 'scenes',
            'scene_batches', 'on_main', 'to_train', 'write_part', 'part', 'note_time', 'Watch', 'two_mels', 'open_board',
            'watched', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_the_vocoder', 'decoder_loss',
-           'train_decoder', 'training_clips', 'claim_run', 'clips_identity', 'claim', 'read_targets', 'start',
-           'train_system', 'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'Supply', 'supply',
-           'bench_loader', 'show_supply', 'one_second', 'Cost', 'cost', 'assume_all_frames_real', 'dry_run',
+           'train_decoder', 'training_clips', 'claim_run', 'check_sizes', 'clips_identity', 'claim', 'read_targets',
+           'start', 'train_system', 'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'Supply',
+           'supply', 'bench_loader', 'show_supply', 'one_second', 'Cost', 'cost', 'assume_all_frames_real', 'dry_run',
            'random_clips', 'random_scenes', 'random_segments', 'training_steps', 'time_steps', 'bench_train',
            'computer', 'show_speed', 'measured', 'hours', 'show_costs']
 
@@ -620,9 +620,20 @@ def training_clips(data, told=False # must some have word times?
 # %% ../nbs/16_training.ipynb #cdb5fc2e
 def claim_run(run, preset:Preset, data, init, voices, adapt, seed):
     "As `claim`, by the arguments of `train_system`; data that cannot be trained on claim no folder."
-    if data is not None: training_clips(data, told=preset.words and not adapt)
+    if data is not None: check_sizes(training_clips(data, told=preset.words and not adapt), preset)
     claim(run, preset=preset.to_json(), data=clips_identity(data), seed=seed, init=init and str(init),
           voices=clips_identity(voices), adapt=adapt)
+
+# %% ../nbs/16_training.ipynb #6ef02a9d
+def check_sizes(dataset, preset:Preset):
+    "CorpusError where the clips were prepared by a face backend whose sizes the model does not take."
+    clip = dataset[0]
+    has = dict(identity=len(clip.identity), expression=clip.expression.shape[1])
+    takes = dict(identity=preset.identity_dim or has["identity"], expression=preset.expression_dim)
+    for what in has:
+        if has[what] != takes[what]:
+            raise CorpusError(dataset.folder, f"was prepared with {has[what]} numbers of {what}, the model takes {takes[what]}",
+                              f"Prepare it with --backend {preset.face_backend}, or choose another model or preset")
 
 # %% ../nbs/16_training.ipynb #7ca7b00b
 def clips_identity(data) -> dict|None: # None for no data

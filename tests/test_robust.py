@@ -291,6 +291,12 @@ def test_a_few_frames_give_no_eigenlips():
         with pytest.raises(CorpusError, match=f"8 frames are too few for {n} eigenlips"):
             Eigenlips(n, 22).fit(lips, mask)
 
+@pytest.mark.parametrize("args", [["adapt", "--model", "grid"], ["train", "--preset", "slim", "--init", "talkers"]])
+def test_clips_of_another_face_backend_train_nothing(prepared, told, tmp_path, args):
+    code, said = told(*args, prepared, "-o", tmp_path/"run")
+    assert code == 1 and "0 numbers of identity" in said and "--backend insightface" in said
+    assert not (tmp_path/"run"/"run.json").exists()
+
 # --- what is asked of a disk, a console, a machine
 
 @pytest.mark.parametrize("args", [("synthesize", SAMPLES[0], "-o"), ("talkers",), ("prepare", ROOT/"data_samples"), ("train", "data", "-o"),
@@ -322,6 +328,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     out = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 1 and "Traceback" not in out.stderr and "cannot" in out.stderr
     assert not list((tmp_path/"out").iterdir())
+
+@linux
+@pytest.mark.parametrize("save", ["save_file(x, tmp)", "torch.save(x, tmp)"])
+def test_weights_on_a_full_disk_are_one_line(tmp_path, save):
+    "Neither safetensors nor torch say it with an OSError."
+    code = ("import resource, sys, torch; from safetensors.torch import save_file; from faces2voices.core import *\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,)*2); x = dict(a=torch.zeros(100_000))\n"
+            f"try:\n with atomic_path(sys.argv[1]) as tmp: {save}\n"
+            "except F2VError as e: print(e)")
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path/"w.pt")], capture_output=True, text=True, cwd=ROOT)
+    assert "w.pt: cannot be written" in out.stdout, out.stderr
+    assert not list(tmp_path.iterdir())
 
 @linux
 def test_a_name_that_is_no_text(tmp_path):
