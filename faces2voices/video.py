@@ -309,13 +309,14 @@ def _counted_back(timed, usual):
 JITTER = .002   # seconds; Matroska and FLV round to milliseconds
 
 def _in_step(stamped):
-    "The same pairs; a first frame that is a little off is as long before the second as that lasts."
-    begin = list(islice(stamped, 3))
-    if len(begin) == 3:
-        (first, frame), (second, _), (third, _) = begin
-        lasts = third - second
-        if JITTER < abs(second - first - lasts) < lasts/4:
-            begin[0] = second - lasts, frame
+    "The same pairs; a first frame that is out of step with five even ones is moved into step."
+    begin = list(islice(stamped, 6))
+    steps = np.diff([seconds for seconds, _ in begin])
+    if len(steps) == 5 and np.ptp(steps[1:]) <= JITTER:
+        even = steps[1:].mean()
+        n = max(1, round(steps[0]/even))
+        if JITTER < abs(steps[0] - n*even) and n <= 3:
+            begin[0] = begin[1][0] - n*even, begin[0][1]
     yield from begin
     yield from stamped
 
