@@ -1,4 +1,4 @@
-"""Sound and picture on one clock: flashes and clicks at known times, in fifteen containers.
+"""Sound and picture on one clock: flashes and clicks at known times, in sixteen containers.
 
 Each film is made whole, cut between packets, cut between bytes, and with sound packets lost. What
 is read must show a flash within 20 ms of its click; a dub must show every frame at its old time."""
@@ -30,6 +30,7 @@ CONTAINERS = {
     "webm": ("webm", "libvpx-vp9", FAST_VP, "libopus", RATE),
     "h264.avi": ("avi", "libx264", B_FRAMES, "pcm_s16le", RATE),
     "mpeg4.avi": ("avi", "mpeg4", OLD_B, "pcm_s16le", RATE),
+    "mp3.avi": ("avi", "libx264", B_FRAMES, "libmp3lame", 16000),
     "ts": ("ts", "libx264", B_FRAMES, "aac", RATE),
     "mpg": ("mpg", "mpeg2video", OLD_B, "mp2", RATE),
     "flv": ("flv", "libx264", B_FRAMES, "aac", 44100),
@@ -81,6 +82,7 @@ def encoded_picture(stream):
 CUTS = {   # which packets are kept of the picture, of the sound; seconds the clock is set back
     "whole": (lambda t: True, lambda t: True, 0),
     "copied": (lambda t: t >= .95, lambda t: t >= 1.12, 1.12),   # as `ffmpeg -ss 1.12 -c copy` does
+    "within": (lambda t: t >= .95, lambda t: t >= 1.09, 1.09),   # 30 ms before the next picture
     "between": (lambda t: t >= .6, lambda t: t >= .6, .6),      # does not begin with a key frame
     "early": (lambda t: t >= .95, lambda t: True, 0),           # sound, long before the picture
     "gap": (lambda t: True, lambda t: not GAP[0] <= t < GAP[1], 0),
@@ -93,6 +95,11 @@ AT_END = "its index stands at the end"
 CANNOT = {("h264.avi", "gap"): NO_TIMES, ("mpeg4.avi", "gap"): NO_TIMES,
           ("h264.avi", "copied"): NO_START, ("mpeg4.avi", "copied"): NO_START,
           ("h264.avi", "early"): NO_START, ("mpeg4.avi", "early"): NO_START,
+          ("mp3.avi", "gap"): NO_TIMES, ("mp3.avi", "copied"): NO_START,
+          ("mp3.avi", "early"): NO_START, ("mp3.avi", "within"): NO_START,
+          ("h264.avi", "within"): NO_START, ("mpeg4.avi", "within"): NO_START,
+          ("ogv", "within"): "Ogg holds no times before zero",
+          ("mxf", "within"): "MXF begins with a key frame, and its sound with it",
           ("mxf", "early"): "MXF begins with its picture",
           ("mpeg4.avi", "between"): "the decoder invents a picture, and no time tells",
           ("mov", "gap"): "PCM in mov is counted, not timed",
@@ -112,9 +119,10 @@ PACKETS = {}      # name of a container: its encoded packets, kept to be muxed a
 
 def again(packet, stream, shift):
     "The same packet for another file, with its times set back by `shift` seconds."
-    copy, back = av.Packet(bytes(packet)), round(shift/packet.time_base)
-    copy.time_base, copy.stream = packet.time_base, stream
-    copy.pts, copy.dts, copy.duration = packet.pts - back, packet.dts - back, packet.duration
+    copy, fine = av.Packet(bytes(packet)), packet.time_base/1000
+    back = round(shift/fine)
+    copy.time_base, copy.stream, copy.duration = fine, stream, 1000*packet.duration
+    copy.pts, copy.dts = 1000*packet.pts - back, 1000*packet.dts - back
     copy.is_keyframe = packet.is_keyframe
     return copy
 
@@ -189,7 +197,7 @@ def shown(path):
     return np.array(found)
 
 CASES = [(n, c) for n in CONTAINERS for c in (*CUTS, "tail")] + [("ts", "head"), ("mpg", "head")]
-LEAST = dict(whole=4, gap=4, early=3, copied=2, between=2, tail=1, head=1)
+LEAST = dict(whole=4, gap=4, early=3, copied=2, within=2, between=2, tail=1, head=1)
 
 def possible(name, cut):
     "Skip what cannot exist."
@@ -217,6 +225,42 @@ def test_a_dub_shows_every_frame_at_its_old_time(films, tmp_path, name, cut):
     times, numbers = after[:-2 if cut == "tail" else None].T
     assert abs(times - times[0] - (numbers - numbers[0])/25).max() < .02, after
     assert_in_step(V.read_video(made.path), LEAST[cut])
+
+def remuxed(path, dst, moved, **options):
+    "The packets of a film, each at its time and `moved(packet)` milliseconds."
+    with av.open(str(path)) as source, av.open(str(dst), "w", options=options) as out:
+        into = [out.add_stream_from_template(stream) for stream in source.streams]
+        for packet in source.demux():
+            if packet.size:
+                later = round(moved(packet)/1000/packet.time_base)
+                packet.pts += later
+                packet.dts = packet.pts if packet.dts is None else packet.dts + later
+                packet.stream = into[packet.stream_index]
+                out.mux(packet)
+    return dst
+
+@pytest.mark.parametrize("off, shown_twice", [(5, 0), (48, 1)])
+def test_a_first_picture_out_of_step_does_not_delay_the_others(films, tmp_path, off, shown_twice):
+    "A cut without encoding, or fragments, may leave it early."
+    def moved(packet):
+        return 0 if packet.stream.type == "video" and packet.pts == 0 else off
+    path = remuxed(films("mp4", "whole"), tmp_path/"film.nut", moved)
+    video = V.read_video(path)
+    assert_in_step(video, 4)
+    assert [V.clock_number(f) for f in video.frames] == [*[0]*shown_twice, *range(T)]
+
+def test_a_film_may_begin_before_zero(films, tmp_path):
+    "Matroska gives such pictures no time."
+    path = remuxed(films("mp4", "whole"), tmp_path/"film.mkv", lambda packet: -720,
+                   avoid_negative_ts="disabled")
+    with av.open(str(path)) as source:
+        assert next(source.decode(video=0)).pts is None
+    video = V.read_video(path)
+    assert_in_step(video, 4)
+    assert [V.clock_number(f) for f in video.frames] == list(range(T))
+    made = V.dub(path, video.wav, tmp_path/"dubbed.mp4")
+    assert made.copied and len(shown(made.path)) == T
+    assert_in_step(V.read_video(made.path), 4)
 
 def test_what_is_prepared_is_in_step(films):
     "Lost sound packets do not pair lips with later speech; early sound does not either."
@@ -420,6 +464,7 @@ LOOKS = {
     "vp8.webm": dict(codec="libvpx", size=(163, 97), options=FAST_VP, turn=180,
                      colours=dict(color_primaries=5, color_trc=6, colorspace=5)),
     "vp8.mkv": dict(codec="libvpx", options=FAST_VP, turn=90, aspect=Fraction(3, 2)),
+    "ffv1.mkv": dict(codec="ffv1", size=(163, 97), colours=dict(color_range=2)),
     "rgb.mov": dict(codec="qtrle", pix_fmt="rgb24", size=(161, 96)),
 }
 
