@@ -609,7 +609,7 @@ class ClipDataset(torch.utils.data.Dataset):
         return self.clips[i] if self.folder is None else self.recent(self.names[i], self.read)
 
 # %% ../nbs/04_corpora.ipynb #4be1d07c
-SOUND = 512e6 # bytes of clips without lips that a data set keeps in memory
+SOUND = 512e6 # bytes of sound that a data set keeps in memory
 
 
 # %% ../nbs/04_corpora.ipynb #7d20c9e1
@@ -746,11 +746,12 @@ def read(self:ClipDataset, name:str) -> Clip:
 # %% ../nbs/04_corpora.ipynb #9d0e6a51
 @patch
 def sound(self:ClipDataset, i:int) -> Clip:
-    "Clip i with its mel, and without lips: quicker to read than a whole clip, and more of them are kept."
+    "Clip i with its mel, and without lips, face and expression: read sooner, and more of them are kept."
     if self.folder is None:
         return self.clips[i]
     def read(name):
-        return with_targets(load_clip(self.folder/f"{name}.npz", lips=False))
+        heard = with_targets(load_clip(self.folder/f"{name}.npz", lips=False))
+        return heard._replace(face=torch.zeros(0), expression=torch.zeros(0))
     return self.heard(self.names[i], read)
 
 
