@@ -1,5 +1,5 @@
 "The training loop: resume, averages, the guard, checkpoints, adversaries, two processes."
-import json, math, os, signal, subprocess, sys, weakref
+import json, math, os, signal, subprocess, sys, time, weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -536,6 +536,14 @@ def test_training_is_timed():
     assert list(found["parts"]) == ["hierarchy", "decoder", "vocoder-plain", "vocoder-critics"]
     for part in found["parts"].values():
         assert part["steps_per_second"] > 0 and math.isfinite(part["loss"])
+
+def test_the_first_steps_are_not_timed(monkeypatch):
+    ticks = iter([100., 200., 300., 300.5, 301.])                  # WARM steps, and two that count
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), time=time.time)
+    monkeypatch.setattr(training, "time", clock)
+    model = nn.Linear(3, 1)
+    def loss(x): return model(x).pow(2).mean()
+    assert training.time_steps(loss, model, torch.ones(2, 3), False, 2)["steps_per_second"] == 2.
 
 def test_a_device_that_is_not_there_is_an_error():
     if torch.cuda.is_available(): pytest.skip("it is there")
