@@ -316,12 +316,13 @@ def adapt(
     model: Model = "grid",
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run: checkpoints, logs, and the adapted model.")] = Path("runs/adapted"),
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each part.")] = 400,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read clips ahead.")] = 2,
     seed: Seed = 0,
 ):
     "Go on from a trained model with clips of somebody new; units and the space of voices stay."
     from faces2voices import training
     new_folder(out)
-    folder = training.adapt(model, data, out, steps, seed=seed, command=command_line(ctx))
+    folder = training.adapt(model, data, out, steps, workers=workers, seed=seed, command=command_line(ctx))
     say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
 
 # %% ../nbs/20_cli.ipynb #7a9c2895

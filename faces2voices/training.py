@@ -7,18 +7,19 @@ __all__ = ['WAIT', 'WINDOW', 'NEEDS', 'FITTED', 'KEPT', 'WARM', 'SPEEDS', 'shuff
            'make_accelerator', 'average_gradients', 'spread', 'batch_number', 'Recipe', 'Learner', 'report', 'fit',
            'Run', 'milestones', 'Steps', 'as_it_is', 'show_history', 'Scene', 'Scenes', 'write_scenes', 'scenes',
            'scene_batches', 'on_main', 'to_train', 'write_part', 'part', 'note_time', 'Watch', 'two_mels', 'open_board',
-           'watched', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_the_vocoder', 'decoder_loss',
-           'train_decoder', 'training_clips', 'claim_run', 'check_sizes', 'clips_identity', 'claim', 'read_targets',
-           'start', 'train_system', 'assemble', 'write_card', 'train_the_locator', 'make_world', 'adapt', 'Supply',
-           'supply', 'bench_loader', 'show_supply', 'one_second', 'Cost', 'cost', 'assume_all_frames_real', 'dry_run',
-           'random_clips', 'random_scenes', 'random_segments', 'training_steps', 'time_steps', 'bench_train',
-           'computer', 'show_speed', 'measured', 'hours', 'show_costs']
+           'watched', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'contour', 'train_the_vocoder',
+           'decoder_loss', 'train_decoder', 'training_clips', 'claim_run', 'check_sizes', 'clips_identity', 'claim',
+           'read_targets', 'start', 'train_system', 'assemble', 'write_card', 'train_the_locator', 'make_world',
+           'adapt', 'Supply', 'supply', 'bench_loader', 'show_supply', 'one_second', 'Cost', 'cost',
+           'assume_all_frames_real', 'dry_run', 'random_clips', 'random_scenes', 'random_segments', 'training_steps',
+           'time_steps', 'bench_train', 'computer', 'show_speed', 'measured', 'hours', 'show_costs']
 
 # %% ../nbs/16_training.ipynb #787aaa54
 import copy, hashlib, json, math, signal, sys, time
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -364,7 +365,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/16_training.ipynb #c7d1f3a8
 from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table
-from .corpora import Batch, ClipDataset, Store, batches, collate
+from .corpora import Batch, ClipDataset, Heard, Store, batches, collate
 from .corpora import fingerprint, prepare, read_manifest, write_targets
 from .avhubert import EigenlipEncoder
 from .synthesis import FacesToVoices, load_weights
@@ -575,9 +576,9 @@ def train_hierarchy(model, dataset, preset, run, seed, board=None, workers=0):
 def train_speaker(model, dataset, preset, first, seed):
     "GE2E over the mels of every speaker who has at least two clips; or the encoder of a first model, as it is."
     if first: return model.speaker_encoder.load_state_dict(first.speaker_encoder.state_dict())
-    mels = {}
-    for clip in dataset: mels.setdefault(clip.speaker, []).append(clip.mel)
-    several = {k: v for k, v in mels.items() if len(v) > 1}
+    theirs = {}
+    for i in range(len(dataset)): theirs.setdefault(dataset.sound(i).speaker, []).append((dataset, i))
+    several = [Heard(clips, attrgetter("mel")) for clips in theirs.values() if len(clips) > 1]
     if len(several) < 2:
         raise CorpusError(dataset.folder, "has no two speakers with two clips each to tell apart",
                           "Prepare more clips, or take the voices of a model: --init talkers")
@@ -585,12 +586,20 @@ def train_speaker(model, dataset, preset, first, seed):
     encoder, _ = train_speaker_encoder(several, steps, batch, lr, device=model.device, seed=seed)
     model.speaker_encoder.load_state_dict(encoder.state_dict())
 
+# %% ../nbs/16_training.ipynb #6c4f02be
+def contour(clip) -> torch.Tensor: # (2, 2T)
+    "ln Hz and voicing of a clip."
+    return torch.stack([clip.log_f0, clip.voiced])
+
+
 # %% ../nbs/16_training.ipynb #fd984dfd
-def train_the_vocoder(model, worlds:list, preset, run, first, seed):
+def train_the_vocoder(model, worlds:list, preset, run, first, seed, workers=0):
     "On the true mels and, where it takes a source, the true pitch; or the vocoder of a first model, as it is."
     if first and first is not model: return model.vocoder.load_state_dict(first.vocoder.state_dict())
-    wavs, contours = zip(*((c.wav, torch.stack([c.log_f0, c.voiced])) for world in worlds for c in world))
-    train_vocoder(wavs, model.vocoder, preset, run_dir=run, contours=contours if model.vocoder.sourced else None, seed=seed)
+    clips = [(world, i) for world in worlds for i in range(len(world))]
+    contours = Heard(clips, contour) if model.vocoder.sourced else None
+    train_vocoder(Heard(clips, attrgetter("wav")), model.vocoder, preset, run_dir=run, contours=contours,
+                  workers=workers, seed=seed)
 
 # %% ../nbs/16_training.ipynb #6ab3f0d2
 def decoder_loss(model):
@@ -718,12 +727,12 @@ def train_system(preset:Preset,
     step = lambda name, module, train: part(run, name, module, (lambda: None) if adapt and name in KEPT else train, only)
     if preset.face_backend == "locator": step("locator", model.locator, lambda: train_the_locator(model, preset, seed))
     ds = training_clips(data or on_main(lambda: make_world(model, run, preset, workers, seed)), told=preset.words and not adapt)
-    step("units", model.units, lambda: model.units.fit([ds[i].wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
+    step("units", model.units, lambda: model.units.fit([ds.sound(i).wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
     step("speaker", model.speaker_encoder, lambda: train_speaker(model, ds, preset, first, seed))
     read_targets(ds, model, run).add(words=preset.words)
     step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer, workers))
     step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer, workers))
-    step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed))
+    step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed, workers))
     return on_main(lambda: assemble(model, run, ds, command))
 
 # %% ../nbs/16_training.ipynb #3150cc51
@@ -733,7 +742,7 @@ def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the mod
     if missing := [n for n in wanted if not (run/f"{n}.safetensors").exists()]:
         print(f"still to train: {', '.join(missing)}")
         return run
-    seen = [(c.speaker, c.identity) for c in dataset]
+    seen = [(c.speaker, c.identity) for c in map(dataset.sound, range(len(dataset)))]
     if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([identity for _, identity in seen]).mean(0))
     model.info = dict(command=command, data=f"{len(seen)} clips of {len({who for who, _ in seen})} speakers, {sum(dataset.lengths)/25/60:.0f} minutes",
         commit=commit(), seconds=json.loads((run/"times.json").read_text()), machine=f"{machine()}, torch {torch.__version__}")

@@ -364,14 +364,14 @@ def segment_batches(wavs:list, # (N,) sounds at 16 kHz
                    ):
     "A function from step to Segments, drawn at random from all clips."
     margin, padded = 320, lambda x, n, rim, mode: F.pad(x[None], (rim, max(0, n - x.shape[-1]) + rim), mode)[0]
-    wavs, contours = [padded(w, length, margin, "constant") for w in wavs], contours and [padded(c, length//320, 1, "replicate") for c in contours]
     def segments(step):
         rng, names, wide, tunes = torch.Generator().manual_seed(seed*1_000_003 + step), [], [], []
         for _ in range(batch):
             i = int(torch.randint(len(wavs), (), generator=rng))
-            at = int(torch.randint((len(wavs[i]) - length - 2*margin)//320 + 1, (), generator=rng))
-            names.append(f"clip {i} at {320*at}"); wide.append(wavs[i][320*at:][:length + 2*margin])
-            if contours: tunes.append(contours[i][:, at:][:, :length//320 + 2])
+            wav = padded(wavs[i], length, margin, "constant")
+            at = int(torch.randint((len(wav) - length - 2*margin)//320 + 1, (), generator=rng))
+            names.append(f"clip {i} at {320*at}"); wide.append(wav[320*at:][:length + 2*margin])
+            if contours: tunes.append(padded(contours[i], length//320, 1, "replicate")[:, at:][:, :length//320 + 2])
         wide = torch.stack(wide)
         mel = MEL(wide)[..., 2:-2]
         source = excitation(*torch.cat(tunes, 1), seed=step).unflatten(1, (batch, -1)).movedim(1, 0)[..., margin:-margin] if tunes else None
@@ -381,18 +381,21 @@ def segment_batches(wavs:list, # (N,) sounds at 16 kHz
 # %% ../nbs/14_vocoder.ipynb #08c0c55f
 class Game:
     "The two losses of adversarial training. The generator moves first, and the critics judge what it made."
-    def __init__(self, generator, critics, plain:bool): self.generator, self.critics, self.plain = generator, critics, plain # plain: keep the STFT loss
+    def __init__(self, generator, critics, plain:bool): # plain: keep the STFT loss
+        self.generator, self.critics, self.plain = generator, critics, plain
+        self.made = {} # by batch: what the critics have not judged yet
 
     def generator_loss(self, b:Segments) -> dict:
-        self.fake = self.generator(b.mel, b.source)
+        sound = self.generator(b.mel, b.source)
+        self.made[id(b)] = sound.detach()
         with torch.no_grad(): real = self.critics(b.wav)
-        fake = self.critics(self.fake)
+        fake = self.critics(sound)
         with torch.autocast(b.wav.device.type, enabled=False):
-            loss = dict(mel=mel_loss(self.fake, b.wav), feature=feature_loss(real, fake), adversarial=adversarial_loss(fake))
-            if self.plain: loss["stft"] = stft_loss(self.fake, b.wav)
+            loss = dict(mel=mel_loss(sound, b.wav), feature=feature_loss(real, fake), adversarial=adversarial_loss(fake))
+            if self.plain: loss["stft"] = stft_loss(sound, b.wav)
         return dict(total=45*loss["mel"] + 2*loss["feature"] + loss["adversarial"] + 10*loss.get("stft", 0), **loss)
 
-    def critics_loss(self, b:Segments): return critic_loss(self.critics(b.wav), self.critics(self.fake.detach()))
+    def critics_loss(self, b:Segments): return critic_loss(self.critics(b.wav), self.critics(self.made.pop(id(b))))
 
 def plain_loss(generator):
     "The loss without critics."
@@ -411,14 +414,15 @@ def train_vocoder(wavs:list, # (N,) sounds at 16 kHz
                   *, run_dir=None, # for checkpoints and logs; a run that was stopped goes on from there
                   plain_share:float|None=None, # share of the steps without critics; None: 0.9 on a CPU, 0 on a GPU
                   contours:list|None=None, # (2, N/320) ln Hz and voicing of the sounds, for a generator that takes a source
-                  seed:int=0) -> list: # log
+                  workers:int=0, seed:int=0 # processes that draw batches ahead
+                 ) -> list: # log
     "Plain losses first, then critics; slim critics on a CPU, HiFi-GAN's own on a GPU."
     seed = whole_seed(seed)
     from faces2voices.training import fit
     gpu = next(generator.parameters()).device.type != "cpu"
     steps, batch, lr = (d["vocoder"] for d in (preset.steps, preset.batch, preset.lr))
     plain = int(steps*((0. if gpu else PLAIN_SHARE) if plain_share is None else plain_share))
-    common = dict(run_dir=run_dir, clip=1e3, betas=(.8, .99), seed=seed)
+    common = dict(run_dir=run_dir, clip=1e3, betas=(.8, .99), workers=workers, seed=seed)
     draw, log = partial(segment_batches, wavs, batch, generator.segment, contours=contours), []
     if plain: log += fit(plain_loss(generator), generator, draw(seed=seed), plain, lr, name="vocoder-plain", **common)
     if steps > plain:

@@ -20,3 +20,12 @@ def prepared(tmp_path_factory):
     entries = [e._replace(split="train", speaker=f"t{i % 2}") for i, e in enumerate(entries)]
     prepare(entries, out, FacesToVoices.from_pretrained("talkers", device="cpu").eyes(), progress=False)
     return out
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_in_the_repository():
+    "Tests write to folders of their own."
+    def there():
+        return {p.name for p in Path(__file__).parents[1].iterdir() if not p.name.startswith(".")}
+    before = there()
+    yield
+    assert there() <= before

@@ -109,3 +109,13 @@ def test_a_model_is_asked_about_between_its_bounds(tmp_path):
     assert made.exit_code == 0, made.output
     key = json.loads((tmp_path/"test"/"key.json").read_text())
     assert sorted(s for s, _ in key["items"].values()) == ["original", "synthesised", "vocoder"] and "4 sounds" in made.output
+
+def test_adapt_reads_ahead_with_as_many_processes_as_are_asked_for(tmp_path, monkeypatch):
+    from faces2voices import training
+    asked = {}
+    def adapted(*args, **kw):
+        asked.update(kw)
+        return tmp_path
+    monkeypatch.setattr(training, "adapt", adapted)
+    ran = run("adapt", tmp_path, "-o", tmp_path/"run", "--workers", 0)
+    assert ran.exit_code == 0 and asked["workers"] == 0, ran.output

@@ -610,12 +610,17 @@ print(len(dataset), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 def test_an_epoch_over_many_clips_needs_no_more_memory_than_one_over_few(tmp_path):
-    "The clips are links to 20 files, and hold pixels instead of video: what is kept is the same, and they are read faster."
+    """The clips are links to 20 files, and hold pixels instead of video: what is kept is the same, and they are read faster.
+
+    The peak is the one that the kernel saw. glibc keeps what is freed in a heap with holes, which grow with the number
+    of clips of different lengths that came and went, whatever is kept of them; so every array gets pages of its own
+    (MALLOC_MMAP_THRESHOLD_), which go back at once. Counters inside Python see neither numpy's nor torch's buffers
+    alike, and what is left at the end says nothing of the peak."""
     for i in range(20):
         clip = made_clip(str(i), 75, seed=i)
         arrays = {k: v.numpy() for k, v in clip._asdict().items() if torch.is_tensor(v)}
         np.savez(tmp_path/f"clip{i}.npz", **arrays | dict(wav=np.round(arrays["wav"]*32767).astype(np.int16), name="a", speaker="ann", text="ah", backend="eyes"))
-    peaks, whole = [], os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536")       # what is given back goes back at once: the holes of glibc's heap are not the question
+    peaks, whole = [], os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536")
     for n in (200, 2000):
         folder = tmp_path/str(n)
         folder.mkdir()

@@ -45,7 +45,7 @@ def test_pip_takes_torch_and_torchaudio_of_one_release():
     pair = [newest(r) for r in required("requirements") if r.name in ("torch", "torchaudio")]
     assert len(pair) == 2 and len({version.release[:2] for version in pair}) == 1, pair
 
-TESTED = [f"{name}requirements" for name in ("", "dev_", "talkers_", "metrics_", "judges_")]
+TESTED = [f"{name}requirements" for name in ("", "dev_", "talkers_", "metrics_", "judges_", "cluster_")]
 
 @pytest.mark.parametrize("version", PROMISED)
 def test_every_requirement_has_a_known_version(version):

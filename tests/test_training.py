@@ -1,5 +1,5 @@
 "The training loop: resume, averages, the guard, checkpoints, adversaries, two processes."
-import json, math, os, signal, subprocess, sys
+import json, math, os, signal, subprocess, sys, time, weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from torch import nn
 from faces2voices.core import PRESETS, CheckpointError, CorpusError, F2VError, ToolMissingError, test_same as same
 from faces2voices import training
 from faces2voices.training import EMA, Watch, adapt, dry_run, fit, fit_eigenlips, open_board, scene_batches, scenes, schedule, shuffled, train_the_vocoder
+from test_corpora import made_clip
 
 def batch_of(step):
     g = torch.Generator().manual_seed(step)
@@ -363,17 +364,86 @@ def test_a_first_model_hands_on_its_vocoder_as_it_is(tmp_path):
     train_the_vocoder(model, [], model.preset, tmp_path, first, 0)
     for a, b in zip(first.vocoder.parameters(), model.vocoder.parameters()): same(a, b)
 
+class Clips(list):
+    "A data set of a kind."
+    folder, sound = "CLIPS", list.__getitem__
+
 def test_the_vocoder_hears_all_worlds_and_their_pitch(tmp_path):
     model = small(steps=dict(vocoder=4), batch=dict(vocoder=2), lr=dict(vocoder=1e-3))
-    clip = lambda hz: SimpleNamespace(wav=.1*torch.sin(hz*torch.arange(9600.)/16000), log_f0=torch.full((30,), 5.), voiced=torch.ones(30))
+    def clip(hz):
+        return SimpleNamespace(wav=.1*torch.sin(hz*torch.arange(9600.)/16000), log_f0=torch.full((30,), 5.), voiced=torch.ones(30))
+    worlds = Clips([clip(100), clip(200)]), Clips([clip(300)])
     heard = []
     def listen(wavs, generator, preset, **kw): heard.extend(zip(wavs, kw["contours"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train_vocoder", listen)
-        train_the_vocoder(model, [[clip(100), clip(200)], [clip(300)]], model.preset, tmp_path, None, 0)
+        train_the_vocoder(model, worlds, model.preset, tmp_path, None, 0)
     assert len(heard) == 3 and all(c.shape == (2, len(w)//320) for w, c in heard)
-    train_the_vocoder(model, [[clip(100), clip(200)], [clip(300)]], model.preset, tmp_path, None, 0)
+    train_the_vocoder(model, worlds, model.preset, tmp_path, None, 0)
     assert (tmp_path/"vocoder-plain.ckpt").exists() and (tmp_path/"vocoder-critics.ckpt").exists()
+
+@pytest.fixture()
+def crowd(tmp_path):
+    "A folder of 30 prepared clips of two people."
+    from faces2voices.corpora import Entry, save_clip, write_manifest
+    entries, folder = [], tmp_path/"crowd"
+    for i in range(30):
+        clip = made_clip(f"clip{i}", 26 + i, "ab"[i % 2], seed=i)
+        save_clip(clip, folder/f"{clip.name}.npz", "eyes")
+        facts = dict(frames=26 + i, sound=True, backend="eyes")
+        entries.append(Entry(clip.name, folder/"x.mp4", clip.speaker, extra=facts, split="train"))
+    write_manifest(entries, folder/"manifest.jsonl")
+    return folder
+
+def test_voices_and_vocoder_hold_no_more_than_the_cache(crowd, tmp_path, monkeypatch):
+    from faces2voices import corpora
+    alive, most = [], 0
+    def counted(*args, fill=corpora.with_targets, **kw):
+        nonlocal alive, most
+        clip = fill(*args, **kw)
+        alive = [(wav, mel) for wav, mel in alive if wav() is not None or mel() is not None]
+        alive.append((weakref.ref(clip.wav), weakref.ref(clip.mel)))
+        most = max(most, len(alive))
+        return clip
+    monkeypatch.setattr(corpora, "with_targets", counted)
+    few = dict(steps=dict.fromkeys(PARTS, 12), batch=dict.fromkeys(PARTS, 4))
+    model, dataset = small(**few), corpora.ClipDataset(crowd)
+    dataset.heard = dataset.recent = corpora.Recent(1.2e6)                      # six clips
+    training.train_speaker(model, dataset, model.preset, None, 0)
+    train_the_vocoder(model, [dataset], model.preset, tmp_path/"run", None, 0, workers=0)
+    assert len(dataset.heard.clips) < most < 12
+
+def test_clips_that_are_read_one_by_one_give_the_same_weights(crowd, tmp_path):
+    from faces2voices.corpora import ClipDataset
+    from faces2voices.timbre import train_speaker_encoder
+    from faces2voices.vocoder import train_vocoder
+    few = dict(steps=dict.fromkeys(PARTS, 4), batch=dict.fromkeys(PARTS, 8))
+    a, b, whole = small(**few), small(**few), list(ClipDataset(crowd))
+    b.vocoder.load_state_dict(a.vocoder.state_dict())
+    training.train_speaker(a, ClipDataset(crowd), a.preset, None, 3)
+    voices = [[c.mel for c in whole if c.speaker == who] for who in "ab"]
+    encoder, _ = train_speaker_encoder(voices, 4, 8, a.preset.lr["speaker"], seed=3)
+    train_the_vocoder(a, [ClipDataset(crowd)], a.preset, tmp_path/"a", None, 3, workers=2)
+    wavs, tunes = [c.wav for c in whole], [torch.stack([c.log_f0, c.voiced]) for c in whole]
+    train_vocoder(wavs, b.vocoder, b.preset, run_dir=tmp_path/"b", contours=tunes, seed=3)
+    for one, other in ((a.speaker_encoder, encoder), (a.vocoder, b.vocoder)):
+        for x, y in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(x, y)
+
+def test_critics_judge_every_batch_of_a_step():
+    "The loss over two batches of a step is the mean of what each gives alone."
+    from faces2voices.vocoder import Game, segment_batches, slim_critics
+    torch.manual_seed(0)
+    model = small()
+    draw = segment_batches([.1*torch.randn(9000)]*2, 2, model.vocoder.segment, contours=[torch.ones(2, 28)]*2)
+    game, pair = Game(model.vocoder, slim_critics(), plain=True), [draw(0), draw(1)]
+    def alone(b):
+        game.generator_loss(b)
+        return game.critics_loss(b).item()
+    apart = [alone(b) for b in pair]
+    for b in pair: game.generator_loss(b)
+    assert [game.critics_loss(b).item() for b in pair] == pytest.approx(apart) and apart[0] != apart[1]
+    assert not game.made
 
 def test_a_head_for_words_is_not_trained_on_nothing(tmp_path, monkeypatch):
     from faces2voices import training
@@ -467,6 +537,14 @@ def test_training_is_timed():
     for part in found["parts"].values():
         assert part["steps_per_second"] > 0 and math.isfinite(part["loss"])
 
+def test_the_first_steps_are_not_timed(monkeypatch):
+    ticks = iter([100., 200., 300., 300.5, 301.])                  # WARM steps, and two that count
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), time=time.time)
+    monkeypatch.setattr(training, "time", clock)
+    model = nn.Linear(3, 1)
+    def loss(x): return model(x).pow(2).mean()
+    assert training.time_steps(loss, model, torch.ones(2, 3), False, 2)["steps_per_second"] == 2.
+
 def test_a_device_that_is_not_there_is_an_error():
     if torch.cuda.is_available(): pytest.skip("it is there")
     with pytest.raises(F2VError, match="not on this machine"): training.bench_train(shrunk(), "cuda")
@@ -493,6 +571,5 @@ def test_hours_are_measured_or_left_out(tmp_path, monkeypatch):
 def test_voices_need_two_people_who_speak_twice(tmp_path):
     from faces2voices.core import CorpusError
     clips = [SimpleNamespace(speaker=s, mel=torch.zeros(80, 200)) for s in "aab"]
-    class Few(list): folder = "CLIPS"
     with pytest.raises(CorpusError, match="CLIPS: has no two speakers"):
-        training.train_speaker(small(), Few(clips), shrunk(), None, 0)
+        training.train_speaker(small(), Clips(clips), shrunk(), None, 0)
