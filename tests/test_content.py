@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from faces2voices.core import TINY, CorpusError, seed_everything, test_same
 from faces2voices.avhubert import influence
+from faces2voices import content
+from faces2voices.statistics import crossed_interval
 from faces2voices.content import (MEASURES, Content, ContentEncoder, ConvBlock, MaskedConvBlock, content_loss, judge_content, masked_ce_study, norm_real, recorded_gain, word_loss,
                                   padded, receptive_field, see_and_hear, show_receptive_field, show_masked_ce, train_content, unit_accuracy)
 
@@ -151,7 +153,12 @@ def prepared(folder, splits):
     units = UnitQuantizer(11).fit([.1*torch.randn(6400, generator=torch.Generator().manual_seed(s)) for s in range(4)])
     return SimpleNamespace(hierarchy=SimpleNamespace(lips=Lips()), units=units, preset=SMALL, device=torch.device("cpu"))
 
-def test_study_from_a_folder(tmp_path, capsys):
+def test_study_from_a_folder(tmp_path, capsys, monkeypatch):
+    judged = []
+    def noted(*args):
+        judged.append(judge_content(*args))
+        return judged[-1]
+    monkeypatch.setattr(content, "judge_content", noted)
     model = prepared(tmp_path, ["train"]*5 + ["val", "test", "test"])
     seen = see_and_hear(model, tmp_path, "train")
     assert len(seen) == 5 and seen[1][0].shape == (7, 9) and seen[1][1].shape == (14,)
@@ -163,7 +170,10 @@ def test_study_from_a_folder(tmp_path, capsys):
     gain = sum(values[.5, s] - values[0., s] for s in (0, 1))/2
     test_same(torch.tensor(study["gain"]), gain, atol=2e-5)
     assert all(low <= gain <= high for low, gain, high in zip(study["low"], study["gain"], study["high"]))
-    assert study["low"][0] < study["high"][0]
+    gains = torch.stack(judged[2:]) - torch.stack(judged[:2])                # (2 seeds, 3 clips, 4 measures)
+    for k in range(4):
+        right = crossed_interval(gains[..., k])
+        assert (study["low"][k], study["high"][k]) == pytest.approx(right[1:3], abs=2e-5)
     pytest.importorskip("matplotlib").use("Agg")
     show_masked_ce({"a": study, "b": study})
 
