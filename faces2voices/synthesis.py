@@ -170,6 +170,11 @@ class _NoValues(TorchFunctionMode):
 # %% ../nbs/15_synthesis.ipynb #bf1eb9f4
 def _shapes(tensors:dict) -> dict: "Name → shape."; return {k: tuple(v.shape) for k, v in tensors.items()}
 
+def _stored_shapes(path) -> dict:
+    "Name → shape, from the header of a safetensors file alone."
+    with safe_open(path, "pt") as f:
+        return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+
 # %% ../nbs/15_synthesis.ipynb #2e15924e
 def _must_fit(path, wanted:dict, found:dict, optional): # name → shape; name → may it be missing?
     "CheckpointError where a file of weights is not the one that a module wants."
@@ -186,7 +191,7 @@ def load_weights(module, path, # a safetensors file
                 ):
     "Put the weights of a file into a module; CheckpointError where they are not its own, or not numbers."
     try:
-        with safe_open(path, "pt") as f: found = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+        found = _stored_shapes(path)
         _must_fit(path, _shapes(module.state_dict()), found, optional)
         state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as e:
@@ -220,7 +225,7 @@ def from_folder(cls:FacesToVoices, folder # a folder that holds config.json and 
     config, weights = _read_config(folder/"config.json"), folder/"model.safetensors"
     try:
         with _NoValues(): shapes = _shapes(cls(**config).state_dict())
-        with safe_open(weights, "pt") as f: found = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+        found = _stored_shapes(weights)
         _must_fit(weights, shapes, found, for_training)
         model = cls(**config)
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as e:
