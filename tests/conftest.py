@@ -1,4 +1,4 @@
-"Shared fixtures: where the real test data are, if they are there at all."
+"Shared fixtures: the real test data, if they are there at all, a model, a clip, a folder of clips."
 import os
 from pathlib import Path
 import pytest
@@ -9,6 +9,19 @@ def shared():
     folder = Path(os.environ.get("F2V_SHARED", Path(__file__).resolve().parents[2]/"shared"))/"data"
     if not folder.is_dir(): pytest.skip(f"no test data: set F2V_SHARED to a folder that holds data/grid (looked in {folder.parent})")
     return folder
+
+@pytest.fixture(scope="module")
+def f2v():
+    "The model of drawn talkers."
+    from faces2voices.synthesis import FacesToVoices
+    return FacesToVoices.from_pretrained("talkers", device="cpu")
+
+@pytest.fixture(scope="module")
+def clip(f2v):
+    "Lips and expression of the first sample, in memory."
+    first = min((Path(__file__).parents[1]/"data_samples").glob("*.mp4"))
+    c, _ = f2v.watch(first)
+    return c._replace(lips=c.lips[:], expression=c.expression[:])
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):

@@ -20,15 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = sorted((ROOT/"data_samples").glob("*.mp4"))
 linux = pytest.mark.skipif(sys.platform != "linux", reason="names of bytes and signals as Linux has them")
 
-@pytest.fixture(scope="module")
-def f2v(): return FacesToVoices.from_pretrained("talkers", device="cpu")
-
-@pytest.fixture(scope="module")
-def clip(f2v):
-    "Lips and expression of the first sample, in memory."
-    c, _ = f2v.watch(SAMPLES[0])
-    return c._replace(lips=c.lips[:], expression=c.expression[:])
-
 @pytest.fixture()
 def told(monkeypatch, capsys):
     "Call the console script: its exit code, and what it said on both channels."

@@ -17,15 +17,6 @@ from faces2voices.vocoder import excitation, sing
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = sorted((ROOT/"data_samples").glob("*.mp4"))
 
-@pytest.fixture(scope="module")
-def f2v(): return FacesToVoices.from_pretrained("talkers", device="cpu")
-
-@pytest.fixture(scope="module")
-def clip(f2v):
-    "Lips and expression of the first sample, in memory."
-    c, _ = f2v.watch(SAMPLES[0])
-    return c._replace(lips=c.lips[:], expression=c.expression[:])
-
 @pytest.fixture()
 def film(clip):
     "The clip swung to and fro: 12 seconds without a splice."
