@@ -75,6 +75,7 @@ readme: $(VENV)/.dev
 
 # Daily loop: edit a notebook, then this; commit notebooks and package together.
 prepare: $(VENV)/.dev
+	$(BIN)/ruff format .
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 	$(MAKE) readme

@@ -19,86 +19,136 @@ from fastcore.basics import patch
 from .core import SAMPLE_RATE, F2VError, MediaError, ToolMissingError, atomic_path
 
 # %% ../nbs/01_audio.ipynb #94291f1c
-def vowel(f0, # (N,) pitch in Hz at every sample
-          formants=((700, 90), (1200, 110), (2600, 160)), # centre and width of each resonance, Hz
-         ) -> torch.Tensor: # (N,) sound in [−1, 1]
+def vowel(
+    f0,  # (N,) pitch in Hz at every sample
+    formants=((700, 90), (1200, 110), (2600, 160)),  # centre and width of each resonance, Hz
+) -> torch.Tensor:  # (N,) sound in [−1, 1]
     "A synthetic vowel: harmonics of `f0` weighted by resonances."
     f0 = torch.as_tensor(f0, dtype=torch.float64)
-    phase, out = 2*math.pi*torch.cumsum(f0/SAMPLE_RATE, 0), torch.zeros_like(f0)
-    for h in range(1, int(7600/f0.min()) + 1):
-        weight = sum(1/(1 + ((h*f0 - c)/w)**2) for c, w in formants)/h**.5
-        out += torch.where(h*f0 < 7800, weight, 0.)*torch.sin(h*phase)
-    return (0.5*out/out.abs().max()).float()
+    phase, out = 2 * math.pi * torch.cumsum(f0 / SAMPLE_RATE, 0), torch.zeros_like(f0)
+    for h in range(1, int(7600 / f0.min()) + 1):
+        weight = sum(1 / (1 + ((h * f0 - c) / w) ** 2) for c, w in formants) / h**0.5
+        out += torch.where(h * f0 < 7800, weight, 0.0) * torch.sin(h * phase)
+    return (0.5 * out / out.abs().max()).float()
 
 # %% ../nbs/01_audio.ipynb #063fcf60
 @dataclass(frozen=True)
 class MelSpec:
     "The mel contract: call it on sound to get the natural-log mel spectrogram."
+
     sr: int = SAMPLE_RATE
     n_fft: int = 640
     hop: int = 160
     n_mels: int = 80
-    fmin: float = 0.
-    fmax: float = 8000.
+    fmin: float = 0.0
+    fmax: float = 8000.0
     floor: float = 1e-5
-    mean: float = -6.   # of ln mel over speech, used by `normalize`
+    mean: float = -6.0  # of ln mel over speech, used by `normalize`
     std: float = 2.5
 
+
 @lru_cache
-@torch.inference_mode(False)          # what is kept for later must serve training too
+@torch.inference_mode(False)  # what is kept for later must serve training too
 def _mel_filters(spec) -> torch.Tensor:
     "(n_mels, n_fft/2 + 1) Slaney filters."
     import librosa
-    return torch.from_numpy(librosa.filters.mel(sr=spec.sr, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.fmax))
+
+    return torch.from_numpy(
+        librosa.filters.mel(
+            sr=spec.sr, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.fmin, fmax=spec.fmax
+        )
+    )
 
 # %% ../nbs/01_audio.ipynb #c67db4a7
 @patch
-def __call__(self:MelSpec, wav:torch.Tensor # (B, N) or (N,), N a multiple of the hop
-            ) -> torch.Tensor: # (B, n_mels, N/hop) or (n_mels, N/hop)
+def __call__(
+    self: MelSpec,
+    wav: torch.Tensor,  # (B, N) or (N,), N a multiple of the hop
+) -> torch.Tensor:  # (B, n_mels, N/hop) or (n_mels, N/hop)
     "Natural-log mel spectrogram with exactly N // hop columns."
-    pad, x = (self.n_fft - self.hop)//2, wav.reshape(-1, 1, wav.shape[-1])
+    pad, x = (self.n_fft - self.hop) // 2, wav.reshape(-1, 1, wav.shape[-1])
     x = F.pad(x, (pad, pad), mode="reflect" if wav.shape[-1] > pad else "constant")[:, 0]
-    S = torch.stft(x, self.n_fft, self.hop, window=torch.hann_window(self.n_fft, device=x.device), center=False, return_complex=True)
+    S = torch.stft(
+        x,
+        self.n_fft,
+        self.hop,
+        window=torch.hann_window(self.n_fft, device=x.device),
+        center=False,
+        return_complex=True,
+    )
     m = _mel_filters(self).to(x.device) @ S.abs()
     return m.clamp(min=self.floor).log().reshape(*wav.shape[:-1], self.n_mels, -1)
+
 
 MEL = MelSpec()
 
 # %% ../nbs/01_audio.ipynb #0b9c56d6
 @patch
-def normalize(self:MelSpec, mel): "Roughly zero mean and unit variance: what the hierarchy and the flow work in."; return (mel - self.mean)/self.std
+def normalize(self: MelSpec, mel):
+    "Roughly zero mean and unit variance: what the hierarchy and the flow work in."
+    return (mel - self.mean) / self.std
+
+
 @patch
-def denormalize(self:MelSpec, x): "Undo `normalize`."; return x*self.std + self.mean
+def denormalize(self: MelSpec, x):
+    "Undo `normalize`."
+    return x * self.std + self.mean
 
 # %% ../nbs/01_audio.ipynb #160c79ef
-def show_speech(wav, # (N,) sound at 16 kHz
-                title:str="", # over the figure
-                text:str="", # what is said: becomes the text alternative of the figure
-                play:bool=True # add a player of the first 3 seconds
-               ):
+def show_speech(
+    wav,  # (N,) sound at 16 kHz
+    title: str = "",  # over the figure
+    text: str = "",  # what is said: becomes the text alternative of the figure
+    play: bool = True,  # add a player of the first 3 seconds
+):
     "Waveform over mel spectrogram, with a player."
     import io
     import matplotlib.pyplot as plt
     from IPython.display import Audio, Image, display
+
     wav, file = torch.as_tensor(wav).detach().cpu().float(), io.BytesIO()
-    fig, (top, low) = plt.subplots(2, 1, figsize=(8, 3.2), dpi=80, sharex=True, height_ratios=[1, 2.4], layout="constrained")
-    seconds = len(wav)/SAMPLE_RATE
-    top.plot(np.arange(len(wav))/SAMPLE_RATE, wav, lw=.4, color="#0072B2"); top.set(ylim=(-1, 1), yticks=[], title=title)
-    low.imshow(MEL(wav[:len(wav)//160*160]), origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, 80), vmin=-11.5, vmax=1.5)
+    fig, (top, low) = plt.subplots(
+        2, 1, figsize=(8, 3.2), dpi=80, sharex=True, height_ratios=[1, 2.4], layout="constrained"
+    )
+    seconds = len(wav) / SAMPLE_RATE
+    top.plot(np.arange(len(wav)) / SAMPLE_RATE, wav, lw=0.4, color="#0072B2")
+    top.set(ylim=(-1, 1), yticks=[], title=title)
+    low.imshow(
+        MEL(wav[: len(wav) // 160 * 160]),
+        origin="lower",
+        aspect="auto",
+        cmap="magma",
+        extent=(0, seconds, 0, 80),
+        vmin=-11.5,
+        vmax=1.5,
+    )
     low.set(xlabel="seconds", ylabel="mel bin")
     top.spines[["top", "right", "left"]].set_visible(False)
-    fig.savefig(file, format="jpeg"); plt.close(fig)
-    display(Image(file.getvalue(), format="jpeg", alt=f"Waveform and mel spectrogram of {seconds:.1f} s of speech. {text}"))
-    if play: display(Audio(wav[:3*SAMPLE_RATE].clamp(-1, 1).numpy(), rate=SAMPLE_RATE, normalize=False))
+    fig.savefig(file, format="jpeg")
+    plt.close(fig)
+    display(
+        Image(
+            file.getvalue(),
+            format="jpeg",
+            alt=f"Waveform and mel spectrogram of {seconds:.1f} s of speech. {text}",
+        )
+    )
+    if play:
+        display(
+            Audio(wav[: 3 * SAMPLE_RATE].clamp(-1, 1).numpy(), rate=SAMPLE_RATE, normalize=False)
+        )
 
 # %% ../nbs/01_audio.ipynb #9ffd0800
-RATES, LONGEST = (4000, 384_000), 4*3600    # Hz, and seconds, that are believed
+RATES, LONGEST = (4000, 384_000), 4 * 3600  # Hz, and seconds, that are believed
 
-def decoded_frames(container, # open in PyAV
-                   stream # of sound or of pictures
-                  ): # yields frames, in the order of showing
+
+def decoded_frames(
+    container,  # open in PyAV
+    stream,  # of sound or of pictures
+):  # yields frames, in the order of showing
     "What can be decoded; `frame.opaque` is the number and the decoding time of its packet."
     import av
+
     stream.codec_context.copy_opaque = True
     frame = damage = None
     try:
@@ -121,8 +171,13 @@ def decoded_frames(container, # open in PyAV
 def _track(path, container):
     "The sound track that a player takes."
     from av.stream import Disposition
-    aside = (Disposition.comment | Disposition.descriptions
-             | Disposition.hearing_impaired | Disposition.visual_impaired)
+
+    aside = (
+        Disposition.comment
+        | Disposition.descriptions
+        | Disposition.hearing_impaired
+        | Disposition.visual_impaired
+    )
     if not container.streams.audio:
         raise MediaError(path, "has no sound")
     tracks = [s for s in container.streams.audio if s.codec_context]
@@ -143,32 +198,36 @@ def _believed(path, frames):
         raise MediaError(path, "its sound track is empty")
 
 # %% ../nbs/01_audio.ipynb #601013e5
-WOBBLE = .01   # seconds that a time stamp may be off
-REPEAT = 1.    # seconds that a stretch may come twice; a clock that goes back further begins anew
+WOBBLE = 0.01  # seconds that a time stamp may be off
+REPEAT = 1.0  # seconds that a stretch may come twice; a clock that goes back further begins anew
+
 
 def _placed(frames):
     "Pairs: a frame; its time if it does not follow on from the last, else None."
-    due, form, ahead = None, None, 0.
+    due, form, ahead = None, None, 0.0
     for frame in frames:
-        time = (due or 0.) if frame.pts is None else float(frame.pts*frame.time_base) + ahead
+        time = (due or 0.0) if frame.pts is None else float(frame.pts * frame.time_base) + ahead
         if due is not None and time < due - REPEAT:
             ahead += due - time
             time = due
         before, form = form, (frame.sample_rate, frame.layout.name, frame.format.name)
         joined = form == before and abs(time - due) <= WOBBLE
-        due = (due if joined else time) + frame.samples/frame.sample_rate
+        due = (due if joined else time) + frame.samples / frame.sample_rate
         yield frame, None if joined else time
 
 # %% ../nbs/01_audio.ipynb #46122929
 def _resampled(placed):
     "Pairs: sound at 16 kHz, (channels, n); its time if it does not follow on, else None."
     import av
+
     resampler = time = None
+
     def pieces(frame):
         nonlocal time
         for piece in resampler.resample(frame):
             yield piece.to_ndarray(), time
             time = None
+
     for frame, begin in placed:
         if begin is not None:
             if resampler:
@@ -182,25 +241,26 @@ def _resampled(placed):
 # %% ../nbs/01_audio.ipynb #b8f1aaad
 def _laid(path, pieces, start, n):
     "The pieces, cut, with silence (1, n) between them, without gaps from `start` on."
-    at = filled = 0      # samples after `start`: where the piece belongs, how far there is sound
+    at = filled = 0  # samples after `start`: where the piece belongs, how far there is sound
     for piece, time in pieces:
         if time is not None:
             start = time if start is None else start
-            at = round((time - start)*SAMPLE_RATE)
+            at = round((time - start) * SAMPLE_RATE)
         if n is not None and max(at, filled) >= n:
             return
-        if at + piece.shape[1] > LONGEST*SAMPLE_RATE:
-            raise MediaError(path, f"is over {LONGEST//3600} hours long", "Cut it into parts")
+        if at + piece.shape[1] > LONGEST * SAMPLE_RATE:
+            raise MediaError(path, f"is over {LONGEST // 3600} hours long", "Cut it into parts")
         if at > filled:
             yield np.zeros((1, at - filled), np.float32)
-        new = piece[:, max(0, filled - at):] if at < filled else piece
+        new = piece[:, max(0, filled - at) :] if at < filled else piece
         if new.shape[1]:
             yield new
         at += piece.shape[1]
         filled = max(filled, at)
 
 # %% ../nbs/01_audio.ipynb #fb72061f
-CANCELLED = .05   # of the channels' energy: a mean that keeps less has lost the sound
+CANCELLED = 0.05  # of the channels' energy: a mean that keeps less has lost the sound
+
 
 def _one_channel(pieces, channel):
     "The pieces as (N,) and, as energies, of the mean (1,) and of the channels (2,)."
@@ -216,116 +276,185 @@ def _one_channel(pieces, channel):
 def _heard(path, start, n, channel=None):
     "As `_one_channel`, from a file; closed afterwards."
     import av
+
     with av.open(f"file:{path}", options=dict(protocol_whitelist="file")) as container:
         frames = _believed(path, decoded_frames(container, _track(path, container)))
         return _one_channel(_laid(path, _resampled(_placed(frames)), start, n), channel)
 
 # %% ../nbs/01_audio.ipynb #c4ef3ace
-def load_audio(path, # any file with sound in it
-               start:float=None, # beginning, s on the file's own clock; None: with its first sound
-               n:int=None # samples that are wanted, in all; None: as many as there are
-              ) -> torch.Tensor: # (N,) float32, 16 kHz, mono
+def load_audio(
+    path,  # any file with sound in it
+    start: float = None,  # beginning, s on the file's own clock; None: with its first sound
+    n: int = None,  # samples that are wanted, in all; None: as many as there are
+) -> torch.Tensor:  # (N,) float32, 16 kHz, mono
     "Read the sound of a file, every piece at its time, mixed to mono and resampled to 16 kHz."
     import av
-    if not Path(path).is_file(): raise MediaError(path, "no such file")
+
+    if not Path(path).is_file():
+        raise MediaError(path, "no such file")
     try:
         wav, mean, channels = _heard(path, start, n)
-        if mean < CANCELLED*channels.mean():
+        if mean < CANCELLED * channels.mean():
             wav, *_ = _heard(path, start, n, channel=int(channels.argmax()))
     except (av.FFmpegError, ValueError) as e:
         reason = f"its sound cannot be read ({getattr(e, 'strerror', None) or e})"
         raise MediaError(path, reason, "Does it play? If it does, convert it to wav") from e
     wav = torch.from_numpy(wav)
-    if not wav.isfinite().all(): raise MediaError(path, "its sound holds values that are not numbers", "Export it again")
+    if not wav.isfinite().all():
+        raise MediaError(path, "its sound holds values that are not numbers", "Export it again")
     return wav if n is None else fit_length(wav, n)
 
 # %% ../nbs/01_audio.ipynb #a32518b5
 @contextmanager
-def open_wav(path, # .wav file to write; never replaces one that is there unless told
-             overwrite:bool=False):
+def open_wav(
+    path,  # .wav file to write; never replaces one that is there unless told
+    overwrite: bool = False,
+):
     """Yield a function that appends (N,) sound at 16 kHz to a 16-bit wav, tagged as synthetic speech.
 
     The file is there, whole, when the block ends well; F2VError where it cannot be written."""
     import soundfile
+
     if Path(path).suffix.lower() != ".wav":
-        raise F2VError(path, "would be written as a wav under another name", "Give a name that ends in .wav")
+        raise F2VError(
+            path, "would be written as a wav under another name", "Give a name that ends in .wav"
+        )
     with atomic_path(path, overwrite) as tmp:
-        with soundfile.SoundFile(os.fsencode(tmp), "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as f:
+        with soundfile.SoundFile(
+            os.fsencode(tmp), "w", SAMPLE_RATE, 1, "PCM_16", format="WAV"
+        ) as f:
             f.comment = "synthetic speech (faces2voices)"
+
             def write(wav):
-                try: f.write(torch.as_tensor(wav).detach().cpu().float().clamp(-1, 1).numpy())
-                except (soundfile.SoundFileError, AssertionError) as e:     # soundfile asserts that all was written
-                    raise F2VError(path, f"cannot be written ({str(e) or 'no room'})", "Is there room on the disk?") from e
+                try:
+                    f.write(torch.as_tensor(wav).detach().cpu().float().clamp(-1, 1).numpy())
+                except (
+                    soundfile.SoundFileError,
+                    AssertionError,
+                ) as e:  # soundfile asserts that all was written
+                    raise F2VError(
+                        path,
+                        f"cannot be written ({str(e) or 'no room'})",
+                        "Is there room on the disk?",
+                    ) from e
+
             yield write
 
 # %% ../nbs/01_audio.ipynb #7ccc7ee8
-def save_wav(path, # .wav file to write; never replaces one that is there unless told
-             wav, # (N,) at 16 kHz
-             overwrite:bool=False):
+def save_wav(
+    path,  # .wav file to write; never replaces one that is there unless told
+    wav,  # (N,) at 16 kHz
+    overwrite: bool = False,
+):
     "Write 16-bit mono at 16 kHz, tagged as synthetic speech."
-    with open_wav(path, overwrite) as write: write(wav)
+    with open_wav(path, overwrite) as write:
+        write(wav)
 
 # %% ../nbs/01_audio.ipynb #bffed494
-def fit_length(wav:torch.Tensor, n:int) -> torch.Tensor:
+def fit_length(wav: torch.Tensor, n: int) -> torch.Tensor:
     "Cut or zero-pad (…, N) sound to exactly `n` samples."
     return F.pad(wav[..., :n], (0, max(0, n - wav.shape[-1])))
 
 # %% ../nbs/01_audio.ipynb #25830f62
-def pitch(wav, # (N,) sound at 16 kHz, N a multiple of 640
-          fmin:float=75., # Hz
-          fmax:float=400. # Hz
-         ) -> tuple: # log_f0 (N/320,) in ln Hz, voiced (N/320,) of 0. and 1.
+def pitch(
+    wav,  # (N,) sound at 16 kHz, N a multiple of 640
+    fmin: float = 75.0,  # Hz
+    fmax: float = 400.0,  # Hz
+) -> tuple:  # log_f0 (N/320,) in ln Hz, voiced (N/320,) of 0. and 1.
     "Pitch by pYIN at 50 Hz, interpolated through unvoiced frames."
     import librosa
-    wav = torch.as_tensor(wav).detach().cpu().float().numpy()
-    f0, voiced, _ = librosa.pyin(wav, fmin=fmin, fmax=fmax, sr=SAMPLE_RATE, frame_length=1280, hop_length=320,
-        resolution=0.2, n_thresholds=50, beta_parameters=(2, 10))
-    return _bridge(f0, voiced & np.isfinite(f0), len(wav)//320)
 
-def _bridge(f0, voiced, n:int) -> tuple:
+    wav = torch.as_tensor(wav).detach().cpu().float().numpy()
+    f0, voiced, _ = librosa.pyin(
+        wav,
+        fmin=fmin,
+        fmax=fmax,
+        sr=SAMPLE_RATE,
+        frame_length=1280,
+        hop_length=320,
+        resolution=0.2,
+        n_thresholds=50,
+        beta_parameters=(2, 10),
+    )
+    return _bridge(f0, voiced & np.isfinite(f0), len(wav) // 320)
+
+
+def _bridge(f0, voiced, n: int) -> tuple:
     "The first `n` values as ln Hz, straight lines through what is unvoiced, and the flags."
     f0, voiced = f0[:n], voiced[:n]
-    if not voiced.any(): return torch.full((n,), 5.), torch.zeros(n)
+    if not voiced.any():
+        return torch.full((n,), 5.0), torch.zeros(n)
     log_f0 = np.interp(np.arange(n), np.flatnonzero(voiced), np.log(f0[voiced]))
     return torch.from_numpy(log_f0).float(), torch.from_numpy(voiced).float()
 
 # %% ../nbs/01_audio.ipynb #0b46e776
-def crepe_pitch(wav, # (N,) sound at 16 kHz, N a multiple of 640
-                fmin:float=75., # Hz
-                fmax:float=400., # Hz
-                model:str="full" # or `tiny`, some fifteen times as fast
-               ) -> tuple: # log_f0 (N/320,) in ln Hz, voiced (N/320,) of 0. and 1.
+def crepe_pitch(
+    wav,  # (N,) sound at 16 kHz, N a multiple of 640
+    fmin: float = 75.0,  # Hz
+    fmax: float = 400.0,  # Hz
+    model: str = "full",  # or `tiny`, some fifteen times as fast
+) -> tuple:  # log_f0 (N/320,) in ln Hz, voiced (N/320,) of 0. and 1.
     "Pitch by CREPE: the same answer as `pitch` from a network."
-    try: import torchcrepe
-    except ImportError as e: raise ToolMissingError("torchcrepe", "is not installed", "pip install torchcrepe, or use `pitch`, which needs nothing") from e
+    try:
+        import torchcrepe
+    except ImportError as e:
+        raise ToolMissingError(
+            "torchcrepe",
+            "is not installed",
+            "pip install torchcrepe, or use `pitch`, which needs nothing",
+        ) from e
     wav = torch.as_tensor(wav).detach().cpu().float()
-    f0, sure = torchcrepe.predict(wav[None], SAMPLE_RATE, 320, fmin, fmax, model, decoder=_crepe_path, return_periodicity=True, batch_size=512)
-    return _bridge(f0[0].numpy(), sure[0].numpy() > 0.21, len(wav)//320)
+    f0, sure = torchcrepe.predict(
+        wav[None],
+        SAMPLE_RATE,
+        320,
+        fmin,
+        fmax,
+        model,
+        decoder=_crepe_path,
+        return_periodicity=True,
+        batch_size=512,
+    )
+    return _bridge(f0[0].numpy(), sure[0].numpy() > 0.21, len(wav) // 320)
 
-def _crepe_path(logits): # (1, 360, frames) → bins and Hz, (1, frames) each
+
+def _crepe_path(logits):  # (1, 360, frames) → bins and Hz, (1, frames) each
     "The path of Viterbi, and the mean of the bins within 80 cents of it."
     import librosa
+
     bins = torch.arange(360)
     jump = (12 - (bins[:, None] - bins).abs()).clamp(min=0).double()
-    path = librosa.sequence.viterbi(logits[0].softmax(0).double().numpy(), (jump/jump.sum(1, keepdim=True)).numpy())
+    path = librosa.sequence.viterbi(
+        logits[0].softmax(0).double().numpy(), (jump / jump.sum(1, keepdim=True)).numpy()
+    )
     path = torch.from_numpy(path.astype(np.int64))[None]
-    near = logits.sigmoid()*((bins[:, None] - path[:, None]).abs() <= 4)
-    return path, 10*2**((1997.3794 + 20*(near*bins[:, None]).sum(1)/near.sum(1))/1200)
+    near = logits.sigmoid() * ((bins[:, None] - path[:, None]).abs() <= 4)
+    return path, 10 * 2 ** ((1997.3794 + 20 * (near * bins[:, None]).sum(1) / near.sum(1)) / 1200)
 
 # %% ../nbs/01_audio.ipynb #4eb9afcf
-def energy(wav # (…, N) sound at 16 kHz
-          ) -> torch.Tensor: # (…, N/320) ln of the root mean square over 40 ms
+def energy(
+    wav,  # (…, N) sound at 16 kHz
+) -> torch.Tensor:  # (…, N/320) ln of the root mean square over 40 ms
     "Loudness at 50 Hz: ln RMS of 640-sample windows."
     wav = torch.as_tensor(wav).float()
     frames = F.pad(wav, (160, 160)).unfold(-1, 640, 320)
-    return (frames.pow(2).mean(-1) + 1e-10).log()/2
+    return (frames.pow(2).mean(-1) + 1e-10).log() / 2
 
 # %% ../nbs/01_audio.ipynb #8c9f1dd0
-def griffin_lim(mel, # (80, L) natural-log mel
-                n_iter:int=32 # passes back and forth
-               ) -> torch.Tensor: # (160 L,)
+def griffin_lim(
+    mel,  # (80, L) natural-log mel
+    n_iter: int = 32,  # passes back and forth
+) -> torch.Tensor:  # (160 L,)
     "Sound from a mel spectrogram by Griffin-Lim, the baseline that any vocoder must beat."
     import librosa
-    S = librosa.feature.inverse.mel_to_stft(torch.as_tensor(mel).exp().cpu().numpy(), sr=MEL.sr, n_fft=MEL.n_fft, power=1., fmin=MEL.fmin, fmax=MEL.fmax)
+
+    S = librosa.feature.inverse.mel_to_stft(
+        torch.as_tensor(mel).exp().cpu().numpy(),
+        sr=MEL.sr,
+        n_fft=MEL.n_fft,
+        power=1.0,
+        fmin=MEL.fmin,
+        fmax=MEL.fmax,
+    )
     wav = librosa.griffinlim(S, n_iter=n_iter, hop_length=MEL.hop, n_fft=MEL.n_fft, random_state=0)
-    return fit_length(torch.from_numpy(wav).float(), MEL.hop*mel.shape[-1])
+    return fit_length(torch.from_numpy(wav).float(), MEL.hop * mel.shape[-1])

@@ -21,55 +21,69 @@ from safetensors.torch import load_file, save_file
 from .core import CheckpointError, CorpusError, Preset, atomic_path
 
 # %% ../nbs/06_avhubert.ipynb #38ca32e5
-def show_lips(lips, # (B, 1, T, H, W)
-              clip:int=0, # which clip of the batch
-              every:int=4 # show one frame in so many
-             ):
+def show_lips(
+    lips,  # (B, 1, T, H, W)
+    clip: int = 0,  # which clip of the batch
+    every: int = 4,  # show one frame in so many
+):
     "A strip of the clip's frames."
     import matplotlib.pyplot as plt
+
     frames = lips[clip, 0, ::every].detach().cpu()
     fig, axes = plt.subplots(1, len(frames), figsize=(len(frames), 1.2), squeeze=False)
     for i, (ax, frame) in enumerate(zip(axes[0], frames)):
-        ax.imshow(frame, cmap="gray"); ax.axis("off"); ax.set_title(i*every, fontsize=7)
+        ax.imshow(frame, cmap="gray")
+        ax.axis("off")
+        ax.set_title(i * every, fontsize=7)
     return fig
 
 # %% ../nbs/06_avhubert.ipynb #7d246b7d
-def stack_frames(lips, # (B, 1, T, H, W)
-                 k:int=5 # frames a stack
-                ):
+def stack_frames(
+    lips,  # (B, 1, T, H, W)
+    k: int = 5,  # frames a stack
+):
     "Each frame with its k//2 neighbours on either side, zeros beyond the ends: (B, T, H, W, k)."
-    return F.pad(lips[:, 0], (0, 0, 0, 0, k//2, k//2)).unfold(1, k, 1)
+    return F.pad(lips[:, 0], (0, 0, 0, 0, k // 2, k // 2)).unfold(1, k, 1)
 
 # %% ../nbs/06_avhubert.ipynb #f573943a
-def show_stem(responses, # (T, C, H, W) of one clip
-              every:int=4, # show one frame in so many
-              n:int=4 # how many filters
-             ):
+def show_stem(
+    responses,  # (T, C, H, W) of one clip
+    every: int = 4,  # show one frame in so many
+    n: int = 4,  # how many filters
+):
     "Rows of filters, columns of frames; red and blue are the two signs."
     import matplotlib.pyplot as plt
+
     r = responses[::every, :n].detach().cpu().transpose(0, 1)
     fig, axes = plt.subplots(*r.shape[:2], figsize=(r.shape[1], n), squeeze=False)
     for row, pictures in zip(axes, r):
         for ax, picture in zip(row, pictures):
-            ax.imshow(picture, cmap="RdBu", vmin=-pictures.abs().max(), vmax=pictures.abs().max()); ax.axis("off")
+            ax.imshow(picture, cmap="RdBu", vmin=-pictures.abs().max(), vmax=pictures.abs().max())
+            ax.axis("off")
     return fig
 
 # %% ../nbs/06_avhubert.ipynb #b86ec339
 class BasicBlock(nn.Module):
     "Two 3 × 3 convolutions and a way round them (ResNet-18's block)."
-    def __init__(self, c_in:int, # channels in
-                 c_out:int, # channels out
-                 stride:int=1, # of the first convolution
-                 act=nn.PReLU # `act(c_out)` makes the activation
-                ):
+
+    def __init__(
+        self,
+        c_in: int,  # channels in
+        c_out: int,  # channels out
+        stride: int = 1,  # of the first convolution
+        act=nn.PReLU,  # `act(c_out)` makes the activation
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn1, self.relu1 = nn.BatchNorm2d(c_out), act(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2, self.relu2 = nn.BatchNorm2d(c_out), act(c_out)
         if stride > 1 or c_in != c_out:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
-        else: self.downsample = nn.Identity()
+            self.downsample = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
+            )
+        else:
+            self.downsample = nn.Identity()
 
     def forward(self, x):
         y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
@@ -78,176 +92,257 @@ class BasicBlock(nn.Module):
 # %% ../nbs/06_avhubert.ipynb #d16e7761
 class SlimTrunk(nn.Module):
     "Stem and four residual blocks on stacked frames: (N, H, W, 5) to (N, 8 width, 3, 3)."
-    def __init__(self, width:int, # channels of the stem
-                 size:int # side of the picture, pixels
-                ):
+
+    def __init__(
+        self,
+        width: int,  # channels of the stem
+        size: int,  # side of the picture, pixels
+    ):
         super().__init__()
         relu = lambda _: nn.ReLU(inplace=True)
-        self.stem = nn.Sequential(nn.Conv2d(5, width, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1),
-                                  nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(5, width, 7, 2, 3, bias=False),
+            nn.MaxPool2d(3, 2, 1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        )
         blocks, c, size = [], width, size // 4
         for i in range(4):
-            stride = 2 if i and size > 3 else 1      # halve until the map is 3 × 3
-            blocks.append(BasicBlock(c, width*2**i, stride, relu))
-            c, size = width*2**i, -(-size // stride)
+            stride = 2 if i and size > 3 else 1  # halve until the map is 3 × 3
+            blocks.append(BasicBlock(c, width * 2**i, stride, relu))
+            c, size = width * 2**i, -(-size // stride)
         self.blocks = nn.Sequential(*blocks)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x): return self.blocks(self.stem(x.movedim(-1, 1).contiguous(memory_format=torch.channels_last)))
+    def forward(self, x):
+        return self.blocks(
+            self.stem(x.movedim(-1, 1).contiguous(memory_format=torch.channels_last))
+        )
 
 # %% ../nbs/06_avhubert.ipynb #a709a719
 class Eigenlips(nn.Module):
     "A mouth as a mixture of principal pictures: its coordinates among them, in even light (Bregler and Konig, 1994)."
-    def __init__(self, n:int, # eigenlips
-                 size:int # S, side of the lips, pixels
-                ):
+
+    def __init__(
+        self,
+        n: int,  # eigenlips
+        size: int,  # S, side of the lips, pixels
+    ):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(size**2)); self.register_buffer("basis", torch.zeros(size**2, n))
+        self.register_buffer("mean", torch.zeros(size**2))
+        self.register_buffer("basis", torch.zeros(size**2, n))
 
 # %% ../nbs/06_avhubert.ipynb #be20488c
 @patch
-def even(self:Eigenlips, lips, # (B, 1, T, S, S)
-         mask # (B, T) bool
-        ) -> torch.Tensor: # (N, S²), the N real frames
+def even(
+    self: Eigenlips,
+    lips,  # (B, 1, T, S, S)
+    mask,  # (B, T) bool
+) -> torch.Tensor:  # (N, S²), the N real frames
     "Each clip with zero mean and unit spread."
     clips = [frames[real].flatten(1) for frames, real in zip(lips[:, 0], mask)]
-    return torch.cat([(x - x.mean())/x.std().clamp(min=1e-3) for x in clips])
+    return torch.cat([(x - x.mean()) / x.std().clamp(min=1e-3) for x in clips])
 
 # %% ../nbs/06_avhubert.ipynb #6eb62229
 @patch
 @torch.no_grad()
-def fit(self:Eigenlips, lips, mask): # as in `even`
+def fit(self: Eigenlips, lips, mask):  # as in `even`
     "Find the principal pictures of some mouths."
     x, n = self.even(lips, mask), self.basis.shape[1]
-    if len(x) <= n: raise CorpusError("the lips", f"{len(x)} frames are too few for {n} eigenlips", "Prepare more clips, or take a model that has another lip encoder")
-    _, spread, pictures = torch.pca_lowrank(x, min(n + 16, *x.shape), niter=4)   # more than asked for makes those asked for exact
-    self.mean.copy_(x.mean(0)); self.basis.copy_((pictures*len(x)**.5/spread)[:, :n])
+    if len(x) <= n:
+        raise CorpusError(
+            "the lips",
+            f"{len(x)} frames are too few for {n} eigenlips",
+            "Prepare more clips, or take a model that has another lip encoder",
+        )
+    _, spread, pictures = torch.pca_lowrank(
+        x, min(n + 16, *x.shape), niter=4
+    )  # more than asked for makes those asked for exact
+    self.mean.copy_(x.mean(0))
+    self.basis.copy_((pictures * len(x) ** 0.5 / spread)[:, :n])
 
 # %% ../nbs/06_avhubert.ipynb #36f7832b
 @patch
-def forward(self:Eigenlips, lips, mask): # as in `even`
+def forward(self: Eigenlips, lips, mask):  # as in `even`
     "Coordinates (B, T, n), zero on padding; a mouth unlike all others is held at five spreads."
     z = ((self.even(lips, mask) - self.mean) @ self.basis).clamp(-5, 5)
     return z.new_zeros(*mask.shape, z.shape[1]).masked_scatter(mask[..., None], z)
 
 # %% ../nbs/06_avhubert.ipynb #c15a50de
-def show_eigenlips(eigen:Eigenlips, # fitted
-                   n:int=8 # pictures
-                  ):
+def show_eigenlips(
+    eigen: Eigenlips,  # fitted
+    n: int = 8,  # pictures
+):
     "The mean mouth, and what each of the first coordinates does to it: two spreads down, two up."
     import matplotlib.pyplot as plt
-    size = int(len(eigen.mean)**.5)
-    moves = eigen.basis/eigen.basis.square().sum(0)      # a spread along each direction
+
+    size = int(len(eigen.mean) ** 0.5)
+    moves = eigen.basis / eigen.basis.square().sum(0)  # a spread along each direction
     fig, axes = plt.subplots(2, n + 1, figsize=(n + 1, 2.3), layout="constrained")
     for row, sign in zip(axes, (-2, 2)):
-        pictures = [eigen.mean, *(eigen.mean + sign*moves[:, k] for k in range(n))]
+        pictures = [eigen.mean, *(eigen.mean + sign * moves[:, k] for k in range(n))]
         for k, (ax, picture) in enumerate(zip(row, pictures)):
-            ax.imshow(picture.reshape(size, size), cmap="gray", vmin=-2.5, vmax=2.5); ax.axis("off")
+            ax.imshow(picture.reshape(size, size), cmap="gray", vmin=-2.5, vmax=2.5)
+            ax.axis("off")
             ax.set_title("mean" if k == 0 else f"z{k} = {sign:+d}", fontsize=7)
     return fig
 
 # %% ../nbs/06_avhubert.ipynb #dae2c182
-def run_packed(rnn, # nn.GRU or nn.LSTM, batch_first
-               frames, # (B, T, D)
-               mask # (B, T) bool, padding at the end
-              ):
+def run_packed(
+    rnn,  # nn.GRU or nn.LSTM, batch_first
+    frames,  # (B, T, D)
+    mask,  # (B, T) bool, padding at the end
+):
     "The recurrence over each clip's own length, in float32 whatever the autocast: (B, T, D), zero on padding."
-    packed = nn.utils.rnn.pack_padded_sequence(frames, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-    with torch.autocast(frames.device.type, enabled=False): packed, _ = rnn(packed)
+    packed = nn.utils.rnn.pack_padded_sequence(
+        frames, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
+    )
+    with torch.autocast(frames.device.type, enabled=False):
+        packed, _ = rnn(packed)
     return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=mask.shape[1])[0]
 
 # %% ../nbs/06_avhubert.ipynb #b943bc98
 class SlimLipEncoder(nn.Module):
     "Lips to one vector a frame: motion stem, residual trunk, 3 × 3 layout, bidirectional GRU."
-    def __init__(self, width:int=16, # channels of the stem
-                 dim:int=128, # D, size of a frame's vector
-                 scale:int=2, # shrink the 88 × 88 lips by this factor first
-                 dropout:float=0.1
-                ):
+
+    def __init__(
+        self,
+        width: int = 16,  # channels of the stem
+        dim: int = 128,  # D, size of a frame's vector
+        scale: int = 2,  # shrink the 88 × 88 lips by this factor first
+        dropout: float = 0.1,
+    ):
         super().__init__()
         self.dim, self.scale = dim, scale
         self.trunk = SlimTrunk(width, 88 // scale)
-        self.proj = nn.Sequential(nn.Linear(8*width*9, dim), nn.LayerNorm(dim), nn.Dropout(dropout))
-        self.rnn = nn.GRU(dim, dim//2, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout)
+        self.proj = nn.Sequential(
+            nn.Linear(8 * width * 9, dim), nn.LayerNorm(dim), nn.Dropout(dropout)
+        )
+        self.rnn = nn.GRU(
+            dim, dim // 2, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout
+        )
 
-    def forward(self, lips, # (B, 1, T, 88, 88)
-                mask # (B, T) bool, True on real frames, padding at the end
-               ):
+    def forward(
+        self,
+        lips,  # (B, 1, T, 88, 88)
+        mask,  # (B, T) bool, True on real frames, padding at the end
+    ):
         "Features (B, T, D), zero on padding."
-        lips = (lips if self.scale == 1 else F.avg_pool3d(lips, (1, self.scale, self.scale))) * mask[:, None, :, None, None]
-        seen = self.proj(self.trunk(stack_frames(lips)[mask]).flatten(1)).float()  # real frames only: (N, D)
+        lips = (
+            lips if self.scale == 1 else F.avg_pool3d(lips, (1, self.scale, self.scale))
+        ) * mask[:, None, :, None, None]
+        seen = self.proj(
+            self.trunk(stack_frames(lips)[mask]).flatten(1)
+        ).float()  # real frames only: (N, D)
         frames = seen.new_zeros(*mask.shape, self.dim).masked_scatter(mask[..., None], seen)
         return frames + run_packed(self.rnn, frames, mask)
 
 # %% ../nbs/06_avhubert.ipynb #9eba805a
 class EigenlipEncoder(nn.Module):
     "Lips to one vector a frame without a network for pictures: eigenlips, their speed and acceleration, bidirectional GRU."
-    def __init__(self, n:int=96, # eigenlips
-                 memory:int=192, # units of each direction of the GRU
-                 scale:int=2, # shrink the 88 × 88 lips by this factor first
-                 dropout:float=0.3
-                ):
+
+    def __init__(
+        self,
+        n: int = 96,  # eigenlips
+        memory: int = 192,  # units of each direction of the GRU
+        scale: int = 2,  # shrink the 88 × 88 lips by this factor first
+        dropout: float = 0.3,
+    ):
         super().__init__()
-        self.dim, self.scale = 2*memory, scale
-        self.eigen = Eigenlips(n, 88//scale)
-        self.motion = nn.Sequential(nn.Dropout(.1), nn.Conv1d(3*n, memory, 5, padding=2), nn.BatchNorm1d(memory), nn.ReLU(), nn.Dropout(dropout))
-        self.rnn, self.drop = nn.GRU(memory, memory, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout), nn.Dropout(dropout)
+        self.dim, self.scale = 2 * memory, scale
+        self.eigen = Eigenlips(n, 88 // scale)
+        self.motion = nn.Sequential(
+            nn.Dropout(0.1),
+            nn.Conv1d(3 * n, memory, 5, padding=2),
+            nn.BatchNorm1d(memory),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+        )
+        self.rnn, self.drop = (
+            nn.GRU(
+                memory, memory, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout
+            ),
+            nn.Dropout(dropout),
+        )
 
 # %% ../nbs/06_avhubert.ipynb #1d0b4869
-def with_motion(z:torch.Tensor # (B, n, T)
-               ) -> torch.Tensor: # (B, 3n, T)
+def with_motion(
+    z: torch.Tensor,  # (B, n, T)
+) -> torch.Tensor:  # (B, 3n, T)
     "Positions, speeds and accelerations, by differences of the neighbouring frames."
     before, after = F.pad(z, (1, 0))[..., :-1], F.pad(z, (0, 1))[..., 1:]
-    return torch.cat([z, after - before, after + before - 2*z], 1)
+    return torch.cat([z, after - before, after + before - 2 * z], 1)
 
 # %% ../nbs/06_avhubert.ipynb #8b77c606
 @patch
-def shrunk(self:EigenlipEncoder, lips): return F.avg_pool3d(lips.float(), (1, self.scale, self.scale))
+def shrunk(self: EigenlipEncoder, lips):
+    return F.avg_pool3d(lips.float(), (1, self.scale, self.scale))
+
 
 @patch
-def fit(self:EigenlipEncoder, lips, mask): # (B, 1, T, 88, 88), (B, T) bool
+def fit(self: EigenlipEncoder, lips, mask):  # (B, 1, T, 88, 88), (B, T) bool
     "Find the principal pictures of some lips: before any training."
     self.eigen.fit(self.shrunk(lips), mask)
 
+
 @patch
-def forward(self:EigenlipEncoder, lips, mask): # as in `fit`; padding at the end
+def forward(self: EigenlipEncoder, lips, mask):  # as in `fit`; padding at the end
     "Features (B, T, D), zero on padding; the coordinates are found in float32 whatever the autocast."
-    with torch.autocast(lips.device.type, enabled=False): z = self.eigen(self.shrunk(lips), mask)
+    with torch.autocast(lips.device.type, enabled=False):
+        z = self.eigen(self.shrunk(lips), mask)
     frames = self.motion(with_motion(z.mT) * mask[:, None]).float().mT
     return self.drop(run_packed(self.rnn, frames, mask))
 
 # %% ../nbs/06_avhubert.ipynb #9ea4da0b
-def influence(f, # x -> features (T', D)
-              x, # input with time on axis 2: lips (1, 1, T, H, W) or features (1, C, T)
-              t:int # the output step asked about
-             ):
+def influence(
+    f,  # x -> features (T', D)
+    x,  # input with time on axis 2: lips (1, 1, T, H, W) or features (1, C, T)
+    t: int,  # the output step asked about
+):
     "Size of the gradient of output step t with respect to every input step: (T,)."
     x = x.clone().requires_grad_()
-    grad, = torch.autograd.grad(f(x)[t].square().sum(), x)
+    (grad,) = torch.autograd.grad(f(x)[t].square().sum(), x)
     return grad.movedim(2, 0).flatten(1).norm(dim=1)
 
 # %% ../nbs/06_avhubert.ipynb #31ce52f1
-def show_influence(**curves # name: (T,) influence of every input step
-                  ):
+def show_influence(
+    **curves,  # name: (T,) influence of every input step
+):
     "One panel a curve, scaled to its largest value, on a log axis."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(curves), figsize=(4*len(curves), 2), sharey=True, squeeze=False)
+
+    fig, axes = plt.subplots(
+        1, len(curves), figsize=(4 * len(curves), 2), sharey=True, squeeze=False
+    )
     for ax, (name, g) in zip(axes[0], curves.items()):
-        ax.bar(range(len(g)), g/g.max()); ax.set(title=name.replace("_", " "), xlabel="input step", yscale="log", ylim=(1e-6, 2))
+        ax.bar(range(len(g)), g / g.max())
+        ax.set(title=name.replace("_", " "), xlabel="input step", yscale="log", ylim=(1e-6, 2))
     return fig
 
 # %% ../nbs/06_avhubert.ipynb #cadc8165
 class LipResNet(nn.Module):
     "AV-HuBERT's picture network: 3-D stem and ResNet-18, (B, 1, T, 88, 88) to (B, T, 512)."
+
     def __init__(self):
         super().__init__()
         self.frontend3D = nn.Sequential(
-            nn.Conv3d(1, 64, (5, 7, 7), (1, 2, 2), (2, 3, 3), bias=False), nn.BatchNorm3d(64),
-            nn.PReLU(64), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)))
+            nn.Conv3d(1, 64, (5, 7, 7), (1, 2, 2), (2, 3, 3), bias=False),
+            nn.BatchNorm3d(64),
+            nn.PReLU(64),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+        )
         c = [64, 64, 128, 256, 512]
-        self.trunk = nn.Sequential(OrderedDict(
-            (f"layer{i+1}", nn.Sequential(BasicBlock(c[i], c[i+1], 2 if i else 1), BasicBlock(c[i+1], c[i+1])))
-            for i in range(4)))
+        self.trunk = nn.Sequential(
+            OrderedDict(
+                (
+                    f"layer{i + 1}",
+                    nn.Sequential(
+                        BasicBlock(c[i], c[i + 1], 2 if i else 1), BasicBlock(c[i + 1], c[i + 1])
+                    ),
+                )
+                for i in range(4)
+            )
+        )
 
     def forward(self, lips):
         frames = self.frontend3D(lips).transpose(1, 2)
@@ -256,107 +351,145 @@ class LipResNet(nn.Module):
 # %% ../nbs/06_avhubert.ipynb #3cc2dfc3
 def _triangles() -> torch.Tensor:
     "26 mel filters over the bins of a 512-point spectrum at 16 kHz: (26, 257)."
-    mel = torch.linspace(0, 2595*math.log10(1 + 8000/700), 28, dtype=torch.double)
-    corners = (513/16000 * 700*(10**(mel/2595) - 1)).floor()
-    low, mid, high = (corners[i:i+26, None] for i in range(3))
+    mel = torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), 28, dtype=torch.double)
+    corners = (513 / 16000 * 700 * (10 ** (mel / 2595) - 1)).floor()
+    low, mid, high = (corners[i : i + 26, None] for i in range(3))
     bins = torch.arange(257)
-    return torch.minimum((bins - low)/(mid - low), (high - bins)/(high - mid)).clamp(min=0)
+    return torch.minimum((bins - low) / (mid - low), (high - bins) / (high - mid)).clamp(min=0)
 
 # %% ../nbs/06_avhubert.ipynb #131716bc
-def filter_banks(wav # (640 T,) 16 kHz, in [-1, 1]
-                ) -> torch.Tensor:
+def filter_banks(
+    wav,  # (640 T,) 16 kHz, in [-1, 1]
+) -> torch.Tensor:
     "What AV-HuBERT hears: four steps of 26 log energies a frame, each frame normalised, (T, 104)."
-    x = (wav*32768).round().double()
-    steps = F.pad(torch.cat([x[:1], x[1:] - 0.97*x[:-1]]), (0, 80)).unfold(0, 400, 160)     # (4T - 1, 400)
-    power = torch.fft.rfft(steps, 512).abs().square()/512
+    x = (wav * 32768).round().double()
+    steps = F.pad(torch.cat([x[:1], x[1:] - 0.97 * x[:-1]]), (0, 80)).unfold(
+        0, 400, 160
+    )  # (4T - 1, 400)
+    power = torch.fft.rfft(steps, 512).abs().square() / 512
     banks = (power @ _triangles().T).clamp(min=torch.finfo(torch.double).eps).log()
     return F.layer_norm(F.pad(banks, (0, 0, 0, 1)).reshape(-1, 104), (104,)).float()
 
 # %% ../nbs/06_avhubert.ipynb #3c804dc6
 class SelfAttention(nn.Module):
     "Multi-head self-attention with 64 channels a head."
-    def __init__(self, dim:int):
+
+    def __init__(self, dim: int):
         super().__init__()
         self.heads = dim // 64
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(dim, dim) for _ in range(4)
+        )
 
-    def forward(self, x, # (B, T, D)
-                mask # (B, T) bool
-               ):
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(
+        self,
+        x,  # (B, T, D)
+        mask,  # (B, T) bool
+    ):
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 # %% ../nbs/06_avhubert.ipynb #83aee1df
 class Layer(nn.Module):
     "A pre-LN transformer block."
-    def __init__(self, dim:int, ffn:int):
+
+    def __init__(self, dim: int, ffn: int):
         super().__init__()
         self.self_attn, self.self_attn_layer_norm = SelfAttention(dim), nn.LayerNorm(dim)
-        self.fc1, self.fc2, self.final_layer_norm = nn.Linear(dim, ffn), nn.Linear(ffn, dim), nn.LayerNorm(dim)
+        self.fc1, self.fc2, self.final_layer_norm = (
+            nn.Linear(dim, ffn),
+            nn.Linear(ffn, dim),
+            nn.LayerNorm(dim),
+        )
 
     def forward(self, x, mask):
         x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 # %% ../nbs/06_avhubert.ipynb #0bb3bdf3
-def torch_layer(layer:Layer) -> nn.TransformerEncoderLayer:
+def torch_layer(layer: Layer) -> nn.TransformerEncoderLayer:
     "PyTorch's own pre-LN block with this layer's weights: an independent reference."
     a, dim, ffn = layer.self_attn, layer.fc1.in_features, layer.fc1.out_features
-    ref = nn.TransformerEncoderLayer(dim, a.heads, ffn, 0., "gelu", batch_first=True, norm_first=True)
+    ref = nn.TransformerEncoderLayer(
+        dim, a.heads, ffn, 0.0, "gelu", batch_first=True, norm_first=True
+    )
     qkv = (a.q_proj, a.k_proj, a.v_proj)
     ref.self_attn.in_proj_weight.data = torch.cat([p.weight for p in qkv]).detach()
     ref.self_attn.in_proj_bias.data = torch.cat([p.bias for p in qkv]).detach()
-    pairs = [(ref.self_attn.out_proj, a.out_proj), (ref.linear1, layer.fc1), (ref.linear2, layer.fc2),
-             (ref.norm1, layer.self_attn_layer_norm), (ref.norm2, layer.final_layer_norm)]
-    for theirs, ours in pairs: theirs.load_state_dict(ours.state_dict())
+    pairs = [
+        (ref.self_attn.out_proj, a.out_proj),
+        (ref.linear1, layer.fc1),
+        (ref.linear2, layer.fc2),
+        (ref.norm1, layer.self_attn_layer_norm),
+        (ref.norm2, layer.final_layer_norm),
+    ]
+    for theirs, ours in pairs:
+        theirs.load_state_dict(ours.state_dict())
     return ref.eval()
 
 # %% ../nbs/06_avhubert.ipynb #a3b240c3
 class Encoder(nn.Module):
     "Positional convolution and a stack of pre-LN blocks."
-    def __init__(self, dim:int, n_layers:int, ffn:int):
+
+    def __init__(self, dim: int, n_layers: int, ffn: int):
         super().__init__()
-        self.pos_conv = nn.Sequential(weight_norm(nn.Conv1d(dim, dim, 128, padding=64, groups=16), dim=2))
+        self.pos_conv = nn.Sequential(
+            weight_norm(nn.Conv1d(dim, dim, 128, padding=64, groups=16), dim=2)
+        )
         self.layers = nn.ModuleList(Layer(dim, ffn) for _ in range(n_layers))
         self.layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x, # (B, T, D), zero on padding
-                mask # (B, T) bool
-               ) -> list:
+    def forward(
+        self,
+        x,  # (B, T, D), zero on padding
+        mask,  # (B, T) bool
+    ) -> list:
         "The residual stream after every block; the input itself is item 0."
         states = [x]
         x = x + F.gelu(self.pos_conv(x.mT)[..., :-1]).mT
-        for layer in self.layers: states.append(x := layer(x, mask))
+        for layer in self.layers:
+            states.append(x := layer(x, mask))
         return states
 
 # %% ../nbs/06_avhubert.ipynb #23d956da
 class AVHubert(nn.Module):
     "AV-HuBERT without its training heads; `state_dict` names follow the official files."
-    def __init__(self, dim:int=768, # D
-                 n_layers:int=12,
-                 ffn:int=3072 # hidden size of a block's feed-forward part
-                ):
+
+    def __init__(
+        self,
+        dim: int = 768,  # D
+        n_layers: int = 12,
+        ffn: int = 3072,  # hidden size of a block's feed-forward part
+    ):
         super().__init__()
         self.dim, self.n_layers, self.ffn = dim, n_layers, ffn
         self.feature_extractor_audio = nn.ModuleDict(dict(proj=nn.Linear(104, dim)))
-        self.feature_extractor_video = nn.ModuleDict(dict(resnet=LipResNet(), proj=nn.Linear(512, dim)))
-        self.layer_norm, self.post_extract_proj = nn.LayerNorm(2*dim), nn.Linear(2*dim, dim)
+        self.feature_extractor_video = nn.ModuleDict(
+            dict(resnet=LipResNet(), proj=nn.Linear(512, dim))
+        )
+        self.layer_norm, self.post_extract_proj = nn.LayerNorm(2 * dim), nn.Linear(2 * dim, dim)
         self.encoder = Encoder(dim, n_layers, ffn)
 
-    def forward(self, lips, # (B, 1, T, 88, 88)
-                mask, # (B, T) bool
-                audio=None, # (B, T, 104) from `filter_banks`; None: video only
-                layers=None # 1-based blocks to take (0: before the first); None: the last, normalised
-               ):
+    def forward(
+        self,
+        lips,  # (B, 1, T, 88, 88)
+        mask,  # (B, T) bool
+        audio=None,  # (B, T, 104) from `filter_banks`; None: video only
+        layers=None,  # 1-based blocks to take (0: before the first); None: the last, normalised
+    ):
         "Features (B, T, D), or (len(layers), B, T, D) as the blocks left them."
         states = self.encoder(self.fuse(lips, mask, audio), mask)
-        if layers is None: return self.encoder.layer_norm(states[-1]) * mask[..., None]
+        if layers is None:
+            return self.encoder.layer_norm(states[-1]) * mask[..., None]
         return torch.stack([states[i] for i in layers]) * mask[..., None]
 
 # %% ../nbs/06_avhubert.ipynb #27f6729b
 @patch
-def fuse(self:AVHubert, lips, mask, audio=None):
+def fuse(self: AVHubert, lips, mask, audio=None):
     "Audio and video side by side, normalised and projected: (B, T, D), zero on padding."
     v, a = self.feature_extractor_video, self.feature_extractor_audio
     video = v.proj(v.resnet(lips * mask[:, None, :, None, None]))
@@ -364,116 +497,180 @@ def fuse(self:AVHubert, lips, mask, audio=None):
     return self.post_extract_proj(self.layer_norm(torch.cat([sound, video], -1))) * mask[..., None]
 
 # %% ../nbs/06_avhubert.ipynb #263dbe2d
-AVHUBERT_SIZES = {"base": dict(dim=768, n_layers=12, ffn=3072), "large": dict(dim=1024, n_layers=24, ffn=4096)}
+AVHUBERT_SIZES = {
+    "base": dict(dim=768, n_layers=12, ffn=3072),
+    "large": dict(dim=1024, n_layers=24, ffn=4096),
+}
 
 # %% ../nbs/06_avhubert.ipynb #48fa054c
 class _Stub:
     "Stands for an object of the official files that is not needed; whatever it is given, it forgets."
-    def __new__(cls, *args, **kwargs): return super().__new__(cls)
-    def __init__(self, *args, **kwargs): pass
-    def __setstate__(self, state): pass
 
-_STUBS = [(type(name.rpartition(".")[2], (_Stub,), {}), name) for name in (
-    "fairseq.data.dictionary.Dictionary", "fairseq.data.encoders.sentencepiece_bpe.SentencepieceBPE",
-    "sentencepiece.SentencePieceProcessor", "builtins.int")]
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+_STUBS = [
+    (type(name.rpartition(".")[2], (_Stub,), {}), name)
+    for name in (
+        "fairseq.data.dictionary.Dictionary",
+        "fairseq.data.encoders.sentencepiece_bpe.SentencepieceBPE",
+        "sentencepiece.SentencePieceProcessor",
+        "builtins.int",
+    )
+]
 
 # %% ../nbs/06_avhubert.ipynb #5534ff4b
 def _branch(tree, *keys):
     "`tree[key][key]…`, or None where there is no such branch."
-    for key in keys: tree = tree.get(key) if isinstance(tree, dict) else None
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
 
-def _read_pickle(path:Path) -> dict:
+
+def _read_pickle(path: Path) -> dict:
     "The file's own dict, read by torch's restricted unpickler."
     try:
-        with torch.serialization.safe_globals(_STUBS): file = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_STUBS):
+            file = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL (\S+)|class (\S+)", str(e))
-        raise CheckpointError(path, f"asks for more than weights ({name.group(0) if name else 'not a plain pickle'})", "Do not load it by other means unless you trust its author") from None
-    except Exception as e:                                              # whatever broken bytes may raise
-        raise CheckpointError(path, f"is not a PyTorch checkpoint ({e})", "Was the download cut off?") from None
+        raise CheckpointError(
+            path,
+            f"asks for more than weights ({name.group(0) if name else 'not a plain pickle'})",
+            "Do not load it by other means unless you trust its author",
+        ) from None
+    except Exception as e:  # whatever broken bytes may raise
+        raise CheckpointError(
+            path, f"is not a PyTorch checkpoint ({e})", "Was the download cut off?"
+        ) from None
     if not isinstance(_branch(file, "model"), dict):
-        raise CheckpointError(path, "has no `model` entry", "An official AV-HuBERT file is expected")
-    if False in (_branch(file, "cfg", "model", *tuned, "layer_norm_first") for tuned in ((), ("w2v_args", "model"))):
-        raise CheckpointError(path, "is a post-LN model", "AV-HuBERT's published models normalise first")
+        raise CheckpointError(
+            path, "has no `model` entry", "An official AV-HuBERT file is expected"
+        )
+    if False in (
+        _branch(file, "cfg", "model", *tuned, "layer_norm_first")
+        for tuned in ((), ("w2v_args", "model"))
+    ):
+        raise CheckpointError(
+            path, "is a post-LN model", "AV-HuBERT's published models normalise first"
+        )
     return file
 
 # %% ../nbs/06_avhubert.ipynb #11ea5d8e
 _HEADS = ("mask_emb", "label_embs_concat", "final_proj.")
 
-def _encoder_weights(weights:dict) -> dict:
+
+def _encoder_weights(weights: dict) -> dict:
     "The encoder's tensors, out of a pre-trained or a fine-tuned model's."
     tuned = {k.partition(".w2v_model.")[2]: v for k, v in weights.items() if ".w2v_model." in k}
     return {k: v for k, v in (tuned or weights).items() if not k.startswith(_HEADS)}
 
-def _size(weights:dict) -> dict:
+
+def _size(weights: dict) -> dict:
     "The arguments of `AVHubert` that these tensors were made for."
     ffn, dim = weights["encoder.layers.0.fc1.weight"].shape
-    if sum(w.numel() for w in weights.values()) > 1e9: raise ValueError("more than a thousand million weights")
+    if sum(w.numel() for w in weights.values()) > 1e9:
+        raise ValueError("more than a thousand million weights")
     return dict(dim=dim, n_layers=sum(k.endswith(".fc1.weight") for k in weights), ffn=ffn)
 
 # %% ../nbs/06_avhubert.ipynb #d25cd896
-def load_avhubert(path # official `.pt` file, or a folder written by `convert_avhubert`
-                 ) -> AVHubert:
+def load_avhubert(
+    path,  # official `.pt` file, or a folder written by `convert_avhubert`
+) -> AVHubert:
     "AV-HuBERT in eval mode; no code from the file is run."
     path = Path(path)
-    if not path.exists(): raise CheckpointError(path, "does not exist", "Download an AV-HuBERT checkpoint first")
+    if not path.exists():
+        raise CheckpointError(path, "does not exist", "Download an AV-HuBERT checkpoint first")
     weights = _read_folder(path) if path.is_dir() else _read_pickle(path)["model"]
     try:
         weights = _encoder_weights(weights)
-        with torch.device("meta"): net = AVHubert(**_size(weights))
+        with torch.device("meta"):
+            net = AVHubert(**_size(weights))
         net.to_empty(device="cpu").load_state_dict(weights)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        raise CheckpointError(path, f"is not AV-HuBERT's layout ({str(e)[:300]})", "Is it another model, such as an audio-only HuBERT?") from None
+        raise CheckpointError(
+            path,
+            f"is not AV-HuBERT's layout ({str(e)[:300]})",
+            "Is it another model, such as an audio-only HuBERT?",
+        ) from None
     return net.eval()
 
 # %% ../nbs/06_avhubert.ipynb #d3a30b3b
-def official_weights(net:AVHubert) -> dict:
+def official_weights(net: AVHubert) -> dict:
     "The state dict under the names of the official files."
-    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
-    return {next((k.replace(a, b) for a, b in old.items() if a in k), k): v for k, v in net.state_dict().items()}
+    old = {
+        "parametrizations.weight.original0": "weight_g",
+        "parametrizations.weight.original1": "weight_v",
+    }
+    return {
+        next((k.replace(a, b) for a, b in old.items() if a in k), k): v
+        for k, v in net.state_dict().items()
+    }
 
 # %% ../nbs/06_avhubert.ipynb #9a0a6517
-def convert_avhubert(path, # official `.pt` file
-                     folder # a new folder: `model.safetensors` and `config.json`
-                    ):
+def convert_avhubert(
+    path,  # official `.pt` file
+    folder,  # a new folder: `model.safetensors` and `config.json`
+):
     "Write the encoder of an official checkpoint as safetensors, under its official names."
     net, folder = load_avhubert(path), Path(folder)
     about = dict(dim=net.dim, n_layers=net.n_layers, ffn=net.ffn, source=Path(path).name)
-    with atomic_path(folder/"model.safetensors") as tmp: save_file({k: v.contiguous() for k, v in official_weights(net).items()}, tmp)
-    with atomic_path(folder/"config.json") as tmp: tmp.write_text(json.dumps(about, indent=1))
+    with atomic_path(folder / "model.safetensors") as tmp:
+        save_file({k: v.contiguous() for k, v in official_weights(net).items()}, tmp)
+    with atomic_path(folder / "config.json") as tmp:
+        tmp.write_text(json.dumps(about, indent=1))
 
-def _read_folder(folder:Path) -> dict:
+
+def _read_folder(folder: Path) -> dict:
     "The tensors that `convert_avhubert` wrote."
-    try: return load_file(folder/"model.safetensors")
-    except Exception as e: raise CheckpointError(folder, f"holds no readable model.safetensors ({e})", "Run `convert_avhubert` again") from None
+    try:
+        return load_file(folder / "model.safetensors")
+    except Exception as e:
+        raise CheckpointError(
+            folder, f"holds no readable model.safetensors ({e})", "Run `convert_avhubert` again"
+        ) from None
 
 # %% ../nbs/06_avhubert.ipynb #e5e60d71
 class FrozenAVHubert(nn.Module):
     "AV-HuBERT that never learns, with one learned weight for each layer."
-    def __init__(self, net:AVHubert):
+
+    def __init__(self, net: AVHubert):
         super().__init__()
         self.net, self.dim = net.requires_grad_(False), net.dim
         self.weights = nn.Parameter(torch.zeros(net.n_layers + 1))
         self.net.eval()
 
-    def train(self, mode:bool=True):
+    def train(self, mode: bool = True):
         "Training mode for the weights alone: the network's BatchNorm keeps its statistics."
-        super().train(mode); self.net.eval()
+        super().train(mode)
+        self.net.eval()
         return self
 
     def forward(self, lips, mask):
         "Features (B, T, D), zero on padding."
-        with torch.no_grad(): states = self.net(lips, mask, layers=range(self.net.n_layers + 1))
-        mixed = torch.einsum("l,lbtd->btd", self.weights.softmax(0), F.layer_norm(states, (self.dim,)))
+        with torch.no_grad():
+            states = self.net(lips, mask, layers=range(self.net.n_layers + 1))
+        mixed = torch.einsum(
+            "l,lbtd->btd", self.weights.softmax(0), F.layer_norm(states, (self.dim,))
+        )
         return mixed * mask[..., None]
 
 # %% ../nbs/06_avhubert.ipynb #9c3a44e7
-def make_lip_encoder(preset:Preset,
-                     weights=None # AV-HuBERT checkpoint; None: the architecture alone, to be filled from a saved system
-                    ) -> nn.Module:
+def make_lip_encoder(
+    preset: Preset,
+    weights=None,  # AV-HuBERT checkpoint; None: the architecture alone, to be filled from a saved system
+) -> nn.Module:
     "The preset's lip encoder; `.dim` is the size of its features."
-    if preset.lip_encoder == "slim": return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_scale, preset.dropout)
-    if preset.lip_encoder == "eigenlips": return EigenlipEncoder(preset.eigenlips, preset.lip_memory, preset.lip_scale)
+    if preset.lip_encoder == "slim":
+        return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_scale, preset.dropout)
+    if preset.lip_encoder == "eigenlips":
+        return EigenlipEncoder(preset.eigenlips, preset.lip_memory, preset.lip_scale)
     size = AVHUBERT_SIZES[preset.lip_encoder.removeprefix("avhubert-")]
     return FrozenAVHubert(AVHubert(**size) if weights is None else load_avhubert(weights))

@@ -20,53 +20,80 @@ from .core import EULER_STEPS, F2VError, atomic_path, whole_seed
 from .course import app as course_app
 
 # %% ../nbs/20_cli.ipynb #a8776670
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    help="From a silent face to its voice. Start with `faces2voices synthesize data_samples/*.mp4 -o speech`.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="From a silent face to its voice. Start with `faces2voices synthesize data_samples/*.mp4 -o speech`.",
+)
 app.add_typer(course_app, name="course")
 say = Console(highlight=False, soft_wrap=True)
 complain = Console(stderr=True, highlight=False, soft_wrap=True)
 Device = enum.Enum("Device", {d: d for d in ("auto", "cpu", "cuda")}, type=str)
 Bench = enum.Enum("Bench", {d: d for d in ("vocoder", "flow", "train", "loader")}, type=str)
 Layout = enum.Enum("Layout", {d: d for d in ("lrs2", "lrs3", "voxmm")}, type=str)
-Preset = enum.Enum("Preset", {d: d for d in ("tiny", "grid", "eigenlips", "slim", "paper")}, type=str)
+Preset = enum.Enum(
+    "Preset", {d: d for d in ("tiny", "grid", "eigenlips", "slim", "paper")}, type=str
+)
 
 # %% ../nbs/20_cli.ipynb #6d6e13e3
-def new_file(path:Optional[Path]) -> Optional[Path]:
+def new_file(path: Optional[Path]) -> Optional[Path]:
     "A file that is not there yet; nothing is overwritten, and nobody has to wait to hear it."
-    if path and path.exists(): raise typer.BadParameter(f"{path} exists already. Give another name, or remove it", param_hint="--out")
+    if path and path.exists():
+        raise typer.BadParameter(
+            f"{path} exists already. Give another name, or remove it", param_hint="--out"
+        )
     return path
 
 # %% ../nbs/20_cli.ipynb #c416835c
-def new_folder(path:Path) -> Path:
+def new_folder(path: Path) -> Path:
     "Make a folder for results, or say before the work why it cannot be one."
-    try: path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as e:
-        raise F2VError(path, "is a file or lies below one, and is to be a folder", "Give another with -o") from e
-    except OSError as e: raise F2VError(path, f"cannot be made ({e.strerror})", "Give another with -o") from e
-    if not os.access(path, os.W_OK): raise F2VError(path, "is a folder that cannot be written to", "Give another with -o")
+        raise F2VError(
+            path, "is a file or lies below one, and is to be a folder", "Give another with -o"
+        ) from e
+    except OSError as e:
+        raise F2VError(path, f"cannot be made ({e.strerror})", "Give another with -o") from e
+    if not os.access(path, os.W_OK):
+        raise F2VError(path, "is a folder that cannot be written to", "Give another with -o")
     return path
 
 # %% ../nbs/20_cli.ipynb #d371a2db
-class Stopped(SystemExit): "A signal asked us to stop."
+class Stopped(SystemExit):
+    "A signal asked us to stop."
 
-def stop(number:int, frame=None):
+
+def stop(number: int, frame=None):
     "End as after Ctrl-C: whatever is unfinished is removed on the way out. The same signal again is not heard."
     signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "SIGCHLD"): signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's would raise as its workers die
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise as its workers die
     raise Stopped(128 + number)
+
 
 def main():
     "The console script: an error of the user's input, or of the disk, is one line, not a traceback."
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
-    for name in ("SIGTERM", "SIGHUP"):          # not on Windows; and `nohup` has its way
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    for name in ("SIGTERM", "SIGHUP"):  # not on Windows; and `nohup` has its way
         number = getattr(signal, name, None)
-        if number and signal.getsignal(number) is signal.SIG_DFL: signal.signal(number, stop)
-    try: app()
-    except F2VError as e: _end(e)
-    except OSError as e: _end(f"{e.filename or 'the system'}: {e.strerror or e}")
-    except MemoryError: _end("memory: there is not enough of it. Give shorter or fewer clips")
-    except Stopped: complain.print("stopped"); raise
+        if number and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
+    try:
+        app()
+    except F2VError as e:
+        _end(e)
+    except OSError as e:
+        _end(f"{e.filename or 'the system'}: {e.strerror or e}")
+    except MemoryError:
+        _end("memory: there is not enough of it. Give shorter or fewer clips")
+    except Stopped:
+        complain.print("stopped")
+        raise
     except KeyboardInterrupt:
         complain.print("stopped")
         sys.exit(130)
@@ -75,7 +102,9 @@ def main():
 def _plain(text) -> str:
     "Text in which rich sees no markup (file names may hold brackets), on one line."
     from rich.markup import escape
+
     return escape(str(text).replace("\n", "\\n"))
+
 
 def _end(error):
     "Say what is wrong in one line, and end with 1."
@@ -83,24 +112,67 @@ def _end(error):
     sys.exit(1)
 
 # %% ../nbs/20_cli.ipynb #de62abde
-Model = Annotated[str, typer.Option(help="`talkers` (drawn faces), `grid` (real faces), a model folder, or a Hub id.")]
-Steps = Annotated[int, typer.Option(min=0, max=1000, help="Euler steps of the flow (0: none, μ is spoken as it is); more add detail and, with these small models, noise.")]
-Guidance = Annotated[float, typer.Option(min=0., max=20., help="w of classifier-free guidance; 1 is plain, more follows the face more closely and sounds less natural.")]
+Model = Annotated[
+    str,
+    typer.Option(help="`talkers` (drawn faces), `grid` (real faces), a model folder, or a Hub id."),
+]
+Steps = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=1000,
+        help="Euler steps of the flow (0: none, μ is spoken as it is); more add detail and, with these small models, noise.",
+    ),
+]
+Guidance = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=20.0,
+        help="w of classifier-free guidance; 1 is plain, more follows the face more closely and sounds less natural.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
-OtherFace = Annotated[Optional[Path], typer.Option("--face", help="Speak with the voice of the face in this picture or video.")]
-Reference = Annotated[Optional[Path], typer.Option(help="Speak with the voice that is heard in this file.")]
-Expression = Annotated[float, typer.Option(min=0., max=5., help="How much of what the face does to melody and loudness: 0 a face at rest, 1 as seen, 2 exaggerated.")]
-Dub = Annotated[bool, typer.Option(help="Also write NAME.dubbed.mp4: the original frames with the new sound.")]
-Report = Annotated[bool, typer.Option(help="Also write report.html: what the model saw, predicted and said.")]
-Faces = Annotated[Optional[Path], typer.Option(help="Folder of insightface models (holds models/PACK/*.onnx). Default: $F2V_INSIGHTFACE, then ~/.insightface.")]
-Split = Annotated[str, typer.Option(help="Split of the manifest; `all`: all but what was trained on.")]
+OtherFace = Annotated[
+    Optional[Path],
+    typer.Option("--face", help="Speak with the voice of the face in this picture or video."),
+]
+Reference = Annotated[
+    Optional[Path], typer.Option(help="Speak with the voice that is heard in this file.")
+]
+Expression = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=5.0,
+        help="How much of what the face does to melody and loudness: 0 a face at rest, 1 as seen, 2 exaggerated.",
+    ),
+]
+Dub = Annotated[
+    bool, typer.Option(help="Also write NAME.dubbed.mp4: the original frames with the new sound.")
+]
+Report = Annotated[
+    bool, typer.Option(help="Also write report.html: what the model saw, predicted and said.")
+]
+Faces = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="Folder of insightface models (holds models/PACK/*.onnx). Default: $F2V_INSIGHTFACE, then ~/.insightface."
+    ),
+]
+Split = Annotated[
+    str, typer.Option(help="Split of the manifest; `all`: all but what was trained on.")
+]
 Out = Annotated[
     Optional[Path],
-    typer.Option("-o", "--out", callback=new_file, help="Write the result (JSON) here, and how it was made.")]
+    typer.Option(
+        "-o", "--out", callback=new_file, help="Write the result (JSON) here, and how it was made."
+    ),
+]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 
 # %% ../nbs/20_cli.ipynb #64d0a7be
-def command_line(ctx:typer.Context) -> str:
+def command_line(ctx: typer.Context) -> str:
     "The call as one would type it again, without the file that takes the result."
     names, at = [], ctx
     while at.parent:
@@ -114,7 +186,7 @@ def command_line(ctx:typer.Context) -> str:
     return shlex.join(words)
 
 # %% ../nbs/20_cli.ipynb #0be19d37
-def _typed(p, value) -> list: # of words
+def _typed(p, value) -> list:  # of words
     "One argument or option as it is typed."
     values = value if isinstance(value, (list, tuple)) else [value]
     words = [str(v.value if isinstance(v, enum.Enum) else v) for v in values]
@@ -125,13 +197,14 @@ def _typed(p, value) -> list: # of words
     return [max(p.opts, key=len), *words]
 
 # %% ../nbs/20_cli.ipynb #9c53e8d1
-def _record(ctx, found:dict, seed, folders:list, tools:tuple=(), out=None) -> dict:
+def _record(ctx, found: dict, seed, folders: list, tools: tuple = (), out=None) -> dict:
     "What was found, stamped, and written to `out` where that is a file."
     from faces2voices.records import data_of, record
+
     return record(found, command_line(ctx), seed, data_of(*folders), tools, out)
 
 # %% ../nbs/20_cli.ipynb #b8f2640c
-def numbers(text:str) -> list: # of int
+def numbers(text: str) -> list:  # of int
     "Whole numbers with commas between them."
     try:
         return [whole_seed(int(word)) for word in text.split(",")]
@@ -142,47 +215,93 @@ def numbers(text:str) -> list: # of int
 # %% ../nbs/20_cli.ipynb #99720ad9
 @app.command()
 def synthesize(
-    inputs: Annotated[list[Path], typer.Argument(help="Video files, any container, any length, one face in view.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results; nothing in it is overwritten.")] = Path("speech"),
-    model: Model = "talkers", steps: Steps = EULER_STEPS, guidance: Guidance = 1., seed: Seed = 0,
-    face: OtherFace = None, reference: Reference = None, expression: Expression = 1.,
-    dub: Dub = True, report: Report = True, device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto, faces: Faces = None,
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Video files, any container, any length, one face in view.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Folder for the results; nothing in it is overwritten."),
+    ] = Path("speech"),
+    model: Model = "talkers",
+    steps: Steps = EULER_STEPS,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
+    face: OtherFace = None,
+    reference: Reference = None,
+    expression: Expression = 1.0,
+    dub: Dub = True,
+    report: Report = True,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    faces: Faces = None,
 ):
     """Give silent clips a voice: NAME.wav (16 kHz) and NAME.dubbed.mp4 for each, and one report.html for all.
 
     The speech is synthetic and tagged so. Example: `faces2voices synthesize holiday.mp4 -o speech --model grid`"""
     from tqdm.auto import tqdm
     from faces2voices.synthesis import FacesToVoices, synthesize_file
+
     new_folder(out)
-    f2v, sections, done = FacesToVoices.from_pretrained(model, device=device.value, faces=faces), [] if report else None, []
-    say.print(f"model [bold]{_plain(model)}[/], faces found by [bold]{f2v.eyes().name}[/], on {f2v.device}")
+    f2v, sections, done = (
+        FacesToVoices.from_pretrained(model, device=device.value, faces=faces),
+        [] if report else None,
+        [],
+    )
+    say.print(
+        f"model [bold]{_plain(model)}[/], faces found by [bold]{f2v.eyes().name}[/], on {f2v.device}"
+    )
     _notes("", f2v.limits(reference))
-    f2v.voice_like(face, reference)                    # a bad voice is said once, before any clip
+    f2v.voice_like(face, reference)  # a bad voice is said once, before any clip
     for path in tqdm(inputs, unit="clip", disable=None):
-        done.append(synthesize_file(f2v, path, out, dub, sections, face=face, reference=reference, expression=expression, steps=steps, guidance=guidance, seed=seed))
-        if done[-1].error: complain.print(f"[red]failed[/] {_plain(done[-1].error)}")
+        done.append(
+            synthesize_file(
+                f2v,
+                path,
+                out,
+                dub,
+                sections,
+                face=face,
+                reference=reference,
+                expression=expression,
+                steps=steps,
+                guidance=guidance,
+                seed=seed,
+            )
+        )
+        if done[-1].error:
+            complain.print(f"[red]failed[/] {_plain(done[-1].error)}")
         _notes(f"{path}: ", done[-1].notes)
-    _summary(done, out, page := _write_page(out/"report.html", sections, model) if sections else None)
+    _summary(
+        done, out, page := _write_page(out / "report.html", sections, model) if sections else None
+    )
     raise typer.Exit(int(any(d.error for d in done) or bool(sections and not page)))
 
 # %% ../nbs/20_cli.ipynb #cc7b495b
-def _notes(before:str, lines):
+def _notes(before: str, lines):
     "What makes results doubtful, a line each."
-    for line in lines: complain.print(f"[yellow]note[/] {_plain(before + line)}")
+    for line in lines:
+        complain.print(f"[yellow]note[/] {_plain(before + line)}")
 
-def _free(path:Path) -> Path:
+
+def _free(path: Path) -> Path:
     "`path`, or the first of path-2, path-3 … that is not taken."
     names = (path if i == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(1, 10_000))
     return next(p for p in names if not p.exists())
 
-def _write_page(path:Path, sections:list, model:str) -> Optional[Path]:
+
+def _write_page(path: Path, sections: list, model: str) -> Optional[Path]:
     "Write the report under the first free name; one that cannot be written is a line, since the speech stands."
     from faces2voices.synthesis import write_report
+
     while True:
         page = _free(path)
-        try: write_report(page, sections, model)
+        try:
+            write_report(page, sections, model)
         except F2VError as e:
-            if page.exists(): continue          # another run took the name meanwhile
+            if page.exists():
+                continue  # another run took the name meanwhile
             complain.print(f"[red]failed[/] {_plain(e)}")
             return None
         return page
@@ -191,9 +310,17 @@ def _write_page(path:Path, sections:list, model:str) -> Optional[Path]:
 def _summary(done, out, page):
     "What was written, how fast, and what to do next."
     good, speech = [d for d in done if d.written], sum(d.speech_seconds for d in done)
-    if not good: return
-    say.print(f"{len(good)} of {len(done)} clips spoken, {speech:.1f} s of speech, real-time factor {sum(d.compute_seconds for d in good)/speech:.2f}")
-    for line in [f"speech  {out}/*.wav", *([f"dubbed  {out}/*.dubbed.mp4"] if any(len(d.written) > 1 for d in good) else []), *([f"report  {page}"] if page else [])]: say.print("  " + _plain(line))
+    if not good:
+        return
+    say.print(
+        f"{len(good)} of {len(done)} clips spoken, {speech:.1f} s of speech, real-time factor {sum(d.compute_seconds for d in good) / speech:.2f}"
+    )
+    for line in [
+        f"speech  {out}/*.wav",
+        *([f"dubbed  {out}/*.dubbed.mp4"] if any(len(d.written) > 1 for d in good) else []),
+        *([f"report  {page}"] if page else []),
+    ]:
+        say.print("  " + _plain(line))
     say.print("next: open the report in a browser, or the lessons with [bold]make lab[/]")
 
 # %% ../nbs/20_cli.ipynb #8efc3dbc
@@ -209,102 +336,215 @@ def talkers(
     "Draw and speak synthetic talkers: mp4 clips in which what, who and how are known. Needs `pip install faces2voices[talkers]`."
     from faces2voices.records import note_making
     from faces2voices.talkers import make_corpus
+
     new_folder(out)
     make_corpus(out, speakers, clips, seed=seed, workers=workers)
     note_making(out, command_line(ctx))
-    say.print(f"{speakers*clips} clips in {_plain(out)}; next: [bold]faces2voices prepare {_plain(out)} PREPARED --backend locator[/]")
+    say.print(
+        f"{speakers * clips} clips in {_plain(out)}; next: [bold]faces2voices prepare {_plain(out)} PREPARED --backend locator[/]"
+    )
 
 # %% ../nbs/20_cli.ipynb #5aff2062
-def _backend(name:str, faces, locator):
+def _backend(name: str, faces, locator):
     "A function that makes the face backend: workers build their own."
     from functools import partial
     from faces2voices.video import face_pack, make_backend
-    if faces is not None: face_pack(faces)      # what is named must be there
-    if name != "locator": return partial(make_backend, name, faces)
+
+    if faces is not None:
+        face_pack(faces)  # what is named must be there
+    if name != "locator":
+        return partial(make_backend, name, faces)
     from faces2voices.synthesis import FacesToVoices
+
     return FacesToVoices.from_pretrained(locator, device="cpu").eyes()
 
-def _finder(name:str, entries:list) -> str:
+
+def _finder(name: str, entries: list) -> str:
     "Who finds faces; of drawn talkers, whose manifest knows the talker of each clip, `auto` is the locator."
     drawn = all({"talker", "tract"} <= e.extra.keys() for e in entries)
     return "locator" if name == "auto" and drawn and entries else name
 
 # %% ../nbs/20_cli.ipynb #e4107a6b
-def _targets(model:str, folder, workers, scheduler):
+def _targets(model: str, folder, workers, scheduler):
     "The targets that a model learns from, beside prepared clips."
     from faces2voices.corpora import ClipDataset, write_targets
     from faces2voices.synthesis import FacesToVoices
+
     known = FacesToVoices.from_pretrained(model, device="cpu")
-    write_targets(ClipDataset(folder), known.units, known.speaker_encoder, workers=workers, scheduler=scheduler)
+    write_targets(
+        ClipDataset(folder),
+        known.units,
+        known.speaker_encoder,
+        workers=workers,
+        scheduler=scheduler,
+    )
 
 # %% ../nbs/20_cli.ipynb #6ad1f25e
-def _entries(corpus:Path, grid, layout) -> list: # of Entry
+def _entries(corpus: Path, grid, layout) -> list:  # of Entry
     "The clips of a corpus, by the reader that was asked for, by its manifest, or of any folder."
     from faces2voices import corpora
+
     if grid:
         return [e for speaker in grid.split(",") for e in corpora.grid(corpus, speaker)]
     if layout:
         return getattr(corpora, layout.value)(corpus)
-    manifest = corpus if corpus.is_file() else corpus/"manifest.jsonl"
+    manifest = corpus if corpus.is_file() else corpus / "manifest.jsonl"
     return corpora.read_manifest(manifest) if manifest.is_file() else corpora.folder(corpus)
 
 # %% ../nbs/20_cli.ipynb #5fd9bb88
 @app.command()
 def prepare(
     ctx: typer.Context,
-    corpus: Annotated[Path, typer.Argument(help="A manifest.jsonl (or the folder of one), a corpus with `--grid` or `--layout`, or a folder of videos.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the prepared clips (one .npz each). A second run goes on where the first stopped.")],
-    grid: Annotated[Optional[str], typer.Option(help="Read CORPUS as GRID and take these speakers, for example `s1,s4`.", show_default=False)] = None,
-    layout: Annotated[Optional[Layout], typer.Option(help="Read CORPUS as LRS2, LRS3 or VoxMM.", show_default=False)] = None,
-    backend: Annotated[str, typer.Option(help="Who finds faces: `locator` (drawn ones), `insightface`, `cascade` or `auto`: the locator for manifests of drawn talkers, else the first of the others that is at hand.")] = "auto",
+    corpus: Annotated[
+        Path,
+        typer.Argument(
+            help="A manifest.jsonl (or the folder of one), a corpus with `--grid` or `--layout`, or a folder of videos."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for the prepared clips (one .npz each). A second run goes on where the first stopped."
+        ),
+    ],
+    grid: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Read CORPUS as GRID and take these speakers, for example `s1,s4`.",
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        Optional[Layout],
+        typer.Option(help="Read CORPUS as LRS2, LRS3 or VoxMM.", show_default=False),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Who finds faces: `locator` (drawn ones), `insightface`, `cascade` or `auto`: the locator for manifests of drawn talkers, else the first of the others that is at hand."
+        ),
+    ] = "auto",
     faces: Faces = None,
     locator: Annotated[str, typer.Option(help="Model whose locator is used.")] = "talkers",
     workers: Workers = 2,
-    scheduler: Annotated[Optional[str], typer.Option(help="Address of a Dask scheduler, `tcp://HOST:8786`: its workers are used instead of processes here. Needs `pip install faces2voices[cluster]`.", show_default=False)] = None,
-    targets: Annotated[Optional[str], typer.Option(help="Write beside each clip what this model's units and speaker encoder make of its sound, for `adapt` to read.", show_default=False)] = None,
+    scheduler: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Address of a Dask scheduler, `tcp://HOST:8786`: its workers are used instead of processes here. Needs `pip install faces2voices[cluster]`.",
+            show_default=False,
+        ),
+    ] = None,
+    targets: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Write beside each clip what this model's units and speaker encoder make of its sound, for `adapt` to read.",
+            show_default=False,
+        ),
+    ] = None,
 ):
     """Cut lips, face and expression out of every clip of a corpus, and measure its pitch and energy.
 
     Stopped or killed, it goes on where it was when the same command is given again."""
     from faces2voices import corpora, records
+
     entries = _entries(corpus, grid, layout)
     made = _backend(_finder(backend, entries), faces, locator)
     done = corpora.prepare(entries, new_folder(out), made, workers, scheduler)
     records.note_making(out, command_line(ctx), corpus)
-    say.print(f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed" + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else ""))
-    if targets: _targets(targets, out, workers, scheduler)
+    say.print(
+        f"{done.made} clips prepared, {done.kept} were there, {done.failed} failed"
+        + (f" (reasons in {_plain(out)}/failures.jsonl)" if done.failed else "")
+    )
+    if targets:
+        _targets(targets, out, workers, scheduler)
     raise typer.Exit(int(done.failed > 0))
 
 # %% ../nbs/20_cli.ipynb #d0689706
 @app.command()
 def train(
     ctx: typer.Context,
-    data: Annotated[Optional[Path], typer.Argument(help="Prepared clips. Without it, `tiny` makes its own talkers first.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run: checkpoints, logs, and the model at the end.")] = Path("runs/tiny"),
-    preset: Annotated[Preset, typer.Option(help="Sizes and lengths: `tiny` (drawn faces, 2 cores), `grid` (real faces, taught words too), `eigenlips` (the same without words), `slim` (with a network for pictures instead), `paper`.")] = Preset.tiny,
-    init: Annotated[Optional[str], typer.Option(help="Take speaker encoder and vocoder from this model, for example `talkers`, as they are.")] = None,
-    voices: Annotated[Optional[Path], typer.Option(help="More prepared clips. The vocoder learns their sound too, and will speak both worlds.", show_default=False)] = None,
-    only: Annotated[Optional[str], typer.Option(help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only count: weights, memory, operations; hours where they were measured (`bench train`).")] = False,
-    board: Annotated[bool, typer.Option(help="Log for TensorBoard too; needs pip install faces2voices[board].")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that make the world, and that draw batches ahead; 0: this one does it all.")] = 2,
+    data: Annotated[
+        Optional[Path],
+        typer.Argument(help="Prepared clips. Without it, `tiny` makes its own talkers first."),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="Folder of the run: checkpoints, logs, and the model at the end."
+        ),
+    ] = Path("runs/tiny"),
+    preset: Annotated[
+        Preset,
+        typer.Option(
+            help="Sizes and lengths: `tiny` (drawn faces, 2 cores), `grid` (real faces, taught words too), `eigenlips` (the same without words), `slim` (with a network for pictures instead), `paper`."
+        ),
+    ] = Preset.tiny,
+    init: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Take speaker encoder and vocoder from this model, for example `talkers`, as they are."
+        ),
+    ] = None,
+    voices: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="More prepared clips. The vocoder learns their sound too, and will speak both worlds.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Train these parts alone, for example `decoder,vocoder`; the others must stand in the run folder."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            help="Only count: weights, memory, operations; hours where they were measured (`bench train`)."
+        ),
+    ] = False,
+    board: Annotated[
+        bool, typer.Option(help="Log for TensorBoard too; needs pip install faces2voices[board].")
+    ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that make the world, and that draw batches ahead; 0: this one does it all.",
+        ),
+    ] = 2,
     seed: Seed = 0,
 ):
     "Train a system part by part. Stopped runs go on where they were: give the same command again."
     from faces2voices import training
     from faces2voices.core import PRESETS
+
     if dry_run:
         return _costs(preset.value)
     parts = only.split(",") if only else None
-    folder = training.train_system(PRESETS[preset.value], new_folder(out), data, init=init, voices=voices,
-        only=parts, workers=workers, seed=seed, board=board, command=command_line(ctx))
-    say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
+    folder = training.train_system(
+        PRESETS[preset.value],
+        new_folder(out),
+        data,
+        init=init,
+        voices=voices,
+        only=parts,
+        workers=workers,
+        seed=seed,
+        board=board,
+        command=command_line(ctx),
+    )
+    say.print(
+        f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]"
+    )
 
 # %% ../nbs/20_cli.ipynb #4f7be29c
-def _costs(preset:str):
+def _costs(preset: str):
     "Print what a preset's training would cost."
     from faces2voices import training
     from faces2voices.core import PRESETS
+
     costs = training.dry_run(PRESETS[preset])
     say.print(training.show_costs(PRESETS[preset], costs), markup=False)
 
@@ -314,16 +554,26 @@ def adapt(
     ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="Prepared clips of somebody new.")],
     model: Model = "grid",
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run: checkpoints, logs, and the adapted model.")] = Path("runs/adapted"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="Folder of the run: checkpoints, logs, and the adapted model."
+        ),
+    ] = Path("runs/adapted"),
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each part.")] = 400,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read clips ahead.")] = 2,
     seed: Seed = 0,
 ):
     "Go on from a trained model with clips of somebody new; units and the space of voices stay."
     from faces2voices import training
+
     new_folder(out)
-    folder = training.adapt(model, data, out, steps, workers=workers, seed=seed, command=command_line(ctx))
-    say.print(f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]")
+    folder = training.adapt(
+        model, data, out, steps, workers=workers, seed=seed, command=command_line(ctx)
+    )
+    say.print(
+        f"model in {_plain(folder)}; next: [bold]faces2voices evaluate DATA --model {_plain(folder)}[/]"
+    )
 
 # %% ../nbs/20_cli.ipynb #7a9c2895
 @app.command()
@@ -334,35 +584,68 @@ def evaluate(
     split: Split = "test",
     limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many clips.")] = None,
     steps: Steps = EULER_STEPS,
-    guidance: Guidance = 1.,
+    guidance: Guidance = 1.0,
     seed: Seed = 0,
     out: Out = None,
 ):
     "The metric card: original, vocoder-resynthesised and synthesised speech, and the same with the wrong face and the wrong lips."
     from faces2voices.evaluation import JUDGES, metric_card, show_card
     from faces2voices.synthesis import FacesToVoices
+
     f2v, which = FacesToVoices.from_pretrained(model), None if split == "all" else split
     found = metric_card(f2v, data, which, limit, steps, guidance, seed)
     say.print(show_card(_record(ctx, found, seed, [data], JUDGES, out)), markup=False)
 
 # %% ../nbs/20_cli.ipynb #712be9a5
-listen = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="""Ask people: a blind listening test without a server, and its mean opinion scores (MOS).
+listen = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Ask people: a blind listening test without a server, and its mean opinion scores (MOS).
 
 1. `faces2voices listen page TEST original ours theirs` writes TEST/page: open its index.html, mail the folder, or put it on any web space.
 2. Each listener marks every sound from 1 to 5, and sends back the file that the page saves, marks-NAME.csv.
-3. `faces2voices listen marks TEST marks-*.csv` gives each system's score with its 95 % interval.""")
+3. `faces2voices listen marks TEST marks-*.csv` gives each system's score with its 95 % interval.""",
+)
 app.add_typer(listen, name="listen")
 
 # %% ../nbs/20_cli.ipynb #43d06d1e
 @listen.command("page")
 def listen_page(
-    test: Annotated[Path, typer.Argument(help="A new folder: its `page` is to be given away, its key.json to be kept.", show_default=False)],
-    sounds: Annotated[list[Path], typer.Argument(help="One folder a system, all with sounds of the same names: wavs, or mp4s where it has none. With `--model`: one folder of prepared clips.", show_default=False)],
-    model: Annotated[Optional[str], typer.Option(help="Let this model speak prepared clips, and ask about the original, the original through the vocoder, and the model.", show_default=False)] = None,
-    limit: Annotated[int, typer.Option(min=1, help="With `--model`: so many clips. Three systems and 10 clips are 31 sounds, which is enough for one sitting.")] = 10,
+    test: Annotated[
+        Path,
+        typer.Argument(
+            help="A new folder: its `page` is to be given away, its key.json to be kept.",
+            show_default=False,
+        ),
+    ],
+    sounds: Annotated[
+        list[Path],
+        typer.Argument(
+            help="One folder a system, all with sounds of the same names: wavs, or mp4s where it has none. With `--model`: one folder of prepared clips.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Let this model speak prepared clips, and ask about the original, the original through the vocoder, and the model.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="With `--model`: so many clips. Three systems and 10 clips are 31 sounds, which is enough for one sitting.",
+        ),
+    ] = 10,
     split: Annotated[str, typer.Option(help="With `--model`: split of the manifest.")] = "test",
-    question: Annotated[str, typer.Option(help="What listeners are asked.")] = "How natural does this speech sound?",
-    steps: Steps = EULER_STEPS, guidance: Guidance = 1., seed: Seed = 0,
+    question: Annotated[
+        str, typer.Option(help="What listeners are asked.")
+    ] = "How natural does this speech sound?",
+    steps: Steps = EULER_STEPS,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
 ):
     """Write a blind listening test: numbered sounds of equal loudness and one page that shuffles them for every listener.
 
@@ -371,34 +654,64 @@ def listen_page(
     Example: `faces2voices synthesize data_samples/*.mp4 -o speech`, then `faces2voices listen page test data_samples speech`."""
     from faces2voices.evaluation import listening_test, sounds_in, sounds_of
     from faces2voices.synthesis import FacesToVoices
-    if (test/"key.json").exists(): raise F2VError(test, "holds a listening test already", "Give another folder")
-    if model and len(sounds) > 1: raise typer.BadParameter("with --model, one folder of prepared clips is spoken", param_hint="SOUNDS")
-    asked = sounds_of(FacesToVoices.from_pretrained(model), sounds[0], split, limit, steps=steps, guidance=guidance, seed=seed) if model else {str(s): sounds_in(s) for s in sounds}
+
+    if (test / "key.json").exists():
+        raise F2VError(test, "holds a listening test already", "Give another folder")
+    if model and len(sounds) > 1:
+        raise typer.BadParameter(
+            "with --model, one folder of prepared clips is spoken", param_hint="SOUNDS"
+        )
+    asked = (
+        sounds_of(
+            FacesToVoices.from_pretrained(model),
+            sounds[0],
+            split,
+            limit,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+        )
+        if model
+        else {str(s): sounds_in(s) for s in sounds}
+    )
     listening_test(asked, test, seed, question)
-    say.print(f"{sum(map(len, asked.values())) + 1} sounds; open {_plain(test)}/page/index.html, give away that folder, and keep key.json; next: [bold]faces2voices listen marks {_plain(test)} marks-*.csv[/]")
+    say.print(
+        f"{sum(map(len, asked.values())) + 1} sounds; open {_plain(test)}/page/index.html, give away that folder, and keep key.json; next: [bold]faces2voices listen marks {_plain(test)} marks-*.csv[/]"
+    )
 
 # %% ../nbs/20_cli.ipynb #b52ea575
 @listen.command("marks")
 def listen_marks(
-    test: Annotated[Path, typer.Argument(help="The folder of the test, with its key.json.", show_default=False)],
-    files: Annotated[list[Path], typer.Argument(help="What listeners saved: marks-NAME.csv.", show_default=False)],
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="Write the scores (JSON) here too.")] = None,
+    test: Annotated[
+        Path, typer.Argument(help="The folder of the test, with its key.json.", show_default=False)
+    ],
+    files: Annotated[
+        list[Path], typer.Argument(help="What listeners saved: marks-NAME.csv.", show_default=False)
+    ],
+    out: Annotated[
+        Optional[Path],
+        typer.Option("-o", "--out", callback=new_file, help="Write the scores (JSON) here too."),
+    ] = None,
 ):
     """Mean opinion scores of a listening test, with t intervals over listeners and clips.
 
     A file that is damaged, doubled or of another test ends it with the file's name: a table made of half the marks would look like a whole one."""
     import json
     from faces2voices.evaluation import mos_card, show_mos
-    found = mos_card(files, test/"key.json")
+
+    found = mos_card(files, test / "key.json")
     if out:
-        with atomic_path(out) as tmp: tmp.write_text(json.dumps(found, indent=1))
+        with atomic_path(out) as tmp:
+            tmp.write_text(json.dumps(found, indent=1))
     say.print(show_mos(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #9f75ae1a
 @app.command()
 def sweep(
     ctx: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Prepared clips with sound; those of the split `val` are spoken.")],
+    data: Annotated[
+        Path, typer.Argument(help="Prepared clips with sound; those of the split `val` are spoken.")
+    ],
     model: Model = "talkers",
     limit: Annotated[int, typer.Option(min=1, help="So many clips.")] = 10,
     seed: Seed = 0,
@@ -407,6 +720,7 @@ def sweep(
     "Speak validation clips without the flow, with few and many steps of it, and with weak and strong guidance."
     from faces2voices.evaluation import JUDGES
     from faces2voices.experiments import show_study, sweep_study
+
     found = sweep_study(model, data, limit, seed)
     say.print(show_study(_record(ctx, found, seed, [data], JUDGES, out)), markup=False)
 
@@ -415,27 +729,44 @@ def sweep(
 def ablate(
     ctx: typer.Context,
     data: Annotated[Path, typer.Argument(help="Prepared clips.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the runs; give the same command again to go on.")] = Path("runs/ablation"),
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="Folder of the runs; give the same command again to go on."
+        ),
+    ] = Path("runs/ablation"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 800,
-    seeds: Annotated[str, typer.Option(help="Train each variant from each of these seeds, for example `0,1,2`.")] = "0",
+    seeds: Annotated[
+        str, typer.Option(help="Train each variant from each of these seeds, for example `0,1,2`.")
+    ] = "0",
 ):
     """Train the hierarchy with one stage taken out at a time, and tell what was lost.
 
     The record is ablation.json in the folder of the runs."""
     from faces2voices.experiments import ablation, show_ablation
     from faces2voices.records import data_of, record
+
     chosen = numbers(seeds)
     new_folder(out)
     rows = ablation(data, out, steps=steps, seeds=chosen)
-    found = record(dict(rows=rows), command_line(ctx), chosen, data_of(data),
-                   out=out/"ablation.json", overwrite=True)
+    found = record(
+        dict(rows=rows),
+        command_line(ctx),
+        chosen,
+        data_of(data),
+        out=out / "ablation.json",
+        overwrite=True,
+    )
     say.print(show_ablation(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #33e23343
-study = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown",
+study = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
     help="""Make the recorded results of the lessons again.
 
-Example: `faces2voices study teacher prepared/grid -o teacher.json`""")
+Example: `faces2voices study teacher prepared/grid -o teacher.json`""",
+)
 app.add_typer(study, name="study")
 Data = Annotated[Path, typer.Argument(help="Prepared clips.", show_default=False)]
 GridData = Annotated[Path, typer.Argument(help="Prepared clips of GRID.", show_default=False)]
@@ -446,6 +777,7 @@ OneSplit = Annotated[str, typer.Option(help="Split of the manifest.")]
 def _told(ctx, found, seed, folders, tools=(), out=None):
     "Record a study, and print what was found where no file takes it."
     import json
+
     kept = _record(ctx, found, seed, folders, tools, out)
     say.print(f"written to {out}" if out else json.dumps(kept, indent=1), markup=False)
 
@@ -461,6 +793,7 @@ def study_teacher(
 ):
     "What each truth (voice, pitch, loudness, words) is worth to μ on unseen clips (lesson 18)."
     from faces2voices.experiments import teacher_study
+
     _told(ctx, teacher_study(model, data, split, limit), 0, [data], out=out)
 
 # %% ../nbs/20_cli.ipynb #682797d9
@@ -477,6 +810,7 @@ def study_slots(
 
     As two recognisers hear the original and the model, and as the model reads the lips."""
     from faces2voices.experiments import slot_study
+
     _told(ctx, slot_study(model, data, split, limit), 0, [data], ("pocketsphinx",), out)
 
 # %% ../nbs/20_cli.ipynb #c14f5144
@@ -496,6 +830,7 @@ def study_adaptation(
 
     Stopped, it goes on where it was when the same command is given again."""
     from faces2voices.experiments import adaptation
+
     rows = adaptation(data, run, first, then, steps, more, seed)
     _told(ctx, dict(rows=rows), seed, [data], out=out)
 
@@ -511,6 +846,7 @@ def study_stages(
     import time
     from faces2voices.hierarchy import judge_stages
     from faces2voices.synthesis import FacesToVoices
+
     began = time.time()
     found = judge_stages(FacesToVoices.from_pretrained(model, device="cpu"), data)
     _told(ctx, found | dict(seconds=round(time.time() - began)), 0, [data], ("scikit-learn",), out)
@@ -531,6 +867,7 @@ def study_masked_ce(
     import time
     from faces2voices.content import masked_ce_study
     from faces2voices.synthesis import FacesToVoices
+
     began, chosen = time.time(), numbers(seeds)
     found = masked_ce_study(FacesToVoices.from_pretrained(model), data, seeds=chosen, steps=steps)
     _told(ctx, found | dict(seconds=round(time.time() - began)), chosen, [data], out=out)
@@ -542,6 +879,7 @@ def study_link(ctx: typer.Context, out: Out = None):
 
     The worlds are drawn on the way: it needs `pip install faces2voices[talkers]`."""
     from faces2voices.timbre import measure_link
+
     _told(ctx, measure_link(), 0, [], ("espeakng-loader",), out)
 
 # %% ../nbs/20_cli.ipynb #7d3b6a9c
@@ -555,6 +893,7 @@ def study_copy(
 ):
     "Recorded speech through the mel and back, by a model's vocoder and by Griffin-Lim (lesson 14)."
     from faces2voices.vocoder import copy_study
+
     found = copy_study(*data, n=limit, model=model)
     _told(ctx, found, 0, data, ("librosa", "pystoi", "pesq", "speechmos"), out)
 
@@ -569,6 +908,7 @@ def study_recogniser(
 ):
     "Train the recogniser of GRID's words that judges speech in the metric card (lesson 17)."
     from faces2voices.evaluation import train_recogniser
+
     train_recogniser(data, out, steps, seed=seed, command=command_line(ctx))
     say.print(f"written to {_plain(out)}")
 
@@ -576,18 +916,44 @@ def study_recogniser(
 @app.command()
 def bench(
     ctx: typer.Context,
-    what: Annotated[Bench, typer.Argument(help="`vocoder`: against Griffin-Lim; `flow`: solver, field and mel against other packages (extra `bench`); `train`: training steps a second, from which `train --dry-run` has its hours; `loader`: prepared clips a second, against what training uses up.")] = Bench.vocoder,
-    data: Annotated[Optional[Path], typer.Argument(help="`loader`: prepared clips.", show_default=False)] = None,
+    what: Annotated[
+        Bench,
+        typer.Argument(
+            help="`vocoder`: against Griffin-Lim; `flow`: solver, field and mel against other packages (extra `bench`); `train`: training steps a second, from which `train --dry-run` has its hours; `loader`: prepared clips a second, against what training uses up."
+        ),
+    ] = Bench.vocoder,
+    data: Annotated[
+        Optional[Path], typer.Argument(help="`loader`: prepared clips.", show_default=False)
+    ] = None,
     model: Model = "talkers",
-    seconds: Annotated[float, typer.Option(min=.4, help="Length of the speech.")] = 3.,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds, of which the median counts; `loader`: steps.")] = 5,
-    processor: Annotated[bool, typer.Option(help="`flow`: count processor time instead of the clock's, for a machine that does other things too.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.4, help="Length of the speech.")] = 3.0,
+    repeats: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Interleaved rounds, of which the median counts; `loader`: steps."
+        ),
+    ] = 5,
+    processor: Annotated[
+        bool,
+        typer.Option(
+            help="`flow`: count processor time instead of the clock's, for a machine that does other things too."
+        ),
+    ] = False,
     preset: Annotated[Preset, typer.Option(help="`train`: whose sizes.")] = Preset.tiny,
     device: Annotated[Device, typer.Option(help="`train`: where to compute.")] = Device.auto,
-    out: Annotated[Optional[Path], typer.Option("-o", "--out", callback=new_file, help="`flow`, `train` and `loader`: write the figures (JSON) here.")] = None,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-o",
+            "--out",
+            callback=new_file,
+            help="`flow`, `train` and `loader`: write the figures (JSON) here.",
+        ),
+    ] = None,
 ):
     "Time ours against others on the same input, in the same run; prints ratios."
     from faces2voices import experiments as ex
+
     if what is Bench.vocoder:
         return say.print(ex.bench_vocoder(model, seconds, repeats), markup=False)
     if what is Bench.train:
@@ -599,9 +965,10 @@ def bench(
     say.print(ex.bench_text(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #6f2d91c8
-def _bench_loader(ctx, model:str, data:Optional[Path], steps:int, out:Optional[Path]):
+def _bench_loader(ctx, model: str, data: Optional[Path], steps: int, out: Optional[Path]):
     "Time how fast prepared clips come; print and record what was found."
     from faces2voices import training
+
     if data is None:
         raise typer.BadParameter("give a folder of prepared clips", param_hint="DATA")
     found = training.bench_loader(model, data, steps)
@@ -609,10 +976,11 @@ def _bench_loader(ctx, model:str, data:Optional[Path], steps:int, out:Optional[P
     say.print(training.show_supply(found), markup=False)
 
 # %% ../nbs/20_cli.ipynb #93d6f1b8
-def _bench_train(ctx, preset:str, device:str, out:Optional[Path]):
+def _bench_train(ctx, preset: str, device: str, out: Optional[Path]):
     "Time training steps; print and record what was found."
     from faces2voices import training
     from faces2voices.core import PRESETS
+
     found = training.bench_train(PRESETS[preset], device)
     _record(ctx, found, 0, [], ("accelerate",), out)
     say.print(training.show_speed(found), markup=False)
@@ -621,17 +989,26 @@ def _bench_train(ctx, preset:str, device:str, out:Optional[Path]):
 @app.command()
 def download(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(help="`grid`: the GRID corpus (CC BY 4.0) from its Zenodo record 3625687.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="`grid`: the GRID corpus (CC BY 4.0) from its Zenodo record 3625687."),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder.")],
     speakers: Annotated[str, typer.Option(help="For example `s1,s4`.")] = "s1",
 ):
     "Fetch a corpus that anyone may have; stopped downloads go on where they were."
     from faces2voices.corpora import download_grid
     from faces2voices.records import note_making
-    if what != "grid": raise typer.BadParameter("only `grid` can be downloaded: LRS2 and VoxMM are given out on request, LRS3 no longer", param_hint="WHAT")
+
+    if what != "grid":
+        raise typer.BadParameter(
+            "only `grid` can be downloaded: LRS2 and VoxMM are given out on request, LRS3 no longer",
+            param_hint="WHAT",
+        )
     new_folder(out)
     download_grid(out, speakers.split(","))
     note_making(out, command_line(ctx))
 
 # %% ../nbs/20_cli.ipynb #1b4143af
-if __name__ == "__main__" and "ipykernel" not in sys.modules and "__file__" in globals(): main()
+if __name__ == "__main__" and "ipykernel" not in sys.modules and "__file__" in globals():
+    main()

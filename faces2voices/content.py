@@ -22,10 +22,11 @@ from .corpora import ClipDataset, collate, load_clip
 from .avhubert import influence
 
 # %% ../nbs/07_content.ipynb #3306c4b4
-def norm_real(bn, # nn.BatchNorm1d
-              x, # (B, C, L)
-              mask # (B, L) bool
-             ):
+def norm_real(
+    bn,  # nn.BatchNorm1d
+    x,  # (B, C, L)
+    mask,  # (B, L) bool
+):
     "BatchNorm whose statistics come from the real positions only; padding comes out as zero."
     y = torch.zeros_like(x.mT)
     y[mask] = bn(x.mT[mask]).to(y.dtype)
@@ -34,17 +35,22 @@ def norm_real(bn, # nn.BatchNorm1d
 # %% ../nbs/07_content.ipynb #7140aea1
 class ConvBlock(nn.Module):
     "Convolution (k 3), BN, ReLU, convolution (k 1), BN, dropout, residual, ReLU."
-    def __init__(self, dim:int, # C
-                 dropout:float=0.1
-                ):
+
+    def __init__(
+        self,
+        dim: int,  # C
+        dropout: float = 0.1,
+    ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv1d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm1d(dim)
         self.conv2, self.bn2 = nn.Conv1d(dim, dim, 1, bias=False), nn.BatchNorm1d(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, # (B, C, L), zero on padding
-                mask # (B, L) bool
-               ):
+    def forward(
+        self,
+        x,  # (B, C, L), zero on padding
+        mask,  # (B, L) bool
+    ):
         h = F.relu(norm_real(self.bn1, self.conv1(x), mask))
         h = self.dropout(norm_real(self.bn2, self.conv2(h), mask))
         return F.relu(x + h)
@@ -52,53 +58,84 @@ class ConvBlock(nn.Module):
 # %% ../nbs/07_content.ipynb #96f05bc3
 class MaskedConvBlock(nn.Module):
     "A convolution that cannot see its own centre: the middle taps are fixed at zero; tanh."
-    def __init__(self, dim:int, # C
-                 kernel:int=15, # taps
-                 hole:int=5 # taps in the middle held at zero
-                ):
-        super().__init__()
-        assert kernel % 2 and hole % 2 and hole < kernel, f"kernel {kernel} and hole {hole}: both odd, hole smaller"
-        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel//2)
-        side = (kernel - hole) // 2
-        self.register_buffer("taps", torch.tensor([1.]*side + [0.]*hole + [1.]*side), persistent=False)
 
-    def forward(self, x # (B, C, L)
-               ): return torch.tanh(F.conv1d(x, self.conv.weight*self.taps, self.conv.bias, padding=self.conv.padding))
+    def __init__(
+        self,
+        dim: int,  # C
+        kernel: int = 15,  # taps
+        hole: int = 5,  # taps in the middle held at zero
+    ):
+        super().__init__()
+        assert kernel % 2 and hole % 2 and hole < kernel, (
+            f"kernel {kernel} and hole {hole}: both odd, hole smaller"
+        )
+        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2)
+        side = (kernel - hole) // 2
+        self.register_buffer(
+            "taps", torch.tensor([1.0] * side + [0.0] * hole + [1.0] * side), persistent=False
+        )
+
+    def forward(
+        self,
+        x,  # (B, C, L)
+    ):
+        return torch.tanh(
+            F.conv1d(x, self.conv.weight * self.taps, self.conv.bias, padding=self.conv.padding)
+        )
 
 # %% ../nbs/07_content.ipynb #bf2061f6
 class Content(NamedTuple):
     "What the content stage hands on."
-    hidden: torch.Tensor         # (B, 2T, dim), plain path, zero on padding
-    logits: torch.Tensor         # (B, 2T, K), from the plain path
+
+    hidden: torch.Tensor  # (B, 2T, dim), plain path, zero on padding
+    logits: torch.Tensor  # (B, 2T, K), from the plain path
     masked_logits: torch.Tensor  # (B, 2T, K), from the neighbours alone
-    words: torch.Tensor|None = None # (B, 2T, 1 + words), where there is a head for them; 0 is for no word
+    words: torch.Tensor | None = (
+        None  # (B, 2T, 1 + words), where there is a head for them; 0 is for no word
+    )
 
 # %% ../nbs/07_content.ipynb #103c0d94
 class ContentEncoder(nn.Module):
     "Lip features at 25 Hz to speech units at 50 Hz: ConvBlocks, with a Masked ConvBlock hanging off each."
-    def __init__(self, in_dim:int, # D, size of a lip feature
-                 preset:Preset
-                ):
+
+    def __init__(
+        self,
+        in_dim: int,  # D, size of a lip feature
+        preset: Preset,
+    ):
         super().__init__()
         p, dim = preset, preset.dim
         self.upsample = nn.ConvTranspose1d(in_dim, dim, UNITS_PER_FRAME, stride=UNITS_PER_FRAME)
         self.blocks = nn.ModuleList(ConvBlock(dim, p.dropout) for _ in range(p.n_blocks))
-        self.masked = nn.ModuleList(MaskedConvBlock(dim, p.mask_kernel, p.mask_size + 2*i) for i in range(1, p.n_blocks + 1))
+        self.masked = nn.ModuleList(
+            MaskedConvBlock(dim, p.mask_kernel, p.mask_size + 2 * i)
+            for i in range(1, p.n_blocks + 1)
+        )
         self.head, self.masked_head = nn.Linear(dim, p.n_units), nn.Linear(dim, p.n_units)
-        self.word_head = nn.Linear(in_dim, UNITS_PER_FRAME*(1 + len(p.words))) if p.words else None
+        self.word_head = (
+            nn.Linear(in_dim, UNITS_PER_FRAME * (1 + len(p.words))) if p.words else None
+        )
 
 # %% ../nbs/07_content.ipynb #be3625a5
 @patch
-def named(self:ContentEncoder, features # (B, T, D)
-         ) -> torch.Tensor|None: # (B, 2T, 1 + words)
+def named(
+    self: ContentEncoder,
+    features,  # (B, T, D)
+) -> torch.Tensor | None:  # (B, 2T, 1 + words)
     "Logits of words, where there is a head for them."
-    return self.word_head(features).unflatten(2, (UNITS_PER_FRAME, -1)).flatten(1, 2) if self.word_head else None
+    return (
+        self.word_head(features).unflatten(2, (UNITS_PER_FRAME, -1)).flatten(1, 2)
+        if self.word_head
+        else None
+    )
 
 # %% ../nbs/07_content.ipynb #146ca68c
 @patch
-def paths(self:ContentEncoder, x, # (B, dim, 2T), zero on padding
-          mask # (B, 2T) bool
-         ):
+def paths(
+    self: ContentEncoder,
+    x,  # (B, dim, 2T), zero on padding
+    mask,  # (B, 2T) bool
+):
     "The plain path and the sum of the masked ones, both (B, dim, 2T)."
     total = torch.zeros_like(x)
     for block, masked in zip(self.blocks, self.masked):
@@ -106,151 +143,264 @@ def paths(self:ContentEncoder, x, # (B, dim, 2T), zero on padding
         total = total + masked(x)
     return x, total
 
+
 @patch
-def forward(self:ContentEncoder, features, # (B, T, D)
-            mask # (B, T) bool
-           ) -> Content:
+def forward(
+    self: ContentEncoder,
+    features,  # (B, T, D)
+    mask,  # (B, T) bool
+) -> Content:
     mask = mask.repeat_interleave(UNITS_PER_FRAME, 1)
     plain, masked = self.paths(self.upsample(features.mT) * mask[:, None], mask)
     return Content(plain.mT, self.head(plain.mT), self.masked_head(masked.mT), self.named(features))
 
 # %% ../nbs/07_content.ipynb #a3141477
-def receptive_field(encoder:ContentEncoder, # in eval mode
-                    t:int=30, # the unit asked about
-                    length:int=61 # units in the made-up input
-                   ):
+def receptive_field(
+    encoder: ContentEncoder,  # in eval mode
+    t: int = 30,  # the unit asked about
+    length: int = 61,  # units in the made-up input
+):
     "Influence of every input unit on unit t of the plain and of the masked path, two (length,)."
-    mask, x = torch.ones(1, length, dtype=torch.bool), torch.randn(1, encoder.upsample.out_channels, length)
+    mask, x = (
+        torch.ones(1, length, dtype=torch.bool),
+        torch.randn(1, encoder.upsample.out_channels, length),
+    )
     return tuple(influence(lambda x: encoder.paths(x, mask)[i][0].mT, x, t) for i in (0, 1))
 
-def show_receptive_field(encoder:ContentEncoder, t:int=30, length:int=61):
+
+def show_receptive_field(encoder: ContentEncoder, t: int = 30, length: int = 61):
     "Bars of `receptive_field`: what the plain path sees of each unit, and what the masked one."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     fig, axes = plt.subplots(1, 2, figsize=(8, 2.2), sharey=True, layout="constrained")
-    for ax, seen, name in zip(axes, receptive_field(encoder, t, length), ("plain path", "masked path")):
-        ax.bar(torch.arange(length) - t, seen/seen.max(), width=1., color="#0072B2")
-        ax.axvspan(-0.5, 0.5, color="#D55E00", alpha=0.3); ax.set(title=name, xlabel="units away", xlim=(-15.5, 15.5))
+    for ax, seen, name in zip(
+        axes, receptive_field(encoder, t, length), ("plain path", "masked path")
+    ):
+        ax.bar(torch.arange(length) - t, seen / seen.max(), width=1.0, color="#0072B2")
+        ax.axvspan(-0.5, 0.5, color="#D55E00", alpha=0.3)
+        ax.set(title=name, xlabel="units away", xlim=(-15.5, 15.5))
     axes[0].set_ylabel("influence\n(largest = 1)")
-    display(fig, metadata={"alt": "Influence of the units around one on its prediction: plain path and masked path"}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": "Influence of the units around one on its prediction: plain path and masked path"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/07_content.ipynb #3898e186
-def content_loss(content:Content,
-                 units, # (B, 2T) long, -100 on padding
-                 preset:Preset
-                ):
+def content_loss(
+    content: Content,
+    units,  # (B, 2T) long, -100 on padding
+    preset: Preset,
+):
     "Cross-entropy of the plain path and of the masked path: (ce, masked_ce)."
-    ce = lambda logits: F.cross_entropy(logits.mT, units, ignore_index=-100, label_smoothing=preset.label_smoothing)
+    ce = lambda logits: F.cross_entropy(
+        logits.mT, units, ignore_index=-100, label_smoothing=preset.label_smoothing
+    )
     return ce(content.logits), ce(content.masked_logits)
 
-def unit_accuracy(logits, # (B, 2T, K)
-                  units # (B, 2T) long, -100 on padding
-                 ) -> float:
+
+def unit_accuracy(
+    logits,  # (B, 2T, K)
+    units,  # (B, 2T) long, -100 on padding
+) -> float:
     "Share of the real positions where the likeliest unit is the true one."
     real = units != -100
     return (logits.argmax(-1) == units)[real].float().mean().item()
 
 # %% ../nbs/07_content.ipynb #e5a7448e
-def padded(examples:list # of (features (T, D), units (2T,))
-          ) -> tuple: # features (B, T, D), units (B, 2T) with -100 on padding, mask (B, T)
+def padded(
+    examples: list,  # of (features (T, D), units (2T,))
+) -> tuple:  # features (B, T, D), units (B, 2T) with -100 on padding, mask (B, T)
     "Clips of different lengths as one batch."
     features, units = zip(*examples)
     units = pad_sequence(list(units), batch_first=True, padding_value=-100)
-    return pad_sequence(list(features), batch_first=True), units, units[:, ::UNITS_PER_FRAME] != -100
+    return (
+        pad_sequence(list(features), batch_first=True),
+        units,
+        units[:, ::UNITS_PER_FRAME] != -100,
+    )
 
 # %% ../nbs/07_content.ipynb #7d9cfe56
-def train_content(net:ContentEncoder,
-                  examples:list, # of (features (T, D), units (2T,))
-                  preset:Preset, weight:float, # λ
-                  steps:int=150, batch:int=16, lr:float=3e-3 # optimiser steps, clips in each, peak learning rate
-                 ) -> ContentEncoder: # in eval mode
+def train_content(
+    net: ContentEncoder,
+    examples: list,  # of (features (T, D), units (2T,))
+    preset: Preset,
+    weight: float,  # λ
+    steps: int = 150,
+    batch: int = 16,
+    lr: float = 3e-3,  # optimiser steps, clips in each, peak learning rate
+) -> ContentEncoder:  # in eval mode
     "Train a content stage on features that stay as they are."
     opt = torch.optim.AdamW(net.parameters(), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for _ in range(steps):
-        features, units, mask = padded([examples[i] for i in torch.randint(len(examples), (batch,))])
+        features, units, mask = padded(
+            [examples[i] for i in torch.randint(len(examples), (batch,))]
+        )
         ce, masked_ce = content_loss(net(features, mask), units, preset)
-        opt.zero_grad(); (ce + weight*masked_ce).backward(); opt.step(); schedule.step()
+        opt.zero_grad()
+        (ce + weight * masked_ce).backward()
+        opt.step()
+        schedule.step()
     return net.eval()
 
 # %% ../nbs/07_content.ipynb #f11a2eb7
 @torch.no_grad()
-def see_and_hear(model, # a FacesToVoices: its trained lip encoder and its unit quantizer are used
-                 data, # folder of prepared clips
-                 *splits, # `train`, `val`, `test`
-                 limit:int|None=None # at most so many clips, spread evenly
-                ) -> list: # of (features (T, D), units (2T,)), one a clip
+def see_and_hear(
+    model,  # a FacesToVoices: its trained lip encoder and its unit quantizer are used
+    data,  # folder of prepared clips
+    *splits,  # `train`, `val`, `test`
+    limit: int | None = None,  # at most so many clips, spread evenly
+) -> list:  # of (features (T, D), units (2T,)), one a clip
     "What the lip encoder of a trained model sees in each clip, and the units of the clip's sound."
     names = [name for split in splits for name in ClipDataset(data, split=split).names]
-    names = names[::-(-len(names)//limit)] if limit and names else names
-    if not names: raise CorpusError(data, f"holds no clips with sound of the splits {', '.join(splits)}", "Prepare a corpus with `faces2voices prepare`")
-    batches = (collate([load_clip(Path(data)/f"{name}.npz")], model.units).to(model.device) for name in names)
+    names = names[:: -(-len(names) // limit)] if limit and names else names
+    if not names:
+        raise CorpusError(
+            data,
+            f"holds no clips with sound of the splits {', '.join(splits)}",
+            "Prepare a corpus with `faces2voices prepare`",
+        )
+    batches = (
+        collate([load_clip(Path(data) / f"{name}.npz")], model.units).to(model.device)
+        for name in names
+    )
     return [(model.hierarchy.lips(b.lips, b.mask)[0].cpu(), b.units[0].cpu()) for b in batches]
 
 # %% ../nbs/07_content.ipynb #86dad82e
 MEASURES = "CE", "accuracy", "masked CE", "masked accuracy"
 
+
 @torch.no_grad()
-def judge_content(net:ContentEncoder, # in eval mode
-                  examples:list # of (features (T, D), units (2T,))
-                 ) -> torch.Tensor: # (clips, 4), columns as in `MEASURES`
+def judge_content(
+    net: ContentEncoder,  # in eval mode
+    examples: list,  # of (features (T, D), units (2T,))
+) -> torch.Tensor:  # (clips, 4), columns as in `MEASURES`
     "How well each path names the units of each clip."
+
     def row(features, units):
         c = net(features[None], torch.ones(1, len(features), dtype=torch.bool))
-        return [x for logits in (c.logits[0], c.masked_logits[0]) for x in (F.cross_entropy(logits, units).item(), unit_accuracy(logits, units))]
+        return [
+            x
+            for logits in (c.logits[0], c.masked_logits[0])
+            for x in (F.cross_entropy(logits, units).item(), unit_accuracy(logits, units))
+        ]
+
     return torch.tensor([row(*e) for e in examples])
 
 # %% ../nbs/07_content.ipynb #bb25480f
-def recorded_gain(study:dict, # from `masked_ce_study`
-                  k:int # of MEASURES
-                 ) -> Interval: # two standard errors to either side where no limits were recorded
+def recorded_gain(
+    study: dict,  # from `masked_ce_study`
+    k: int,  # of MEASURES
+) -> Interval:  # two standard errors to either side where no limits were recorded
     "What λ changes in one measure, over seeds and clips."
     gain, error = study["gain"][k], study["error"][k]
-    low = study["low"][k] if "low" in study else gain - 2*error
-    high = study["high"][k] if "high" in study else gain + 2*error
-    return Interval(gain, low, high, error, len(study["seeds"])*study["clips"][1])
+    low = study["low"][k] if "low" in study else gain - 2 * error
+    high = study["high"][k] if "high" in study else gain + 2 * error
+    return Interval(gain, low, high, error, len(study["seeds"]) * study["clips"][1])
 
 # %% ../nbs/07_content.ipynb #3ff18b74
-def masked_ce_study(model, # a FacesToVoices
-                    data, # folder of prepared clips, with splits train, val and test
-                    weights:tuple=(0., .5), # λ without and with
-                    seeds:tuple=(0, 1, 2), steps:int=160, batch:int=4,
-                    limit:int|None=300 # training clips
-                   ) -> dict: # what JSON can hold
+def masked_ce_study(
+    model,  # a FacesToVoices
+    data,  # folder of prepared clips, with splits train, val and test
+    weights: tuple = (0.0, 0.5),  # λ without and with
+    seeds: tuple = (0, 1, 2),
+    steps: int = 160,
+    batch: int = 4,
+    limit: int | None = 300,  # training clips
+) -> dict:  # what JSON can hold
     "CE against CE + masked CE, pair by pair: train on the training clips, judge on all others."
     seeds = [whole_seed(s) for s in seeds]
-    train, test, preset = see_and_hear(model, data, "train", limit=limit), see_and_hear(model, data, "val", "test"), model.preset
+    train, test, preset = (
+        see_and_hear(model, data, "train", limit=limit),
+        see_and_hear(model, data, "val", "test"),
+        model.preset,
+    )
+
     def run(weight, seed):
         seed_everything(seed)
-        return judge_content(train_content(ContentEncoder(train[0][0].shape[1], preset), train, preset, weight, steps, batch), test)
+        return judge_content(
+            train_content(
+                ContentEncoder(train[0][0].shape[1], preset), train, preset, weight, steps, batch
+            ),
+            test,
+        )
+
     plain, both = (torch.stack([run(w, s) for s in seeds]) for w in weights)
     gains = [crossed_interval(d) for d in (both - plain).unbind(-1)]
     numbers = lambda x: [round(float(v), 5) for v in x]
-    return dict(model=preset.name, clips=[len(train), len(test)], weights=list(weights), seeds=list(seeds), steps=steps, batch=batch, measures=MEASURES,
-        runs=[dict(weight=w, seed=s, values=numbers(r.mean(0))) for w, rows in zip(weights, (plain, both)) for s, r in zip(seeds, rows)],
-        **dict(zip(("gain", "low", "high", "error"), map(numbers, zip(*(i[:4] for i in gains))))))
+    return dict(
+        model=preset.name,
+        clips=[len(train), len(test)],
+        weights=list(weights),
+        seeds=list(seeds),
+        steps=steps,
+        batch=batch,
+        measures=MEASURES,
+        runs=[
+            dict(weight=w, seed=s, values=numbers(r.mean(0)))
+            for w, rows in zip(weights, (plain, both))
+            for s, r in zip(seeds, rows)
+        ],
+        **dict(zip(("gain", "low", "high", "error"), map(numbers, zip(*(i[:4] for i in gains))))),
+    )
 
 # %% ../nbs/07_content.ipynb #a3562eb9
-def show_masked_ce(studies:dict # name of a world → what `masked_ce_study` gave
-                  ):
+def show_masked_ce(
+    studies: dict,  # name of a world → what `masked_ce_study` gave
+):
     "What the masked loss does to the plain path: a grey dot a seed, and the mean with its interval over seeds and clips."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    fig, axes = plt.subplots(1, 2, figsize=(8, 1 + .5*len(studies)), sharey=True, layout="constrained")
-    for k, (ax, name, scale) in enumerate(zip(axes, ("change of cross-entropy, nats (less is better)", "change of accuracy, points (more is better)"), (1, 100))):
+
+    fig, axes = plt.subplots(
+        1, 2, figsize=(8, 1 + 0.5 * len(studies)), sharey=True, layout="constrained"
+    )
+    for k, (ax, name, scale) in enumerate(
+        zip(
+            axes,
+            (
+                "change of cross-entropy, nats (less is better)",
+                "change of accuracy, points (more is better)",
+            ),
+            (1, 100),
+        )
+    ):
         for y, s in enumerate(studies.values()):
-            seen = scale*torch.tensor([[r["values"][k] for r in s["runs"] if r["weight"] == w] for w in s["weights"]])
-            ax.plot(seen[1] - seen[0], [y - .25]*len(s["seeds"]), "o", ms=4, color="0.6")
-            gain, low, high = scale*np.array(recorded_gain(s, k)[:3])
-            ax.errorbar(gain, y, xerr=[[gain - low], [high - gain]], fmt="o", color="#0072B2", capsize=4)
-        ax.axvline(0, color="k", lw=.8, ls=":"); ax.set_xlabel(name)
-    axes[0].set(yticks=range(len(studies)), yticklabels=list(studies), ylim=(-.6, len(studies) - .4))
-    found = "; ".join(f"{name}: {s['gain'][0]:+.3f} nats, {100*s['gain'][1]:+.2f} points" for name, s in studies.items())
-    display(fig, metadata={"alt": f"Change of the plain path's cross-entropy and accuracy when the masked loss is added. {found}"}); plt.close(fig)
+            seen = scale * torch.tensor(
+                [[r["values"][k] for r in s["runs"] if r["weight"] == w] for w in s["weights"]]
+            )
+            ax.plot(seen[1] - seen[0], [y - 0.25] * len(s["seeds"]), "o", ms=4, color="0.6")
+            gain, low, high = scale * np.array(recorded_gain(s, k)[:3])
+            ax.errorbar(
+                gain, y, xerr=[[gain - low], [high - gain]], fmt="o", color="#0072B2", capsize=4
+            )
+        ax.axvline(0, color="k", lw=0.8, ls=":")
+        ax.set_xlabel(name)
+    axes[0].set(
+        yticks=range(len(studies)), yticklabels=list(studies), ylim=(-0.6, len(studies) - 0.4)
+    )
+    found = "; ".join(
+        f"{name}: {s['gain'][0]:+.3f} nats, {100 * s['gain'][1]:+.2f} points"
+        for name, s in studies.items()
+    )
+    display(
+        fig,
+        metadata={
+            "alt": f"Change of the plain path's cross-entropy and accuracy when the masked loss is added. {found}"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/07_content.ipynb #de7ee571
-def word_loss(logits, # (B, 2T, 1 + words)
-              words # (B, 2T) long, -100 where they are not known
-             ):
+def word_loss(
+    logits,  # (B, 2T, 1 + words)
+    words,  # (B, 2T) long, -100 where they are not known
+):
     "Cross-entropy of the words; zero where none is known."
-    return F.cross_entropy(logits.mT, words, ignore_index=-100, label_smoothing=.1, reduction="sum")/(words != -100).sum().clamp(min=1)
+    return F.cross_entropy(
+        logits.mT, words, ignore_index=-100, label_smoothing=0.1, reduction="sum"
+    ) / (words != -100).sum().clamp(min=1)

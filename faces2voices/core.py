@@ -22,55 +22,83 @@ from safetensors import SafetensorError
 # %% ../nbs/00_core.ipynb #48f928f7
 FPS, UNIT_RATE, MEL_RATE, SAMPLE_RATE = 25, 50, 100, 16000
 UNITS_PER_FRAME, MELS_PER_FRAME, SAMPLES_PER_FRAME = 2, 4, 640
-EULER_STEPS, TEMPERATURE = 2, .3   # of the flow at synthesis, unless told; chosen on validation clips in lessons 13 and 18
+EULER_STEPS, TEMPERATURE = (
+    2,
+    0.3,
+)  # of the flow at synthesis, unless told; chosen on validation clips in lessons 13 and 18
 
 # %% ../nbs/00_core.ipynb #b9914d37
 NOTATION = [  # symbol, name in code, shape, unit and rate
-    ("video",      "frames",         "(B, T, H, W, 3) uint8",       "25 fps"),
-    ("lips",       "lips",           "(B, 1, T, 88, 88)",           "25 fps, grey, (x − 0.421) / 0.165"),
-    ("face",       "face",           "(B, 3, 112, 112)",            "one aligned crop"),
-    ("expression", "expression",     "(B, T, E)",                   "25 fps"),
-    ("units",      "units",          "(B, 2T) int in [0, K)",       "50 Hz"),
-    ("words",      "words",          "(B, 2T) int in [0, V]",       "50 Hz, 0 between words"),
-    ("speaker",    "speaker",        "(B, 256), unit norm",         "one per clip"),
-    ("pitch",      "log_f0, voiced", "(B, 2T)",                     "50 Hz, ln Hz and a voicing flag"),
-    ("energy",     "energy",         "(B, 2T)",                     "50 Hz, ln RMS"),
-    ("μ",          "mu",             "(B, 80, 4T)",                 "100 Hz, normalised ln mel"),
-    ("mel",        "mel",            "(B, 80, 4T)",                 "100 Hz, ln magnitude"),
-    ("speech",     "speech",         "(B, 640 T)",                  "16 kHz, [−1, 1]"),
-    ("x₀, x₁, xₜ, uₜ, v_θ, σ_min", "x0, x1, xt, ut, v, sigma_min", "as mel", "t = 0 noise, t = 1 data"),
+    ("video", "frames", "(B, T, H, W, 3) uint8", "25 fps"),
+    ("lips", "lips", "(B, 1, T, 88, 88)", "25 fps, grey, (x − 0.421) / 0.165"),
+    ("face", "face", "(B, 3, 112, 112)", "one aligned crop"),
+    ("expression", "expression", "(B, T, E)", "25 fps"),
+    ("units", "units", "(B, 2T) int in [0, K)", "50 Hz"),
+    ("words", "words", "(B, 2T) int in [0, V]", "50 Hz, 0 between words"),
+    ("speaker", "speaker", "(B, 256), unit norm", "one per clip"),
+    ("pitch", "log_f0, voiced", "(B, 2T)", "50 Hz, ln Hz and a voicing flag"),
+    ("energy", "energy", "(B, 2T)", "50 Hz, ln RMS"),
+    ("μ", "mu", "(B, 80, 4T)", "100 Hz, normalised ln mel"),
+    ("mel", "mel", "(B, 80, 4T)", "100 Hz, ln magnitude"),
+    ("speech", "speech", "(B, 640 T)", "16 kHz, [−1, 1]"),
+    (
+        "x₀, x₁, xₜ, uₜ, v_θ, σ_min",
+        "x0, x1, xt, ut, v, sigma_min",
+        "as mel",
+        "t = 0 noise, t = 1 data",
+    ),
 ]
 
 # %% ../nbs/00_core.ipynb #12af97b3
-def markdown_table(head:list, rows:list) -> str:
+def markdown_table(head: list, rows: list) -> str:
     "A Markdown table whose columns line up; None is a blank."
     cells = [[("" if c is None else str(c)) for c in r] for r in [head, *rows]]
     width = [max(map(len, column)) for column in zip(*cells)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
-    return "\n".join([lines[0], "|" + "|".join("-"*(w + 2) for w in width) + "|", *lines[1:]])
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
 
 # %% ../nbs/00_core.ipynb #22abbeb2
 class F2VError(Exception):
     "A failure that the user's input caused: which file, what is wrong, what to do."
-    def __init__(self, path, # the file (or folder, or checkpoint) at fault
-                 reason:str, # what is wrong with it
-                 cure:str="" # what the user can do about it
-                ):
+
+    def __init__(
+        self,
+        path,  # the file (or folder, or checkpoint) at fault
+        reason: str,  # what is wrong with it
+        cure: str = "",  # what the user can do about it
+    ):
         self.path, self.reason, self.cure = path, reason, cure
         super().__init__(f"{path}: {reason}" + (f". {cure}" if cure else ""))
-    def __reduce__(self): return type(self), (self.path, self.reason, self.cure)     # errors cross process pools
 
-class MediaError(F2VError): "A file that cannot be read as video or audio, or holds too little of it."
-class NoFaceError(F2VError): "A video in which no face (or not enough of one) was found."
-class CheckpointError(F2VError): "A model folder that is missing, incomplete or not safe to read."
-class CorpusError(F2VError): "A corpus folder or manifest that is not laid out as its reader expects."
-class ToolMissingError(F2VError): "An optional package or model that this step needs and that is not installed."
+    def __reduce__(self):
+        return type(self), (self.path, self.reason, self.cure)  # errors cross process pools
+
+
+class MediaError(F2VError):
+    "A file that cannot be read as video or audio, or holds too little of it."
+
+
+class NoFaceError(F2VError):
+    "A video in which no face (or not enough of one) was found."
+
+
+class CheckpointError(F2VError):
+    "A model folder that is missing, incomplete or not safe to read."
+
+
+class CorpusError(F2VError):
+    "A corpus folder or manifest that is not laid out as its reader expects."
+
+
+class ToolMissingError(F2VError):
+    "An optional package or model that this step needs and that is not installed."
 
 # %% ../nbs/00_core.ipynb #c5364424
 @contextmanager
-def atomic_path(path, # where the file shall stand
-                overwrite:bool=False # may it replace a file that is there?
-               ):
+def atomic_path(
+    path,  # where the file shall stand
+    overwrite: bool = False,  # may it replace a file that is there?
+):
     """Yield a temporary path beside `path` that becomes `path` if the block succeeds and vanishes if it fails.
 
     F2VError where `path` is taken, by now or at the end, or cannot be written."""
@@ -81,7 +109,8 @@ def atomic_path(path, # where the file shall stand
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=_PART, suffix=path.suffix)
         with open(fd) as held:
-            if not _lock(held): held.close()
+            if not _lock(held):
+                held.close()
             yield Path(tmp)
             os.chmod(tmp, 0o666 & ~_umask())
             (os.replace if overwrite else _give_name)(tmp, path)
@@ -90,16 +119,18 @@ def atomic_path(path, # where the file shall stand
             raise
         raise _cannot_write(path, e) from e
     finally:
-        if tmp is not None: Path(tmp).unlink(missing_ok=True)
+        if tmp is not None:
+            Path(tmp).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #23b81b3b
-_PART = ".part-"   # how the names of unfinished files begin
+_PART = ".part-"  # how the names of unfinished files begin
 
 # %% ../nbs/00_core.ipynb #7c41e0d5
 def _lock(file) -> bool:
     "Hold an open file until it is closed or the process dies; False where another holds it, or nobody can."
     try:
-        import fcntl                         # not on Windows
+        import fcntl  # not on Windows
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):
         return False
@@ -110,42 +141,53 @@ def remove_scraps(folder):
     "Remove the unfinished files of processes that died; where that cannot be known, they stay."
     for scrap in Path(folder).glob(f"{_PART}*"):
         with suppress(OSError), open(scrap, "r+b") as f:
-            if _lock(f): scrap.unlink()
+            if _lock(f):
+                scrap.unlink()
 
 # %% ../nbs/00_core.ipynb #b0418c34
-def _taken(path:Path) -> bool:
+def _taken(path: Path) -> bool:
     "Is something of this name there? OSError where the name cannot be looked up."
-    try: os.lstat(path)
-    except FileNotFoundError: return False
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
     return True
 
 # %% ../nbs/00_core.ipynb #5cf54d2d
 def _give_name(tmp, path):
     "Name the finished file, unless somebody else took the name meanwhile."
-    try: os.link(tmp, path)
-    except FileExistsError: raise
-    except OSError:                          # a file system without hard links: claim the name first
+    try:
+        os.link(tmp, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: claim the name first
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        try: os.replace(tmp, path)
-        except OSError: os.unlink(path); raise
+        try:
+            os.replace(tmp, path)
+        except OSError:
+            os.unlink(path)
+            raise
 
 # %% ../nbs/00_core.ipynb #fcc5db0b
-def _of_writing(e:Exception, path:Path) -> bool:
+def _of_writing(e: Exception, path: Path) -> bool:
     "Is the error about the file that is written, and not about one that is read meanwhile?"
-    if not isinstance(e, OSError):           # as safetensors and torch.save say that a disk is full
+    if not isinstance(e, OSError):  # as safetensors and torch.save say that a disk is full
         return isinstance(e, SafetensorError) or "inline_container" in str(e)
     about = e.filename2 or e.filename
-    if not isinstance(about, (str, bytes, os.PathLike)): return True
+    if not isinstance(about, (str, bytes, os.PathLike)):
+        return True
     about = Path(os.fsdecode(about))
     return about.name.startswith(_PART) or about in (path, *path.parents)
 
 # %% ../nbs/00_core.ipynb #d02ca3b3
-def _cannot_write(path, e:Exception) -> F2VError:
+def _cannot_write(path, e: Exception) -> F2VError:
     "What the system said, in words that help."
     if isinstance(e, FileExistsError) and (e.filename is None or Path(path).exists()):
         return F2VError(path, "already exists", "Give another output folder, or remove it")
     reason = f"cannot be written ({getattr(e, 'strerror', None) or e})"
-    return F2VError(path, reason, "Is the name short enough, the folder yours, and room on the disk?")
+    return F2VError(
+        path, reason, "Is the name short enough, the folder yours, and room on the disk?"
+    )
 
 # %% ../nbs/00_core.ipynb #0c95bf41
 def _umask() -> int:
@@ -157,14 +199,18 @@ def _umask() -> int:
 # %% ../nbs/00_core.ipynb #b2bf990c
 def whole_seed(seed) -> int:
     "A seed as a plain integer in [0, 2³²), whatever library its type comes from; F2VError for anything else."
-    try: n = operator.index(seed)
-    except TypeError: n = -1
+    try:
+        n = operator.index(seed)
+    except TypeError:
+        n = -1
     if not 0 <= n < 2**32:
-        raise F2VError("seed", f"{seed!r} is not a whole number from 0 to {2**32 - 1}", "Give another")
+        raise F2VError(
+            "seed", f"{seed!r} is not a whole number from 0 to {2**32 - 1}", "Give another"
+        )
     return n
 
 # %% ../nbs/00_core.ipynb #6c4d02ad
-def seed_everything(seed:int=0):
+def seed_everything(seed: int = 0):
     "Seed the global generators of Python, NumPy and torch (every device); generators made by hand keep their own state."
     seed = operator.index(seed) % 2**64
     random.seed(seed)
@@ -172,15 +218,22 @@ def seed_everything(seed:int=0):
     torch.manual_seed(seed)
 
 # %% ../nbs/00_core.ipynb #84b5bf5c
-def pick_device(device:str="auto" # `auto`, `cpu`, `cuda` or `cuda:1`
-               ) -> torch.device:
+def pick_device(
+    device: str = "auto",  # `auto`, `cpu`, `cuda` or `cuda:1`
+) -> torch.device:
     "The device to run on; `auto` takes a GPU where there is one. F2VError where the one asked for is not there."
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: chosen = torch.device(device)
-    except RuntimeError as e: raise F2VError(device, "is no device", "Choose auto, cpu or cuda") from e
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as e:
+        raise F2VError(device, "is no device", "Choose auto, cpu or cuda") from e
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise F2VError(device, "is not there: torch finds no such GPU, or no driver for it", "Choose auto or cpu")
+        raise F2VError(
+            device,
+            "is not there: torch finds no such GPU, or no driver for it",
+            "Choose auto or cpu",
+        )
     return chosen
 
 # %% ../nbs/00_core.ipynb #8e15b6f0
@@ -189,13 +242,17 @@ def one_thread():
     "Compute with one thread."
     n = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 # %% ../nbs/00_core.ipynb #ad8c8085
-def test_same(a, b, # tensors or arrays
-              atol:float=0. # largest absolute difference allowed
-             ):
+def test_same(
+    a,
+    b,  # tensors or arrays
+    atol: float = 0.0,  # largest absolute difference allowed
+):
     "Fail unless `a` and `b` have one shape, one kind of dtype, no NaN, and values within `atol`."
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     kind = lambda x: (x.is_complex(), x.is_floating_point())
@@ -205,67 +262,90 @@ def test_same(a, b, # tensors or arrays
     assert not (a.isnan().any() or b.isnan().any()), "NaN among the values"
     gap = (a - b)[a != b].abs()
     assert not (gap > atol).any(), f"largest difference {gap.max():.3g} is over {atol:.3g}"
+
+
 test_same.__test__ = False
 
 # %% ../nbs/00_core.ipynb #20d41feb
-def check(yours, expected, # numbers, arrays or tensors; or anything that `==` compares
-          hint:str="", # where to look; never the answer
-          atol:float=1e-5 # largest absolute difference allowed
-         ) -> str:
+def check(
+    yours,
+    expected,  # numbers, arrays or tensors; or anything that `==` compares
+    hint: str = "",  # where to look; never the answer
+    atol: float = 1e-5,  # largest absolute difference allowed
+) -> str:
     "Say `right`, or fail with shapes or the place and size of the largest difference, and a hint. The expected values are not shown."
-    if said := _difference(yours, expected, atol): raise AssertionError(said + (f". Hint: {hint}" if hint else ""))
+    if said := _difference(yours, expected, atol):
+        raise AssertionError(said + (f". Hint: {hint}" if hint else ""))
     return "right"
+
 
 def _difference(yours, expected, atol) -> str:
     "What is wrong with `yours`, in words that do not give `expected` away; nothing if nothing is."
-    if (b := _numbers(expected)) is None: return "" if type(yours) is type(expected) and yours == expected else "not what is asked for"
-    if (a := _numbers(yours)) is None: return f"a number or an array of them is asked for, this is {type(yours).__name__}"
-    if a.shape != b.shape: return f"your shape is {tuple(a.shape)}, {tuple(b.shape)} is asked for"
-    if a.isnan().any(): return f"NaN{_place(a.isnan())}"
-    gap = torch.where(a == b, 0., (a - b).abs())
+    if (b := _numbers(expected)) is None:
+        return (
+            "" if type(yours) is type(expected) and yours == expected else "not what is asked for"
+        )
+    if (a := _numbers(yours)) is None:
+        return f"a number or an array of them is asked for, this is {type(yours).__name__}"
+    if a.shape != b.shape:
+        return f"your shape is {tuple(a.shape)}, {tuple(b.shape)} is asked for"
+    if a.isnan().any():
+        return f"NaN{_place(a.isnan())}"
+    gap = torch.where(a == b, 0.0, (a - b).abs())
     return f"the largest difference is {gap.max():.3g}{_place(gap)}" if (gap > atol).any() else ""
 
 # %% ../nbs/00_core.ipynb #f94f2f61
 def _numbers(x):
     "A tensor of double precision (complex where it must be), or None where there are no numbers."
-    try: x = torch.as_tensor(x).detach().cpu()
-    except (TypeError, ValueError, RuntimeError): return None
+    try:
+        x = torch.as_tensor(x).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        return None
     return x.to(torch.promote_types(x.dtype, torch.float64))
+
 
 def _place(x) -> str:
     "Where `x` is largest, in words; nothing for a single number."
-    return f" at position {[int(i) for i in np.unravel_index(int(x.to(torch.float64).argmax()), x.shape)]}" if x.dim() else ""
+    return (
+        f" at position {[int(i) for i in np.unravel_index(int(x.to(torch.float64).argmax()), x.shape)]}"
+        if x.dim()
+        else ""
+    )
 
 # %% ../nbs/00_core.ipynb #7d1c6629
 @dataclass(frozen=True)
 class Looking:
     "What a model looks at."
-    face_backend: str = "locator"       # `locator` (drawn faces), `insightface`, `cascade`
-    identity_dim: int = 0               # size of the identity vector; 0: learn one from the face crop
-    expression_dim: int = 1152          # E; 1152 is a 24 × 48 strip of brows and eyes
-    lip_encoder: str = "slim"           # `slim`, `eigenlips`, `avhubert-base`, `avhubert-large`
-    lip_width: int = 16                 # channels of the slim encoder's stem
-    eigenlips: int = 96                 # principal pictures, where the encoder is made of them
-    lip_memory: int = 192               # units of each direction of that encoder's GRU
-    lip_scale: int = 2                  # both shrink the 88 × 88 lips by this factor first
+
+    face_backend: str = "locator"  # `locator` (drawn faces), `insightface`, `cascade`
+    identity_dim: int = 0  # size of the identity vector; 0: learn one from the face crop
+    expression_dim: int = 1152  # E; 1152 is a 24 × 48 strip of brows and eyes
+    lip_encoder: str = "slim"  # `slim`, `eigenlips`, `avhubert-base`, `avhubert-large`
+    lip_width: int = 16  # channels of the slim encoder's stem
+    eigenlips: int = 96  # principal pictures, where the encoder is made of them
+    lip_memory: int = 192  # units of each direction of that encoder's GRU
+    lip_scale: int = 2  # both shrink the 88 × 88 lips by this factor first
 
 # %% ../nbs/00_core.ipynb #9f7b9558
 @dataclass(frozen=True)
 class Stages:
     "Sizes of the hierarchy."
-    n_units: int = 100                  # K
-    unit_features: str = "mfcc"         # `mfcc` or `hubert`
-    dim: int = 128                      # width of the hierarchy
-    words: tuple = ()                   # vocabulary of a head for words, taught where word times are known; none: sound alone teaches
-    n_blocks: int = 3                   # ConvBlocks of the content stage
-    mask_kernel: int = 15               # taps of a Masked ConvBlock
-    mask_size: int = 5                  # of them, held at zero in the middle
-    masked_weight: float = 0.5          # λ of the masked cross-entropy
-    word_weight: float = 4.             # of the cross-entropy of words
+
+    n_units: int = 100  # K
+    unit_features: str = "mfcc"  # `mfcc` or `hubert`
+    dim: int = 128  # width of the hierarchy
+    words: tuple = ()  # vocabulary of a head for words, taught where word times are known; none: sound alone teaches
+    n_blocks: int = 3  # ConvBlocks of the content stage
+    mask_kernel: int = 15  # taps of a Masked ConvBlock
+    mask_size: int = 5  # of them, held at zero in the middle
+    masked_weight: float = 0.5  # λ of the masked cross-entropy
+    word_weight: float = 4.0  # of the cross-entropy of words
     label_smoothing: float = 0.1
-    teacher_forcing: float = 1.         # share of training steps in which μ is given the true voice and contours
-    prior_weight: float = 1.            # of the distance from μ to the mel, among the losses
-    envelope_weight: float = 0.         # of the loss that asks μ to rise and fall as speech does
+    teacher_forcing: float = (
+        1.0  # share of training steps in which μ is given the true voice and contours
+    )
+    prior_weight: float = 1.0  # of the distance from μ to the mel, among the losses
+    envelope_weight: float = 0.0  # of the loss that asks μ to rise and fall as speech does
     dropout: float = 0.1
     speaker_dim: int = 256
 
@@ -273,76 +353,131 @@ class Stages:
 @dataclass(frozen=True)
 class Sounding:
     "Sizes of the flow-matching decoder and of the vocoder."
+
     decoder_channels: tuple = (112, 112)
     decoder_mid: int = 2
     sigma_min: float = 1e-4
-    condition_drop: float = 0.1         # share of examples without condition, for guidance
+    condition_drop: float = 0.1  # share of examples without condition, for guidance
     vocoder_channels: int = 128
-    vocoder_blocks: int = 7             # of a vocoder that shapes a source of tones and hiss
-    vocoder_kernels: tuple = ()         # of HiFi-GAN's residual blocks; none: a vocoder with a source
+    vocoder_blocks: int = 7  # of a vocoder that shapes a source of tones and hiss
+    vocoder_kernels: tuple = ()  # of HiFi-GAN's residual blocks; none: a vocoder with a source
     vocoder_dilations: tuple = ()
 
 # %% ../nbs/00_core.ipynb #4a95f803
 @dataclass(frozen=True)
 class Preset(Looking, Stages, Sounding):
     "Every size and every training length of one system."
-    name: str = "tiny"
-    vary: int = 1                       # how much training clips are varied: see `collate`
-    # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
-    steps: dict = field(default_factory=lambda: dict(locator=1500, speaker=400, hierarchy=2300, decoder=2500, vocoder=6500))
-    batch: dict = field(default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=16))
-    lr: dict = field(default_factory=lambda: dict(locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=2e-3))
 
-    def to_json(self) -> dict: "A dict that JSON can hold."; return asdict(self)
+    name: str = "tiny"
+    vary: int = 1  # how much training clips are varied: see `collate`
+    # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
+    steps: dict = field(
+        default_factory=lambda: dict(
+            locator=1500, speaker=400, hierarchy=2300, decoder=2500, vocoder=6500
+        )
+    )
+    batch: dict = field(
+        default_factory=lambda: dict(locator=32, speaker=64, hierarchy=8, decoder=16, vocoder=16)
+    )
+    lr: dict = field(
+        default_factory=lambda: dict(
+            locator=4e-3, speaker=1e-3, hierarchy=1e-3, decoder=8e-4, vocoder=2e-3
+        )
+    )
+
+    def to_json(self) -> dict:
+        "A dict that JSON can hold."
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, d:dict):
+    def from_json(cls, d: dict):
         "The preset that `to_json` wrote; CheckpointError where a key is unknown or a value makes no model. Lists become tuples again."
-        if extra := set(d) - set(cls.__dataclass_fields__): raise CheckpointError("config.json", f"unknown preset keys {sorted(extra)}", "Another version wrote it: use that one, or train again")
+        if extra := set(d) - set(cls.__dataclass_fields__):
+            raise CheckpointError(
+                "config.json",
+                f"unknown preset keys {sorted(extra)}",
+                "Another version wrote it: use that one, or train again",
+            )
         preset = cls(**{k: _tuples(v) for k, v in d.items()})
         preset.check()
         return preset
 
-def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
+
+def _tuples(v):
+    return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
 # %% ../nbs/00_core.ipynb #36584f08
-_NAMES = dict(lip_encoder=("slim", "eigenlips", "avhubert-base", "avhubert-large"), unit_features=("mfcc", "hubert"))
+_NAMES = dict(
+    lip_encoder=("slim", "eigenlips", "avhubert-base", "avhubert-large"),
+    unit_features=("mfcc", "hubert"),
+)
 _BACKENDS = "locator", "insightface", "mediapipe", "cascade"
-_RANGES = dict( # name → smallest and largest value; whole numbers where both are
-    identity_dim=(0, 2**14), expression_dim=(1, 2**14), lip_width=(1, 2**10), eigenlips=(1, 2**12),
-    lip_memory=(1, 2**12), lip_scale=(1, 8), n_units=(2, 2**16), dim=(2, 2**13), n_blocks=(1, 64),
-    mask_kernel=(3, 255), mask_size=(1, 253), speaker_dim=(1, 2**12), decoder_mid=(1, 64),
-    vocoder_channels=(1, 2**13), vocoder_blocks=(0, 64), vary=(0, 2),
-    masked_weight=(0., 1e6), word_weight=(0., 1e6), prior_weight=(0., 1e6), envelope_weight=(0., 1e6),
-    teacher_forcing=(0., 1.), condition_drop=(0., 1.), label_smoothing=(0., .99), dropout=(0., .99),
-    sigma_min=(0., .99))
-_LISTS = dict( # name → smallest and largest value of each entry, and fewest and most entries
-    decoder_channels=((4, 2**12), (1, 3)), vocoder_kernels=((1, 63), (0, 16)),
-    vocoder_dilations=((1, 64), (0, 16)))
-_TRAINED = dict(steps=(0, 10**9), batch=(0, 2**20), lr=(0., 10.))
+_RANGES = dict(  # name → smallest and largest value; whole numbers where both are
+    identity_dim=(0, 2**14),
+    expression_dim=(1, 2**14),
+    lip_width=(1, 2**10),
+    eigenlips=(1, 2**12),
+    lip_memory=(1, 2**12),
+    lip_scale=(1, 8),
+    n_units=(2, 2**16),
+    dim=(2, 2**13),
+    n_blocks=(1, 64),
+    mask_kernel=(3, 255),
+    mask_size=(1, 253),
+    speaker_dim=(1, 2**12),
+    decoder_mid=(1, 64),
+    vocoder_channels=(1, 2**13),
+    vocoder_blocks=(0, 64),
+    vary=(0, 2),
+    masked_weight=(0.0, 1e6),
+    word_weight=(0.0, 1e6),
+    prior_weight=(0.0, 1e6),
+    envelope_weight=(0.0, 1e6),
+    teacher_forcing=(0.0, 1.0),
+    condition_drop=(0.0, 1.0),
+    label_smoothing=(0.0, 0.99),
+    dropout=(0.0, 0.99),
+    sigma_min=(0.0, 0.99),
+)
+_LISTS = dict(  # name → smallest and largest value of each entry, and fewest and most entries
+    decoder_channels=((4, 2**12), (1, 3)),
+    vocoder_kernels=((1, 63), (0, 16)),
+    vocoder_dilations=((1, 64), (0, 16)),
+)
+_TRAINED = dict(steps=(0, 10**9), batch=(0, 2**20), lr=(0.0, 10.0))
 
 # %% ../nbs/00_core.ipynb #461fed16
 def _in_range(x, low, high) -> bool:
     "Is `x` a number from `low` to `high`, and a whole one where `low` is?"
     whole = isinstance(low, int)
-    if isinstance(x, bool) or not isinstance(x, int if whole else (int, float)): return False
-    return low <= x <= high                  # false for NaN
+    if isinstance(x, bool) or not isinstance(x, int if whole else (int, float)):
+        return False
+    return low <= x <= high  # false for NaN
 
 # %% ../nbs/00_core.ipynb #b27c81c5
 def _all_in(xs, bounds, counts=(0, 2**16)) -> bool:
     "Is `xs` a tuple, perhaps of tuples, of numbers within the bounds, and of a length within `counts`?"
-    if not isinstance(xs, tuple) or not counts[0] <= len(xs) <= counts[1]: return False
-    return all(_all_in(x, bounds, counts) if isinstance(x, tuple) else _in_range(x, *bounds) for x in xs)
+    if not isinstance(xs, tuple) or not counts[0] <= len(xs) <= counts[1]:
+        return False
+    return all(
+        _all_in(x, bounds, counts) if isinstance(x, tuple) else _in_range(x, *bounds) for x in xs
+    )
 
 # %% ../nbs/00_core.ipynb #03e92faa
 def _said_by(name, x) -> bool:
     "Does the table of names, numbers and lists allow this value?"
-    if name in _RANGES: return _in_range(x, *_RANGES[name])
-    if name in _LISTS: return _all_in(x, *_LISTS[name])
-    if name in _NAMES: return x in _NAMES[name]
-    if name in _TRAINED: return isinstance(x, dict) and all(_in_range(v, *_TRAINED[name]) for v in x.values())
-    if name == "words": return isinstance(x, tuple) and all(isinstance(w, str) for w in x)
-    if name == "face_backend": return isinstance(x, str) and all(part in _BACKENDS for part in x.split("+"))
+    if name in _RANGES:
+        return _in_range(x, *_RANGES[name])
+    if name in _LISTS:
+        return _all_in(x, *_LISTS[name])
+    if name in _NAMES:
+        return x in _NAMES[name]
+    if name in _TRAINED:
+        return isinstance(x, dict) and all(_in_range(v, *_TRAINED[name]) for v in x.values())
+    if name == "words":
+        return isinstance(x, tuple) and all(isinstance(w, str) for w in x)
+    if name == "face_backend":
+        return isinstance(x, str) and all(part in _BACKENDS for part in x.split("+"))
     return isinstance(x, type(Preset.__dataclass_fields__[name].default))
 
 # %% ../nbs/00_core.ipynb #bfc2cd0c
@@ -350,7 +485,7 @@ def _odds(preset) -> list:
     "Names and reasons where values do not go together, or one of them must be odd or even."
     p = preset
     nested = p.vocoder_dilations and all(isinstance(d, tuple) for d in p.vocoder_dilations)
-    first, hole = p.decoder_channels[0], p.mask_size + 2*p.n_blocks
+    first, hole = p.decoder_channels[0], p.mask_size + 2 * p.n_blocks
     rules = dict(
         mask_kernel=(p.mask_kernel % 2 and hole < p.mask_kernel, f"must be odd, and over {hole}"),
         mask_size=(p.mask_size % 2, "must be odd"),
@@ -359,34 +494,76 @@ def _odds(preset) -> list:
         words=(len(set(p.words)) == len(p.words), "names a word twice"),
         vocoder_kernels=(all(k % 2 for k in p.vocoder_kernels), "must be odd"),
         vocoder_channels=(not p.vocoder_kernels or p.vocoder_channels >= 32, "must be 32 or more"),
-        vocoder_dilations=(len(p.vocoder_dilations) == len(p.vocoder_kernels)
-                           and (nested or not p.vocoder_dilations), "must be one list for each kernel"))
+        vocoder_dilations=(
+            len(p.vocoder_dilations) == len(p.vocoder_kernels)
+            and (nested or not p.vocoder_dilations),
+            "must be one list for each kernel",
+        ),
+    )
     return [(name, reason) for name, (fine, reason) in rules.items() if not fine]
 
 # %% ../nbs/00_core.ipynb #0143d6ba
 @patch
-def check(self:Preset):
+def check(self: Preset):
     "CheckpointError where a value, or two together, make no model."
     values = {name: getattr(self, name) for name in self.__dataclass_fields__}
     wrong = [(name, "is out of range") for name, x in values.items() if not _said_by(name, x)]
     if wrong := wrong or _odds(self):
         name, reason = wrong[0]
-        raise CheckpointError("config.json", f"`{name}` {reason}: {str(values[name])[:60]}",
-                              "Was it changed by hand? Copy it again, or train again")
+        raise CheckpointError(
+            "config.json",
+            f"`{name}` {reason}: {str(values[name])[:60]}",
+            "Was it changed by hand? Copy it again, or train again",
+        )
 
 # %% ../nbs/00_core.ipynb #b2829785
-GRID_WORDS = tuple("""bin lay place set blue green red white at by in with a b c d e f g h i j k l m n o p q r s t u v x y z
-    zero one two three four five six seven eight nine again now please soon""".split())
+GRID_WORDS = tuple(
+    """bin lay place set blue green red white at by in with a b c d e f g h i j k l m n o p q r s t u v x y z
+    zero one two three four five six seven eight nine again now please soon""".split()
+)
 TINY = Preset()
-GRID = replace(TINY, name="grid", face_backend="insightface", identity_dim=128, lip_encoder="eigenlips", words=GRID_WORDS,
-    teacher_forcing=0., prior_weight=10., envelope_weight=5., dropout=.2,
-    steps=TINY.steps | dict(hierarchy=1200), batch=TINY.batch | dict(hierarchy=16), lr=TINY.lr | dict(hierarchy=3e-3))
+GRID = replace(
+    TINY,
+    name="grid",
+    face_backend="insightface",
+    identity_dim=128,
+    lip_encoder="eigenlips",
+    words=GRID_WORDS,
+    teacher_forcing=0.0,
+    prior_weight=10.0,
+    envelope_weight=5.0,
+    dropout=0.2,
+    steps=TINY.steps | dict(hierarchy=1200),
+    batch=TINY.batch | dict(hierarchy=16),
+    lr=TINY.lr | dict(hierarchy=3e-3),
+)
 EIGENLIPS = replace(GRID, name="eigenlips", words=())
-SLIM = replace(TINY, name="slim", face_backend="insightface", identity_dim=128, lip_width=24, steps=TINY.steps | dict(hierarchy=3600))
-PAPER = replace(TINY, name="paper", face_backend="insightface+mediapipe", identity_dim=512, expression_dim=52, n_units=200, unit_features="hubert",
-    lip_encoder="avhubert-large", dim=512, n_blocks=4, masked_weight=1., decoder_channels=(256, 256),
-    vocoder_channels=512, vocoder_kernels=(3, 7, 11), vocoder_dilations=((1, 3, 5),)*3,
+SLIM = replace(
+    TINY,
+    name="slim",
+    face_backend="insightface",
+    identity_dim=128,
+    lip_width=24,
+    steps=TINY.steps | dict(hierarchy=3600),
+)
+PAPER = replace(
+    TINY,
+    name="paper",
+    face_backend="insightface+mediapipe",
+    identity_dim=512,
+    expression_dim=52,
+    n_units=200,
+    unit_features="hubert",
+    lip_encoder="avhubert-large",
+    dim=512,
+    n_blocks=4,
+    masked_weight=1.0,
+    decoder_channels=(256, 256),
+    vocoder_channels=512,
+    vocoder_kernels=(3, 7, 11),
+    vocoder_dilations=((1, 3, 5),) * 3,
     steps=dict(hierarchy=50_000, decoder=400_000, vocoder=1_000_000, speaker=50_000, locator=0),
     batch=dict(hierarchy=32, decoder=32, vocoder=16, speaker=64, locator=0),
-    lr=dict(hierarchy=1e-3, decoder=1e-4, vocoder=2e-4, speaker=1e-4, locator=0.))
+    lr=dict(hierarchy=1e-3, decoder=1e-4, vocoder=2e-4, speaker=1e-4, locator=0.0),
+)
 PRESETS = {p.name: p for p in (TINY, GRID, EIGENLIPS, SLIM, PAPER)}

@@ -30,74 +30,121 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from .core import FPS, UNIT_RATE, SAMPLE_RATE, SAMPLES_PER_FRAME, UNITS_PER_FRAME, MELS_PER_FRAME, CorpusError, F2VError, ToolMissingError, atomic_path, one_thread, remove_scraps, whole_seed
+from faces2voices.core import (
+    FPS,
+    UNIT_RATE,
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    UNITS_PER_FRAME,
+    MELS_PER_FRAME,
+    CorpusError,
+    F2VError,
+    ToolMissingError,
+    atomic_path,
+    one_thread,
+    remove_scraps,
+    whole_seed,
+)
 from .audio import MEL, energy, fit_length, pitch
 from .video import look
 
 # %% ../nbs/04_corpora.ipynb #b6538e56
 class Entry(NamedTuple):
     "One clip of a corpus: one line of a manifest."
-    name: str          # unique within the manifest
-    path: Path         # the video
+
+    name: str  # unique within the manifest
+    path: Path  # the video
     speaker: str = ""  # who
-    text: str = ""     # what is said
-    split: str = ""    # `train`, `val`, `test` or nothing
-    extra: dict = {}   # whatever else the line holds
+    text: str = ""  # what is said
+    split: str = ""  # `train`, `val`, `test` or nothing
+    extra: dict = {}  # whatever else the line holds
 
 # %% ../nbs/04_corpora.ipynb #5b488184
-def _entry(line:str, i:int, path:Path) -> Entry:
+def _entry(line: str, i: int, path: Path) -> Entry:
     "Line `i` of a manifest, checked."
     wrong = lambda reason, cure="": CorpusError(path, f"line {i} {reason}", cure)
-    try: d = json.loads(line)
-    except json.JSONDecodeError as e: raise wrong(f"is not JSON ({e.msg} at column {e.colno})") from e
-    if not isinstance(d, dict): raise wrong("is not an object", 'A line looks like {"name": "a", "path": "a.mp4"}')
+    try:
+        d = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise wrong(f"is not JSON ({e.msg} at column {e.colno})") from e
+    if not isinstance(d, dict):
+        raise wrong("is not an object", 'A line looks like {"name": "a", "path": "a.mp4"}')
     known = {k: d.pop(k) for k in Entry._fields[:5] if k in d}
-    if missing := {"name", "path"} - set(known): raise wrong(f"lacks {', '.join(sorted(missing))}")
-    if bad := [k for k, v in known.items() if not isinstance(v, str)]: raise wrong(f"has a {bad[0]} that is not a string")
-    if not re.fullmatch(r"\w[\w.+-]*", known["name"]): raise wrong(f"has the name {known['name']!r}, which cannot name a file", "Use letters, digits and _ . + -")
-    return Entry(**known | dict(path=path.parent/known["path"], extra=d))
+    if missing := {"name", "path"} - set(known):
+        raise wrong(f"lacks {', '.join(sorted(missing))}")
+    if bad := [k for k, v in known.items() if not isinstance(v, str)]:
+        raise wrong(f"has a {bad[0]} that is not a string")
+    if not re.fullmatch(r"\w[\w.+-]*", known["name"]):
+        raise wrong(
+            f"has the name {known['name']!r}, which cannot name a file",
+            "Use letters, digits and _ . + -",
+        )
+    return Entry(**known | dict(path=path.parent / known["path"], extra=d))
+
 
 def _check_names(entries, path):
     "Names must be unique: two clips of one name would be prepared into one file."
     seen = set()
-    if twice := next((e.name for e in entries if e.name in seen or seen.add(e.name)), None): raise CorpusError(path, f"the name {twice!r} occurs twice", "Names must be unique")
+    if twice := next((e.name for e in entries if e.name in seen or seen.add(e.name)), None):
+        raise CorpusError(path, f"the name {twice!r} occurs twice", "Names must be unique")
 
 # %% ../nbs/04_corpora.ipynb #7e568618
-def read_manifest(path # JSON lines
-                 ) -> list[Entry]:
+def read_manifest(
+    path,  # JSON lines
+) -> list[Entry]:
     "Read a manifest."
     path = Path(path)
-    if not path.is_file(): raise CorpusError(path, "no such manifest")
-    try: lines = path.read_text(encoding="utf-8").split("\n")     # `splitlines` would cut a text at U+2028 too
-    except UnicodeDecodeError as e: raise CorpusError(path, f"is not text in UTF-8 ({e.reason} at byte {e.start})") from e
+    if not path.is_file():
+        raise CorpusError(path, "no such manifest")
+    try:
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # `splitlines` would cut a text at U+2028 too
+    except UnicodeDecodeError as e:
+        raise CorpusError(path, f"is not text in UTF-8 ({e.reason} at byte {e.start})") from e
     entries = [_entry(line, i, path) for i, line in enumerate(lines, 1) if line.strip()]
     _check_names(entries, path)
     return entries
 
-def write_manifest(entries:list, path, overwrite:bool=False):
+
+def write_manifest(entries: list, path, overwrite: bool = False):
     "Write a manifest; videos below its folder get relative paths, so that the folder can be moved."
     here = Path(path).resolve().parent
+
     def line(e):
         p = Path(e.path).resolve()
         p = p.relative_to(here) if p.is_relative_to(here) else p
-        return json.dumps(dict(name=e.name, path=p.as_posix(), speaker=e.speaker, text=e.text, split=e.split) | e.extra, ensure_ascii=False)
-    with atomic_path(path, overwrite) as tmp: tmp.write_text("".join(line(e) + "\n" for e in entries), encoding="utf-8", errors="backslashreplace")    # bytes of a name that are no text: JSON's \udcff
+        return json.dumps(
+            dict(name=e.name, path=p.as_posix(), speaker=e.speaker, text=e.text, split=e.split)
+            | e.extra,
+            ensure_ascii=False,
+        )
+
+    with atomic_path(path, overwrite) as tmp:
+        tmp.write_text(
+            "".join(line(e) + "\n" for e in entries), encoding="utf-8", errors="backslashreplace"
+        )  # bytes of a name that are no text: JSON's \udcff
 
 # %% ../nbs/04_corpora.ipynb #30645840
-GRID_GRAMMAR = dict( # slot → character of the file name → word
+GRID_GRAMMAR = dict(  # slot → character of the file name → word
     command=dict(b="bin", l="lay", p="place", s="set"),
     colour=dict(b="blue", g="green", r="red", w="white"),
     preposition=dict(a="at", b="by", i="in", w="with"),
     letter={c: c for c in "abcdefghijklmnopqrstuvxyz"},
     digit=dict(zip("z123456789", "zero one two three four five six seven eight nine".split())),
-    adverb=dict(a="again", n="now", p="please", s="soon"))
+    adverb=dict(a="again", n="now", p="please", s="soon"),
+)
 
-def grid_text(name:str # for example `bbaf2n`
-             ) -> str:
+
+def grid_text(
+    name: str,  # for example `bbaf2n`
+) -> str:
     "The sentence that a GRID file name stands for."
     slots = GRID_GRAMMAR.values()
-    if len(name) != 6 or any(c not in words for c, words in zip(name, slots)): raise CorpusError(name, "is not a GRID file name", "It has six characters, as bbaf2n")
+    if len(name) != 6 or any(c not in words for c, words in zip(name, slots)):
+        raise CorpusError(name, "is not a GRID file name", "It has six characters, as bbaf2n")
     return " ".join(words[c] for c, words in zip(name, slots))
+
 
 def grid_jsgf() -> str:
     "The GRID grammar in JSGF, the form that speech recognisers read."
@@ -107,146 +154,255 @@ def grid_jsgf() -> str:
 # %% ../nbs/04_corpora.ipynb #b4d7e042
 VIDEO_SUFFIXES = (".mp4", ".mpg", ".avi", ".mov", ".mkv", ".webm")
 
-def _videos(folder:Path) -> list[Path]:
+
+def _videos(folder: Path) -> list[Path]:
     "The video files below a folder, in order."
-    if not folder.is_dir(): raise CorpusError(folder, "no such folder")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith("."))
-    if not found: raise CorpusError(folder, "holds no video", f"Looked for {' '.join(VIDEO_SUFFIXES)}")
+    if not folder.is_dir():
+        raise CorpusError(folder, "no such folder")
+    found = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith(".")
+    )
+    if not found:
+        raise CorpusError(folder, "holds no video", f"Looked for {' '.join(VIDEO_SUFFIXES)}")
     return found
 
-def grid(root, # folder that holds s1, s2, … and perhaps align and splits
-         speaker:str="s1",
-         split:str|None=None # `train`, `val` or `test` of root/splits; None: all
-        ) -> list[Entry]:
+
+def grid(
+    root,  # folder that holds s1, s2, … and perhaps align and splits
+    speaker: str = "s1",
+    split: str | None = None,  # `train`, `val` or `test` of root/splits; None: all
+) -> list[Entry]:
     "The clips of one GRID speaker."
     root, split_of = Path(root), {}
     for s in ("train", "val", "test"):
-        listed = root/"splits"/f"{speaker}_{s}.txt"
-        if listed.is_file(): split_of |= dict.fromkeys(listed.read_text().split(), s)
-    entries = [Entry(f"{speaker}_{p.stem}", p, speaker, grid_text(p.stem), split_of.get(p.stem, "")) for p in _videos(root/speaker)]
+        listed = root / "splits" / f"{speaker}_{s}.txt"
+        if listed.is_file():
+            split_of |= dict.fromkeys(listed.read_text().split(), s)
+    entries = [
+        Entry(f"{speaker}_{p.stem}", p, speaker, grid_text(p.stem), split_of.get(p.stem, ""))
+        for p in _videos(root / speaker)
+    ]
     kept = [e for e in entries if split in (None, e.split)]
-    if not kept: raise CorpusError(root/"splits"/f"{speaker}_{split}.txt", "lists no clip that is there", "One name a line, as bbaf2n")
+    if not kept:
+        raise CorpusError(
+            root / "splits" / f"{speaker}_{split}.txt",
+            "lists no clip that is there",
+            "One name a line, as bbaf2n",
+        )
     return [e._replace(extra=dict(words=grid_words(e))) if _align(e) else e for e in kept]
 
 # %% ../nbs/04_corpora.ipynb #33b76bf4
 class Word(NamedTuple):
     "A word and when it is said, in seconds."
+
     start: float
     end: float
     text: str
 
-def _align(entry:Entry) -> Path|None:
+
+def _align(entry: Entry) -> Path | None:
     "The file of a GRID clip's word times, if it is there."
     path = Path(entry.path)
-    places = [path.parents[1]/folder/entry.speaker/f"{path.stem}.align" for folder in ("align", "alignments")] + [path.with_suffix(".align")]
+    places = [
+        path.parents[1] / folder / entry.speaker / f"{path.stem}.align"
+        for folder in ("align", "alignments")
+    ] + [path.with_suffix(".align")]
     return next((p for p in places if p.is_file()), None)
 
-def grid_words(entry:Entry) -> list[Word]:
+
+def grid_words(entry: Entry) -> list[Word]:
     "Word times of a GRID clip, without its silences."
-    if (found := _align(entry)) is None: raise CorpusError(entry.path, "has no word times", f"Looked for align/{entry.speaker}/{Path(entry.path).stem}.align beside its folder")
+    if (found := _align(entry)) is None:
+        raise CorpusError(
+            entry.path,
+            "has no word times",
+            f"Looked for align/{entry.speaker}/{Path(entry.path).stem}.align beside its folder",
+        )
     rows = [line.split() for line in found.read_text().splitlines() if line.strip()]
-    try: return [Word(int(a)/25000, int(b)/25000, w) for a, b, w in rows if w not in ("sil", "sp")]
-    except ValueError as e: raise CorpusError(found, "is not a list of word times", "A line looks like `14250 19750 bin`") from e
+    try:
+        return [
+            Word(int(a) / 25000, int(b) / 25000, w) for a, b, w in rows if w not in ("sil", "sp")
+        ]
+    except ValueError as e:
+        raise CorpusError(
+            found, "is not a list of word times", "A line looks like `14250 19750 bin`"
+        ) from e
 
 # %% ../nbs/04_corpora.ipynb #e262d1a1
 GRID_RECORD = "https://zenodo.org/api/records/3625687"
 
-def download(url:str, path, size:int, md5:str):
+
+def download(url: str, path, size: int, md5: str):
     "Fetch a file; a stopped download goes on where it was, and a file with another checksum is not kept."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     if have < size:
-        try: _fetch(url, part, have)
-        except (OSError, HTTPException) as e: raise CorpusError(url, f"cannot be fetched ({e!r})", "Give the same command again: it goes on where it stopped") from e
-    if (have := part.stat().st_size) < size: raise CorpusError(url, f"stopped after {have} of {size} bytes", "Give the same command again: it goes on where it stopped")
-    if (found := _md5(part)) != md5: part.unlink(); raise CorpusError(url, f"has the checksum {found}, not {md5}", "Fetch it again")
+        try:
+            _fetch(url, part, have)
+        except (OSError, HTTPException) as e:
+            raise CorpusError(
+                url,
+                f"cannot be fetched ({e!r})",
+                "Give the same command again: it goes on where it stopped",
+            ) from e
+    if (have := part.stat().st_size) < size:
+        raise CorpusError(
+            url,
+            f"stopped after {have} of {size} bytes",
+            "Give the same command again: it goes on where it stopped",
+        )
+    if (found := _md5(part)) != md5:
+        part.unlink()
+        raise CorpusError(url, f"has the checksum {found}, not {md5}", "Fetch it again")
     part.replace(path)
 
 # %% ../nbs/04_corpora.ipynb #a0c6d7f2
 def _md5(path) -> str:
     digest = hashlib.md5()
     with open(path, "rb") as f:
-        while block := f.read(1 << 20): digest.update(block)
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 # %% ../nbs/04_corpora.ipynb #4be8120c
 def _fetch(url, part, have):
     "Append what is missing, or start again where the server cannot continue."
     from tqdm.auto import tqdm
-    with urlopen(Request(url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=60) as r:
+
+    with urlopen(
+        Request(url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=60
+    ) as r:
         goes_on = r.status == 206
-        with open(part, "ab" if goes_on else "wb") as f, tqdm.wrapattr(f, "write", total=r.length, desc=part.stem) as out: shutil.copyfileobj(r, out, 1 << 20)
+        with (
+            open(part, "ab" if goes_on else "wb") as f,
+            tqdm.wrapattr(f, "write", total=r.length, desc=part.stem) as out,
+        ):
+            shutil.copyfileobj(r, out, 1 << 20)
 
 # %% ../nbs/04_corpora.ipynb #6d8335d3
-def download_grid(out, # folder
-                  speakers=("s1",),
-                  record:str=GRID_RECORD # the archive's list of files
-                 ):
+def download_grid(
+    out,  # folder
+    speakers=("s1",),
+    record: str = GRID_RECORD,  # the archive's list of files
+):
     "Fetch and unpack GRID speakers and the word times of all speakers; what is there already is left alone."
     out = Path(out)
     try:
-        with urlopen(record, timeout=60) as r: files = {f["key"]: f for f in json.load(r)["files"]}
-    except (OSError, HTTPException, ValueError, KeyError, TypeError) as e: raise CorpusError(record, f"the list of files cannot be read ({e})", "Is there a connection to zenodo.org?") from e
+        with urlopen(record, timeout=60) as r:
+            files = {f["key"]: f for f in json.load(r)["files"]}
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as e:
+        raise CorpusError(
+            record,
+            f"the list of files cannot be read ({e})",
+            "Is there a connection to zenodo.org?",
+        ) from e
     for stem in ["alignments", *speakers]:
-        if (out/stem).is_dir(): continue
-        if (f := files.get(f"{stem}.zip")) is None: raise CorpusError(record, f"holds no {stem}.zip", f"It holds {', '.join(sorted(files))}")
-        download(f["links"]["self"], out/f"{stem}.zip", f["size"], f["checksum"].removeprefix("md5:"))
-        _unpack(out/f"{stem}.zip", out/stem)
+        if (out / stem).is_dir():
+            continue
+        if (f := files.get(f"{stem}.zip")) is None:
+            raise CorpusError(
+                record, f"holds no {stem}.zip", f"It holds {', '.join(sorted(files))}"
+            )
+        download(
+            f["links"]["self"], out / f"{stem}.zip", f["size"], f["checksum"].removeprefix("md5:")
+        )
+        _unpack(out / f"{stem}.zip", out / stem)
 
-def _unpack(archive:Path, folder:Path):
+
+def _unpack(archive: Path, folder: Path):
     "Unpack an archive that holds one folder, whole or not at all, and remove the archive."
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as tmp:
-        with zipfile.ZipFile(archive) as z: z.extractall(tmp)
-        inner = Path(tmp)/folder.name
+        with zipfile.ZipFile(archive) as z:
+            z.extractall(tmp)
+        inner = Path(tmp) / folder.name
         (inner if inner.is_dir() else Path(tmp)).rename(folder)
         Path(tmp).mkdir(exist_ok=True)
     archive.unlink()
 
 # %% ../nbs/04_corpora.ipynb #71c68a4a
-def _flat(p:Path) -> str:
+def _flat(p: Path) -> str:
     "A relative path as a name: `id/00001.mp4` → `id_00001`."
     return re.sub(r"[^\w.+-]", "_", p.with_suffix("").as_posix()).lstrip(".+-")
 
-def _lrs_entry(path:Path, root:Path, split:str, known:bool) -> Entry:
+
+def _lrs_entry(path: Path, root: Path, split: str, known: bool) -> Entry:
     "A clip with its words beside it, in the line `Text: …` of the .txt file."
     txt, name = path.with_suffix(".txt"), _flat(path.relative_to(root))
-    text = re.search(r"^Text:(.*)$", txt.read_text(encoding="utf-8", errors="replace"), re.M) if txt.is_file() else None
-    return Entry(name, path, path.parent.name if known else name, text[1].strip().lower() if text else "", split)
+    text = (
+        re.search(r"^Text:(.*)$", txt.read_text(encoding="utf-8", errors="replace"), re.M)
+        if txt.is_file()
+        else None
+    )
+    return Entry(
+        name,
+        path,
+        path.parent.name if known else name,
+        text[1].strip().lower() if text else "",
+        split,
+    )
 
 # %% ../nbs/04_corpora.ipynb #d3f4e30e
 def _by_split(root, folders, split, known) -> list[Entry]:
     "The clips below the folder of each split: of one split, or of all that are there."
     root = Path(root)
-    if split not in (None, *folders): raise CorpusError(root, f"has no split {split!r}", f"Choose {', '.join(folders)}")
-    there = {s: root/f for s, f in folders.items() if s == split or split is None and (root/f).is_dir()}
-    if not there: raise CorpusError(root, "is not laid out as LRS3", f"It should hold the folders {', '.join(folders.values())}")
+    if split not in (None, *folders):
+        raise CorpusError(root, f"has no split {split!r}", f"Choose {', '.join(folders)}")
+    there = {
+        s: root / f
+        for s, f in folders.items()
+        if s == split or split is None and (root / f).is_dir()
+    }
+    if not there:
+        raise CorpusError(
+            root,
+            "is not laid out as LRS3",
+            f"It should hold the folders {', '.join(folders.values())}",
+        )
     return [_lrs_entry(p, root, s, known) for s, f in there.items() for p in _videos(f)]
 
-def lrs3(root, # folder that holds pretrain, trainval and test
-         split:str|None=None # `pretrain`, `train` or `test`; None: all that are there
-        ) -> list[Entry]:
+
+def lrs3(
+    root,  # folder that holds pretrain, trainval and test
+    split: str | None = None,  # `pretrain`, `train` or `test`; None: all that are there
+) -> list[Entry]:
     "LRS3-TED; the folder of a talk counts as its speaker."
     return _by_split(root, dict(pretrain="pretrain", train="trainval", test="test"), split, True)
 
 # %% ../nbs/04_corpora.ipynb #b2e6356a
-def voxmm(root, # what VoxMM's `asr_preprocessor.py` wrote with its AV-ASR configuration: train and test
-          split:str|None=None
-         ) -> list[Entry]:
+def voxmm(
+    root,  # what VoxMM's `asr_preprocessor.py` wrote with its AV-ASR configuration: train and test
+    split: str | None = None,
+) -> list[Entry]:
     "VoxMM in the layout of LRS3."
     return _by_split(root, dict(train="train", test="test"), split, False)
 
 # %% ../nbs/04_corpora.ipynb #5389096e
-def lrs2(root, # folder that holds mvlrs_v1 and the lists pretrain.txt, train.txt, val.txt, test.txt
-         split:str|None=None # one of the lists; None: all that are there
-        ) -> list[Entry]:
+def lrs2(
+    root,  # folder that holds mvlrs_v1 and the lists pretrain.txt, train.txt, val.txt, test.txt
+    split: str | None = None,  # one of the lists; None: all that are there
+) -> list[Entry]:
     "LRS2-BBC: its lists name the clips."
     root, entries = Path(root), []
-    if not (clips := root/"mvlrs_v1").is_dir(): raise CorpusError(root, "is not laid out as LRS2", "It should hold mvlrs_v1 and the lists train.txt, val.txt, test.txt")
+    if not (clips := root / "mvlrs_v1").is_dir():
+        raise CorpusError(
+            root,
+            "is not laid out as LRS2",
+            "It should hold mvlrs_v1 and the lists train.txt, val.txt, test.txt",
+        )
     for s in ("pretrain", "train", "val", "test") if split is None else (split,):
-        listed, folder = root/f"{s}.txt", clips/("pretrain" if s == "pretrain" else "main")
-        if listed.is_file(): entries += [_lrs_entry(folder/f"{line.split()[0]}.mp4", clips, s, False) for line in listed.read_text().splitlines() if line.strip()]
-    if not entries: raise CorpusError(root, "lists no clips", f"Looked for {split or 'train'}.txt")
+        listed, folder = root / f"{s}.txt", clips / ("pretrain" if s == "pretrain" else "main")
+        if listed.is_file():
+            entries += [
+                _lrs_entry(folder / f"{line.split()[0]}.mp4", clips, s, False)
+                for line in listed.read_text().splitlines()
+                if line.strip()
+            ]
+    if not entries:
+        raise CorpusError(root, "lists no clips", f"Looked for {split or 'train'}.txt")
     return entries
 
 # %% ../nbs/04_corpora.ipynb #0f131d1f
@@ -258,90 +414,144 @@ def folder(root) -> list[Entry]:
 # %% ../nbs/04_corpora.ipynb #7c981e74
 class Clip(NamedTuple):
     "All that one training example holds. Without sound, the arrays of the sound are empty."
+
     name: str
     speaker: str
     text: str
-    lips: torch.Tensor               # (T, 96, 96) uint8, grey
-    face: torch.Tensor               # (112, 112, 3) uint8
-    expression: torch.Tensor         # (T, E) float
-    identity: torch.Tensor           # (D,) unit norm, or (0,)
-    wav: torch.Tensor                # (640 T,)
-    log_f0: torch.Tensor             # (2T,) ln Hz
-    voiced: torch.Tensor             # (2T,) 0 or 1
-    energy: torch.Tensor             # (2T,) ln RMS
-    spoken: tuple = ()               # of Word: when each word is said, where the manifest knows
-    mel: torch.Tensor|None = None    # (80, 4T) normalised: this and the next three are filled by `with_targets`
-    units: torch.Tensor|None = None  # (2T,)
-    words: torch.Tensor|None = None  # (2T,) 1 + place in a vocabulary, 0 between words, −100 where it is not known
-    voice: torch.Tensor|None = None  # (256,) speaker embedding
+    lips: torch.Tensor  # (T, 96, 96) uint8, grey
+    face: torch.Tensor  # (112, 112, 3) uint8
+    expression: torch.Tensor  # (T, E) float
+    identity: torch.Tensor  # (D,) unit norm, or (0,)
+    wav: torch.Tensor  # (640 T,)
+    log_f0: torch.Tensor  # (2T,) ln Hz
+    voiced: torch.Tensor  # (2T,) 0 or 1
+    energy: torch.Tensor  # (2T,) ln RMS
+    spoken: tuple = ()  # of Word: when each word is said, where the manifest knows
+    mel: torch.Tensor | None = (
+        None  # (80, 4T) normalised: this and the next three are filled by `with_targets`
+    )
+    units: torch.Tensor | None = None  # (2T,)
+    words: torch.Tensor | None = (
+        None  # (2T,) 1 + place in a vocabulary, 0 between words, −100 where it is not known
+    )
+    voice: torch.Tensor | None = None  # (256,) speaker embedding
 
 # %% ../nbs/04_corpora.ipynb #04946ccf
-def clip_of(name:str,
-            looked, # video, track and crops: what `look` gives
-            speaker:str="",
-            text:str=""
-           ) -> Clip:
+def clip_of(
+    name: str,
+    looked,  # video, track and crops: what `look` gives
+    speaker: str = "",
+    text: str = "",
+) -> Clip:
     "The clip of what was seen and heard, its sound cut or padded to exactly 640 samples a frame."
     seen, silence = [torch.as_tensor(x) for x in looked.crops], torch.zeros(0)
-    if looked.video.wav is None: return Clip(name, speaker, text, *seen, silence, silence, silence, silence)
-    wav = fit_length(torch.as_tensor(looked.video.wav), SAMPLES_PER_FRAME*len(looked.crops.lips)).clamp(-1, 1)
+    if looked.video.wav is None:
+        return Clip(name, speaker, text, *seen, silence, silence, silence, silence)
+    wav = fit_length(
+        torch.as_tensor(looked.video.wav), SAMPLES_PER_FRAME * len(looked.crops.lips)
+    ).clamp(-1, 1)
     return Clip(name, speaker, text, *seen, wav, *pitch(wav), energy(wav))
 
 # %% ../nbs/04_corpora.ipynb #20dd88de
-def code_lips(lips:np.ndarray # (T, 96, 96) uint8
-             ) -> np.ndarray: # (n,) uint8
+def code_lips(
+    lips: np.ndarray,  # (T, 96, 96) uint8
+) -> np.ndarray:  # (n,) uint8
     "Lips as H.264 that loses nothing; one thread, so that the same lips give the same bytes."
     import av
+
     codec = av.CodecContext.create("libx264", "w")
-    codec.height, codec.width, codec.pix_fmt, codec.time_base = *lips.shape[1:], "gray", Fraction(1, FPS)
+    codec.height, codec.width, codec.pix_fmt, codec.time_base = (
+        *lips.shape[1:],
+        "gray",
+        Fraction(1, FPS),
+    )
     codec.options = dict(qp="0", preset="veryfast", threads="1")
     frames = [av.VideoFrame.from_ndarray(x, format="gray") for x in lips]
-    return np.frombuffer(b"".join(bytes(p) for f in [*frames, None] for p in codec.encode(f)), np.uint8)
+    return np.frombuffer(
+        b"".join(bytes(p) for f in [*frames, None] for p in codec.encode(f)), np.uint8
+    )
 
 # %% ../nbs/04_corpora.ipynb #44e247bc
-def decode_lips(coded:np.ndarray) -> np.ndarray: # (T, 96, 96) uint8
+def decode_lips(coded: np.ndarray) -> np.ndarray:  # (T, 96, 96) uint8
     "The lips that `code_lips` coded."
     import av
+
     codec = av.CodecContext.create("h264", "r")
     codec.thread_count = 1
     packets = [*codec.parse(coded.tobytes()), *codec.parse(None), None]
-    return np.stack([f.to_ndarray()[:f.height] for p in packets for f in codec.decode(p)])   # the grey plane; below it lie empty colours
+    return np.stack(
+        [f.to_ndarray()[: f.height] for p in packets for f in codec.decode(p)]
+    )  # the grey plane; below it lie empty colours
 
 # %% ../nbs/04_corpora.ipynb #83c7f2fc
-def save_clip(clip:Clip, path, backend:str="", overwrite:bool=False):
+def save_clip(clip: Clip, path, backend: str = "", overwrite: bool = False):
     "Write a clip as .npz, with the name of the face backend that looked at it."
     arrays = {k: v.numpy() for k, v in clip._asdict().items() if torch.is_tensor(v)}
-    arrays |= dict(lips=code_lips(arrays["lips"]), expression=arrays["expression"].astype(np.float16), wav=np.round(arrays["wav"]*32767).astype(np.int16))
-    with atomic_path(path, overwrite) as tmp: np.savez_compressed(tmp, name=clip.name, speaker=clip.speaker, text=clip.text, backend=backend, **arrays)
+    arrays |= dict(
+        lips=code_lips(arrays["lips"]),
+        expression=arrays["expression"].astype(np.float16),
+        wav=np.round(arrays["wav"] * 32767).astype(np.int16),
+    )
+    with atomic_path(path, overwrite) as tmp:
+        np.savez_compressed(
+            tmp, name=clip.name, speaker=clip.speaker, text=clip.text, backend=backend, **arrays
+        )
 
 # %% ../nbs/04_corpora.ipynb #997fb7f2
-def load_clip(path, lips:bool=True # False: what is heard is enough, and quicker
-             ) -> Clip:
+def load_clip(
+    path,
+    lips: bool = True,  # False: what is heard is enough, and quicker
+) -> Clip:
     "Read a prepared clip; nothing in the file can run code."
     try:
-        with np.load(path, allow_pickle=False) as z: d = {k: z[k] for k in Clip._fields[:11] if lips or k != "lips"}
-        if not lips: d["lips"] = np.zeros((len(d["expression"]), 0, 0), np.uint8)
-        elif d["lips"].ndim == 1: d["lips"] = decode_lips(d["lips"])
-        if len(d["lips"]) != len(d["expression"]): raise ValueError("its lips and its expression differ in length")
-        if bad := [k for k, v in d.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]: raise ValueError(f"its {bad[0]} is not all numbers")
-    except Exception as e: raise CorpusError(path, f"is not a prepared clip ({e})", "Remove it and run `prepare` again") from e
+        with np.load(path, allow_pickle=False) as z:
+            d = {k: z[k] for k in Clip._fields[:11] if lips or k != "lips"}
+        if not lips:
+            d["lips"] = np.zeros((len(d["expression"]), 0, 0), np.uint8)
+        elif d["lips"].ndim == 1:
+            d["lips"] = decode_lips(d["lips"])
+        if len(d["lips"]) != len(d["expression"]):
+            raise ValueError("its lips and its expression differ in length")
+        if bad := [k for k, v in d.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]:
+            raise ValueError(f"its {bad[0]} is not all numbers")
+    except Exception as e:
+        raise CorpusError(
+            path, f"is not a prepared clip ({e})", "Remove it and run `prepare` again"
+        ) from e
     words = {k: str(d.pop(k)) for k in ("name", "speaker", "text")}
-    d |= dict(expression=d["expression"].astype(np.float32), wav=d["wav"].astype(np.float32)/32767)
+    d |= dict(
+        expression=d["expression"].astype(np.float32), wav=d["wav"].astype(np.float32) / 32767
+    )
     return Clip(**words, **{k: torch.from_numpy(v) for k, v in d.items()})
 
 # %% ../nbs/04_corpora.ipynb #d8db3246
 def _facts(path) -> dict:
     "Backend, length and sound of a prepared clip; empty if the file is not there or not whole."
     try:
-        with np.load(path, allow_pickle=False) as z: return dict(backend=str(z["backend"]), frames=len(z["expression"]), sound=bool(len(z["voiced"])))
-    except Exception: return {}
+        with np.load(path, allow_pickle=False) as z:
+            return dict(
+                backend=str(z["backend"]), frames=len(z["expression"]), sound=bool(len(z["voiced"]))
+            )
+    except Exception:
+        return {}
 
 # %% ../nbs/04_corpora.ipynb #2106c808
 def _prepare_one(entry, path, backend) -> dict:
     "Prepare one clip, unless its whole file is there."
     facts = _facts(path)
-    if facts and facts["backend"] != backend.name: raise CorpusError(path, f"was prepared with the backend {facts['backend']!r}, not {backend.name!r}", "Give another output folder")
-    if not facts: save_clip(clip_of(entry.name, look(entry.path, backend), entry.speaker, entry.text), path, backend.name, overwrite=True)
+    if facts and facts["backend"] != backend.name:
+        raise CorpusError(
+            path,
+            f"was prepared with the backend {facts['backend']!r}, not {backend.name!r}",
+            "Give another output folder",
+        )
+    if not facts:
+        save_clip(
+            clip_of(entry.name, look(entry.path, backend), entry.speaker, entry.text),
+            path,
+            backend.name,
+            overwrite=True,
+        )
     return dict(kept=bool(facts)) | _facts(path)
 
 # %% ../nbs/04_corpora.ipynb #89763996
@@ -349,29 +559,42 @@ def _built(backend):
     "A face backend from a backend or from a function that makes one."
     return backend() if callable(backend) else backend
 
+
 def _try(entry, out, backend) -> dict:
     "Prepare one clip: facts for the manifest, or the reason why not; what must stop the whole run is raised."
     try:
-        with one_thread(): return _prepare_one(entry, out/f"{entry.name}.npz", backend)
-    except (ToolMissingError, CorpusError): raise
-    except Exception as e: return dict(reason=f"{type(e).__name__}: {e}")
+        with one_thread():
+            return _prepare_one(entry, out / f"{entry.name}.npz", backend)
+    except (ToolMissingError, CorpusError):
+        raise
+    except Exception as e:
+        return dict(reason=f"{type(e).__name__}: {e}")
 
 # %% ../nbs/04_corpora.ipynb #a4da12a9
-METHOD = "forkserver" if sys.platform == "linux" else "spawn"   # not "fork": it copies locks that torch's and PyAV's threads hold, and not the threads that would open them
+METHOD = (
+    "forkserver" if sys.platform == "linux" else "spawn"
+)  # not "fork": it copies locks that torch's and PyAV's threads hold, and not the threads that would open them
+
 
 def _follow(life):
     "In a worker: leave Ctrl-C to the parent, and end when the other side of the pipe `life` closes, whatever closed it."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def watch():
         connection.wait([life])
         os._exit(1)
+
     Thread(target=watch, daemon=True).start()
 
+
 @contextmanager
-def _processes(n:int):
+def _processes(n: int):
     "A pool of processes that outlive neither this block nor this process."
     context = get_context(METHOD)
-    if METHOD == "forkserver": context.set_forkserver_preload(["faces2voices.corpora"])   # imported once, by a process without threads of its own
+    if METHOD == "forkserver":
+        context.set_forkserver_preload(
+            ["faces2voices.corpora"]
+        )  # imported once, by a process without threads of its own
     life, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(n, context, _follow, (life,))
     try:
@@ -384,25 +607,37 @@ def _processes(n:int):
 
 # %% ../nbs/04_corpora.ipynb #6c1d0e52
 @contextmanager
-def _cluster(address:str):
+def _cluster(address: str):
     "A client of a Dask scheduler whose workers have this package."
-    try: from distributed import Client
-    except ImportError as e: raise ToolMissingError("Dask", "is not installed", "pip install faces2voices[cluster]") from e
-    client = Client.__new__(Client)     # held while it connects: one that fails and is collected later can block the next for ever
+    try:
+        from distributed import Client
+    except ImportError as e:
+        raise ToolMissingError(
+            "Dask", "is not installed", "pip install faces2voices[cluster]"
+        ) from e
+    client = Client.__new__(
+        Client
+    )  # held while it connects: one that fails and is collected later can block the next for ever
     try:
         try:
             client.__init__(address, timeout=20)
             client.wait_for_workers(1, timeout=60)
             client.run(lambda: bool(import_module("faces2voices.corpora")))
         except (OSError, ValueError, TimeoutError, ImportError) as e:
-            raise ToolMissingError(address, f"has no workers that can do this ({e})", "Start `dask scheduler`, and on each machine, with faces2voices installed, `dask worker ADDRESS`") from e
+            raise ToolMissingError(
+                address,
+                f"has no workers that can do this ({e})",
+                "Start `dask scheduler`, and on each machine, with faces2voices installed, `dask worker ADDRESS`",
+            ) from e
         yield client
-    finally: client.close()
+    finally:
+        client.close()
 
 # %% ../nbs/04_corpora.ipynb #7ff68f5d
-_made = {} # what a worker works with
+_made = {}  # what a worker works with
 
-def _task(entry, pickled:bytes) -> dict:
+
+def _task(entry, pickled: bytes) -> dict:
     "In a worker, which makes its tool once: what the tool says of a clip."
     if pickled not in _made:
         _made.clear()
@@ -410,9 +645,10 @@ def _task(entry, pickled:bytes) -> dict:
     return _made[pickled](entry)
 
 # %% ../nbs/04_corpora.ipynb #b2d08acb
-IDLE = 180   # seconds; a worker that died needs a while to come back
+IDLE = 180  # seconds; a worker that died needs a while to come back
 
-def _finished(executor, waiting:deque, pickled, room, idle=lambda: False):
+
+def _finished(executor, waiting: deque, pickled, room, idle=lambda: False):
     "Entries with their futures as they come, `room()` in flight; with None once all is `idle` (a task can get lost: dask/distributed issue 3196). Ends early with a pool that broke."
     running, busy = {}, time.monotonic()
     while waiting or running:
@@ -421,10 +657,13 @@ def _finished(executor, waiting:deque, pickled, room, idle=lambda: False):
                 future = executor.submit(_task, waiting[0], pickled)
                 running[future] = waiting.popleft()
         except BrokenProcessPool:
-            if not running: return
+            if not running:
+                return
         done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-        for future in done: yield running.pop(future), future
-        if done or not idle(): busy = time.monotonic()
+        for future in done:
+            yield running.pop(future), future
+        if done or not idle():
+            busy = time.monotonic()
         elif time.monotonic() - busy > IDLE:
             yield from ((entry, None) for entry in [*running.values(), *waiting])
             return
@@ -432,100 +671,159 @@ def _finished(executor, waiting:deque, pickled, room, idle=lambda: False):
 # %% ../nbs/04_corpora.ipynb #2e7f90ab
 def _told(future, deadly) -> dict:
     "What a worker says of a clip, or why nobody can; an error that must stop the run is raised."
-    if future is None or future.cancelled(): return dict(reason="Lost: no worker took it up again; give the same command once more")
-    if isinstance(future.exception(), deadly): return dict(reason="KilledWorker: its process died again and again, for want of memory or in a crash")
+    if future is None or future.cancelled():
+        return dict(reason="Lost: no worker took it up again; give the same command once more")
+    if isinstance(future.exception(), deadly):
+        return dict(
+            reason="KilledWorker: its process died again and again, for want of memory or in a crash"
+        )
     return future.result()
 
 # %% ../nbs/04_corpora.ipynb #90be11c4
-LIVES = 3    # processes that a clip may bring down: one in company, two alone
+LIVES = 3  # processes that a clip may bring down: one in company, two alone
+
 
 def _by_processes(entries, tool, workers):
     "Names and results from processes of this machine."
-    try: pickled = pickle.dumps(tool)
-    except (pickle.PicklingError, AttributeError, TypeError) as e: raise ToolMissingError("the face backend", f"cannot be sent to other processes ({e})", "Give a class or a function of a module, or workers=1") from e
+    try:
+        pickled = pickle.dumps(tool)
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise ToolMissingError(
+            "the face backend",
+            f"cannot be sent to other processes ({e})",
+            "Give a class or a function of a module, or workers=1",
+        ) from e
     waiting, suspects, deaths = deque(entries), deque(), Counter()
     while suspects or waiting:
         some, n = (suspects, 1) if suspects else (waiting, workers)
         with _processes(n) as pool:
-            if not deaths: _compile_once(pool, n)
+            if not deaths:
+                _compile_once(pool, n)
             for entry, future in _finished(pool, some, pickled, lambda: n):
                 died = isinstance(future.exception(), BrokenProcessPool)
                 deaths[entry.name] += died
-                if died and deaths[entry.name] < LIVES: suspects.append(entry)
-                else: yield entry.name, _told(future, BrokenProcessPool)
+                if died and deaths[entry.name] < LIVES:
+                    suspects.append(entry)
+                else:
+                    yield entry.name, _told(future, BrokenProcessPool)
 
 # %% ../nbs/04_corpora.ipynb #5fa3b7d8
-def _compile_once(pool, n:int):
+def _compile_once(pool, n: int):
     "Let one process compile librosa's functions while the others start: two that write numba's cache at once crash (numba issue 10128)."
-    first, *_ = [pool.submit(pitch, torch.zeros(SAMPLE_RATE)), *(pool.submit(_facts, "") for _ in range(n - 1))]
-    try: first.result()
+    first, *_ = [
+        pool.submit(pitch, torch.zeros(SAMPLE_RATE)),
+        *(pool.submit(_facts, "") for _ in range(n - 1)),
+    ]
+    try:
+        first.result()
     except BrokenProcessPool as e:
-        raise ToolMissingError("a process of the pool", "ended before its first clip", "In a script, call this under `if __name__ == '__main__':`, or with workers=1") from e
+        raise ToolMissingError(
+            "a process of the pool",
+            "ended before its first clip",
+            "In a script, call this under `if __name__ == '__main__':`, or with workers=1",
+        ) from e
 
 # %% ../nbs/04_corpora.ipynb #c80d94e6
-def _by_cluster(entries, tool, address:str):
+def _by_cluster(entries, tool, address: str):
     "Names and results from the workers of a Dask scheduler, each thread of which has one clip at a time. A clip on which Dask gives up is tried once more alone: it may have shared a worker with another."
     with _cluster(address) as client:
         import cloudpickle
         from distributed import KilledWorker
+
         _compile_everywhere(client)
-        pickled, suspects = client.submit(bytes, cloudpickle.dumps(tool), pure=False), deque()     # goes to each worker once
+        pickled, suspects = (
+            client.submit(bytes, cloudpickle.dumps(tool), pure=False),
+            deque(),
+        )  # goes to each worker once
         everybody = lambda: max(1, sum(client.nthreads().values()))
         idle = lambda: not any(client.processing().values())
         for some, room in ((deque(entries), everybody), (suspects, lambda: 1)):
-            for entry, future in _finished(client.get_executor(pure=False), some, pickled, room, idle):
-                if some is not suspects and future and not future.cancelled() and isinstance(future.exception(), KilledWorker): suspects.append(entry)
-                else: yield entry.name, _told(future, KilledWorker)
+            for entry, future in _finished(
+                client.get_executor(pure=False), some, pickled, room, idle
+            ):
+                if (
+                    some is not suspects
+                    and future
+                    and not future.cancelled()
+                    and isinstance(future.exception(), KilledWorker)
+                ):
+                    suspects.append(entry)
+                else:
+                    yield entry.name, _told(future, KilledWorker)
 
 # %% ../nbs/04_corpora.ipynb #95d0b3ea
 def _compile_everywhere(client):
     "`_compile_once`, by one worker of each machine."
     of_machine = {address.rsplit(":", 1)[0]: address for address in client.nthreads()}
-    wait([client.get_executor(workers=[a], pure=False).submit(pitch, torch.zeros(SAMPLE_RATE)) for a in of_machine.values()], IDLE)
+    wait(
+        [
+            client.get_executor(workers=[a], pure=False).submit(pitch, torch.zeros(SAMPLE_RATE))
+            for a in of_machine.values()
+        ],
+        IDLE,
+    )
 
 # %% ../nbs/04_corpora.ipynb #4f2049ef
 def _results(entries, tool, workers, scheduler):
     "Name and result of each clip: from this process, from several of this machine, or from a cluster. `tool` makes the function that is called with each entry."
     workers = min(workers, len(entries))
-    if scheduler is not None: yield from _by_cluster(entries, tool, scheduler)
-    elif workers > 1: yield from _by_processes(entries, tool, workers)
+    if scheduler is not None:
+        yield from _by_cluster(entries, tool, scheduler)
+    elif workers > 1:
+        yield from _by_processes(entries, tool, workers)
     else:
         ours = tool()
         yield from ((e.name, ours(e)) for e in entries)
 
 # %% ../nbs/04_corpora.ipynb #258f56eb
-def prepare(entries:list, # of Entry
-            out, # folder for one .npz a clip, manifest.jsonl and failures.jsonl
-            backend, # a face backend, or a function without arguments that makes one
-            workers:int=1, # processes on this machine
-            scheduler:str|None=None, # address of a Dask scheduler, whose workers are used instead
-            progress:bool=True
-           ): # a `Prepared`: how many were made, kept, failed
+def prepare(
+    entries: list,  # of Entry
+    out,  # folder for one .npz a clip, manifest.jsonl and failures.jsonl
+    backend,  # a face backend, or a function without arguments that makes one
+    workers: int = 1,  # processes on this machine
+    scheduler: str | None = None,  # address of a Dask scheduler, whose workers are used instead
+    progress: bool = True,
+):  # a `Prepared`: how many were made, kept, failed
     "Make a clip of every entry; clips that are there are kept, failures are written down and passed over."
     out = Path(out).resolve()
     _check_names(entries, out)
     entries = [e._replace(path=Path(e.path).resolve()) for e in entries]
-    try: found = _each(entries, partial(_preparer, out, backend), workers, scheduler, "prepare", progress)
-    finally: remove_scraps(out)          # of workers that died, now or in a run before
+    try:
+        found = _each(
+            entries, partial(_preparer, out, backend), workers, scheduler, "prepare", progress
+        )
+    finally:
+        remove_scraps(out)  # of workers that died, now or in a run before
     kept = sum(r.pop("kept", False) for r in found.values())
-    good = {e.name: e._replace(extra=e.extra | found[e.name]) for e in entries if "reason" not in found[e.name]}
-    bad = [dict(name=e.name, path=str(e.path)) | found[e.name] for e in entries if "reason" in found[e.name]]
+    good = {
+        e.name: e._replace(extra=e.extra | found[e.name])
+        for e in entries
+        if "reason" not in found[e.name]
+    }
+    bad = [
+        dict(name=e.name, path=str(e.path)) | found[e.name]
+        for e in entries
+        if "reason" in found[e.name]
+    ]
     _write_records(good, bad, out)
     return Prepared(len(good) - kept, kept, len(bad))
 
 # %% ../nbs/04_corpora.ipynb #b91e83d4
-def _preparer(out, backend): return partial(_try, out=out, backend=_built(backend))
+def _preparer(out, backend):
+    return partial(_try, out=out, backend=_built(backend))
 
 # %% ../nbs/04_corpora.ipynb #f0a7d932
-def _each(entries, tool, workers, scheduler, desc, progress) -> dict: # name → result
+def _each(entries, tool, workers, scheduler, desc, progress) -> dict:  # name → result
     "The results of all clips, behind a progress bar."
     from tqdm.auto import tqdm
+
     with closing(_results(entries, tool, workers, scheduler)) as results:
         return dict(tqdm(results, total=len(entries), disable=not progress, desc=desc, unit="clip"))
 
 # %% ../nbs/04_corpora.ipynb #3ab5f83c
 class Prepared(NamedTuple):
     "What `prepare` did: clips made, clips that were there, clips that failed."
+
     made: int
     kept: int
     failed: int
@@ -533,143 +831,210 @@ class Prepared(NamedTuple):
 # %% ../nbs/04_corpora.ipynb #d6259d58
 def _write_records(good, bad, out):
     "manifest.jsonl (with the clips of earlier calls) and failures.jsonl; an error if nothing at all went well."
-    before = {e.name: e for e in read_manifest(out/"manifest.jsonl")} if (out/"manifest.jsonl").is_file() else {}
-    write_manifest(list((before | good).values()), out/"manifest.jsonl", overwrite=True)
-    with atomic_path(out/"failures.jsonl", overwrite=True) as tmp: tmp.write_text("".join(json.dumps(b) + "\n" for b in bad))
-    if bad and not good: raise CorpusError(out, f"none of {len(bad)} clips could be prepared; the first: {bad[0]['reason']}")
+    before = (
+        {e.name: e for e in read_manifest(out / "manifest.jsonl")}
+        if (out / "manifest.jsonl").is_file()
+        else {}
+    )
+    write_manifest(list((before | good).values()), out / "manifest.jsonl", overwrite=True)
+    with atomic_path(out / "failures.jsonl", overwrite=True) as tmp:
+        tmp.write_text("".join(json.dumps(b) + "\n" for b in bad))
+    if bad and not good:
+        raise CorpusError(
+            out, f"none of {len(bad)} clips could be prepared; the first: {bad[0]['reason']}"
+        )
 
 # %% ../nbs/04_corpora.ipynb #f717e0db
 class Plan(NamedTuple):
     "What preparing a corpus takes."
+
     cores: int
     hours: float
     gigabytes: float
 
 # %% ../nbs/04_corpora.ipynb #30ab672f
-def plan(video_hours:float, # length of the corpus
-         speed:float, # seconds of video that one core prepares in a second
-         size:float, # bytes that a second of video takes when prepared
-         cores=(1, 2, 16, 64, 256)
-        ) -> list[Plan]:
+def plan(
+    video_hours: float,  # length of the corpus
+    speed: float,  # seconds of video that one core prepares in a second
+    size: float,  # bytes that a second of video takes when prepared
+    cores=(1, 2, 16, 64, 256),
+) -> list[Plan]:
     "Hours and disk for each number of cores, if all are kept busy."
-    return [Plan(n, round(video_hours/speed/n, 1), round(video_hours*3600*size/1e9)) for n in cores]
+    return [
+        Plan(n, round(video_hours / speed / n, 1), round(video_hours * 3600 * size / 1e9))
+        for n in cores
+    ]
 
 # %% ../nbs/04_corpora.ipynb #831815ce
-def word_labels(spoken, # of Word
-                length:int, # L
-                vocabulary:tuple # of words
-               ) -> torch.Tensor: # (L,) 1 + place in the vocabulary, 0 between words, −100 where it is not known
+def word_labels(
+    spoken,  # of Word
+    length: int,  # L
+    vocabulary: tuple,  # of words
+) -> torch.Tensor:  # (L,) 1 + place in the vocabulary, 0 between words, −100 where it is not known
     "The word of every 20 ms."
     label = torch.full((length,), 0 if spoken else -100)
-    at = lambda seconds: round(seconds*UNIT_RATE)
-    for start, end, text in spoken: label[at(start):at(end)] = 1 + vocabulary.index(text) if text in vocabulary else -100
+    at = lambda seconds: round(seconds * UNIT_RATE)
+    for start, end, text in spoken:
+        label[at(start) : at(end)] = 1 + vocabulary.index(text) if text in vocabulary else -100
     return label
 
 # %% ../nbs/04_corpora.ipynb #eba177a2
 @torch.no_grad()
-def with_targets(clip:Clip,
-                 units=None, # a UnitQuantizer
-                 speaker=None, # a SpeakerEncoder
-                 words:tuple=() # vocabulary
-                ) -> Clip:
+def with_targets(
+    clip: Clip,
+    units=None,  # a UnitQuantizer
+    speaker=None,  # a SpeakerEncoder
+    words: tuple = (),  # vocabulary
+) -> Clip:
     "Fill in the normalised mel, and units, speaker embedding and words where there is something to tell them by."
     T = len(clip.lips)
     if not len(clip.wav):
-        silence = torch.zeros(UNITS_PER_FRAME*T)
-        return clip._replace(log_f0=silence, voiced=silence, energy=silence, mel=torch.zeros(MEL.n_mels, MELS_PER_FRAME*T))
-    if clip.mel is None: clip = clip._replace(mel=MEL.normalize(MEL(clip.wav)))
-    if units is not None: clip = clip._replace(units=units(clip.wav).cpu())
-    if words: clip = clip._replace(words=word_labels(clip.spoken, UNITS_PER_FRAME*T, words))
-    if speaker is None: return clip
+        silence = torch.zeros(UNITS_PER_FRAME * T)
+        return clip._replace(
+            log_f0=silence,
+            voiced=silence,
+            energy=silence,
+            mel=torch.zeros(MEL.n_mels, MELS_PER_FRAME * T),
+        )
+    if clip.mel is None:
+        clip = clip._replace(mel=MEL.normalize(MEL(clip.wav)))
+    if units is not None:
+        clip = clip._replace(units=units(clip.wav).cpu())
+    if words:
+        clip = clip._replace(words=word_labels(clip.spoken, UNITS_PER_FRAME * T, words))
+    if speaker is None:
+        return clip
     mel = clip.mel[None].to(next(speaker.parameters()).device)
     return clip._replace(voice=speaker(mel, torch.ones_like(mel[:, 0], dtype=torch.bool))[0].cpu())
 
 # %% ../nbs/04_corpora.ipynb #672b427e
 class ClipDataset(torch.utils.data.Dataset):
     "Prepared clips with their targets, read when they are asked for."
-    def __init__(self, clips, # a folder that `prepare` wrote, or a list of clips, which stays in memory
-                 names=None, # only these; None: all
-                 split:str|None=None, # only this split of a folder
-                 sound:bool=True, # only clips that have sound
-                 cache:float=128e6 # bytes of clips kept in memory
-                ):
+
+    def __init__(
+        self,
+        clips,  # a folder that `prepare` wrote, or a list of clips, which stays in memory
+        names=None,  # only these; None: all
+        split: str | None = None,  # only this split of a folder
+        sound: bool = True,  # only clips that have sound
+        cache: float = 128e6,  # bytes of clips kept in memory
+    ):
         self.folder, self.store, self.targets, self.spoken = None, None, {}, {}
-        if isinstance(clips, (str, Path)): self.folder, found = Path(clips), _prepared(Path(clips), split)
-        else: found = [(c.name, len(c.lips), len(c.wav) > 0, c) for c in clips]
+        if isinstance(clips, (str, Path)):
+            self.folder, found = Path(clips), _prepared(Path(clips), split)
+        else:
+            found = [(c.name, len(c.lips), len(c.wav) > 0, c) for c in clips]
         found = [f for f in found if (names is None or f[0] in names) and (f[2] or not sound)]
-        self.names, self.lengths, self.recent = [f[0] for f in found], [f[1] for f in found], Recent(cache)
+        self.names, self.lengths, self.recent = (
+            [f[0] for f in found],
+            [f[1] for f in found],
+            Recent(cache),
+        )
         self.heard = Recent(SOUND)
-        if self.folder is None: self.clips = [with_targets(f[3]) for f in found]
-        else: self.spoken = {f[0]: f[3] for f in found}
+        if self.folder is None:
+            self.clips = [with_targets(f[3]) for f in found]
+        else:
+            self.spoken = {f[0]: f[3] for f in found}
 
-    def __len__(self): return len(self.names)
+    def __len__(self):
+        return len(self.names)
 
-    def __iter__(self): return (self[i] for i in range(len(self)))
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, i:int) -> Clip:
+    def __getitem__(self, i: int) -> Clip:
         return self.clips[i] if self.folder is None else self.recent(self.names[i], self.read)
 
 # %% ../nbs/04_corpora.ipynb #4be1d07c
-SOUND = 512e6 # bytes of sound that a data set keeps in memory
-
+SOUND = 512e6  # bytes of sound that a data set keeps in memory
 
 # %% ../nbs/04_corpora.ipynb #7d20c9e1
 class Recent:
     "The clips that were used last, up to so many bytes."
-    def __init__(self, most:float): # bytes
+
+    def __init__(self, most: float):  # bytes
         self.most, self.size, self.clips = most, 0, OrderedDict()
 
-    def __call__(self, name:str, read) -> Clip:
+    def __call__(self, name: str, read) -> Clip:
         "The clip of that name, from memory or from `read(name)`."
         if name not in self.clips:
             self.clips[name] = clip = read(name)
             self.size += _nbytes(clip)
-            while self.size > self.most: self.size -= _nbytes(self.clips.popitem(last=False)[1])
+            while self.size > self.most:
+                self.size -= _nbytes(self.clips.popitem(last=False)[1])
             return clip
         self.clips.move_to_end(name)
         return self.clips[name]
 
 # %% ../nbs/04_corpora.ipynb #63c9e5b1
-def _nbytes(clip): return sum(x.nbytes for x in clip if torch.is_tensor(x))
+def _nbytes(clip):
+    return sum(x.nbytes for x in clip if torch.is_tensor(x))
 
 # %% ../nbs/04_corpora.ipynb #8e7c4e2a
-def _prepared(folder:Path, split) -> list:
+def _prepared(folder: Path, split) -> list:
     "Name, length, whether there is sound, and the words with their times, for the prepared clips of a split."
-    entries = read_manifest(folder/"manifest.jsonl")
-    if any("frames" not in e.extra for e in entries): raise CorpusError(folder, "does not hold prepared clips", "Run `prepare` on its manifest first")
-    return [(e.name, e.extra["frames"], e.extra["sound"], _spoken(e, folder)) for e in entries if split in (None, e.split)]
+    entries = read_manifest(folder / "manifest.jsonl")
+    if any("frames" not in e.extra for e in entries):
+        raise CorpusError(
+            folder, "does not hold prepared clips", "Run `prepare` on its manifest first"
+        )
+    return [
+        (e.name, e.extra["frames"], e.extra["sound"], _spoken(e, folder))
+        for e in entries
+        if split in (None, e.split)
+    ]
 
-def _spoken(entry, folder) -> tuple: # of Word
+
+def _spoken(entry, folder) -> tuple:  # of Word
     "The word times of a line of the manifest, checked."
     try:
-        words = tuple(Word(float(start), float(end), str(text)) for start, end, text in entry.extra.get("words", ()))
-        if all(0 <= w.start <= w.end < 1e6 for w in words): return words
-    except (TypeError, ValueError): pass
-    raise CorpusError(folder/"manifest.jsonl", f"has word times of {entry.name} that are none", 'They look like [[0.57, 0.79, "bin"], [0.79, 0.99, "blue"]]')
+        words = tuple(
+            Word(float(start), float(end), str(text))
+            for start, end, text in entry.extra.get("words", ())
+        )
+        if all(0 <= w.start <= w.end < 1e6 for w in words):
+            return words
+    except (TypeError, ValueError):
+        pass
+    raise CorpusError(
+        folder / "manifest.jsonl",
+        f"has word times of {entry.name} that are none",
+        'They look like [[0.57, 0.79, "bin"], [0.79, 0.99, "blue"]]',
+    )
 
 # %% ../nbs/04_corpora.ipynb #cb71868b
 @patch
-def add(self:ClipDataset,
-        units=None, # a UnitQuantizer
-        speaker=None, # a SpeakerEncoder
-        words:tuple=() # vocabulary
-       ) -> ClipDataset:
+def add(
+    self: ClipDataset,
+    units=None,  # a UnitQuantizer
+    speaker=None,  # a SpeakerEncoder
+    words: tuple = (),  # vocabulary
+) -> ClipDataset:
     "Find the units, speaker embeddings and words of every clip, now or when it is read."
-    new = {k: v for k, v in dict(units=units, speaker=speaker, words=words or None).items() if v is not None}
+    new = {
+        k: v
+        for k, v in dict(units=units, speaker=speaker, words=words or None).items()
+        if v is not None
+    }
     self.targets |= new
-    if self.folder is None: self.clips = [with_targets(c, **new) for c in self.clips]
-    if new.keys() - {"words"}: self.store = None
+    if self.folder is None:
+        self.clips = [with_targets(c, **new) for c in self.clips]
+    if new.keys() - {"words"}:
+        self.store = None
     self.recent = Recent(self.recent.most)
     return self
 
 # %% ../nbs/04_corpora.ipynb #d2b61f04
-def fingerprint(*parts # modules, and settings as JSON can hold them
-               ) -> str: # 12 hexadecimal digits
+def fingerprint(
+    *parts,  # modules, and settings as JSON can hold them
+) -> str:  # 12 hexadecimal digits
     "What decides a result, in a few letters: SHA-256 of all weights and settings."
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, torch.nn.Module): _add_weights(digest, part)
-        else: digest.update(json.dumps(part).encode())
+        if isinstance(part, torch.nn.Module):
+            _add_weights(digest, part)
+        else:
+            digest.update(json.dumps(part).encode())
     return digest.hexdigest()[:12]
 
 # %% ../nbs/04_corpora.ipynb #2a7f9d04
@@ -681,151 +1046,213 @@ def _add_weights(digest, module):
 # %% ../nbs/04_corpora.ipynb #5d3e8812
 class Store:
     "Tensors of each clip, one .safetensors file a clip, in `targets/KEY` beside the clips; or in another folder, where nothing can be written there."
-    def __init__(self, folder, # of the clips
-                 key:str, # kind and fingerprint
-                 spare=None # the other folder
-                ):
-        self.places = [Path(f)/"targets"/key for f in (folder, spare) if f is not None]
 
-    def find(self, name:str) -> Path|None:
+    def __init__(
+        self,
+        folder,  # of the clips
+        key: str,  # kind and fingerprint
+        spare=None,  # the other folder
+    ):
+        self.places = [Path(f) / "targets" / key for f in (folder, spare) if f is not None]
+
+    def find(self, name: str) -> Path | None:
         "The file of a clip, if there is one."
-        return next((path for place in self.places if (path := place/f"{name}.safetensors").is_file()), None)
+        return next(
+            (path for place in self.places if (path := place / f"{name}.safetensors").is_file()),
+            None,
+        )
 
-    def read(self, name:str) -> dict: # name → tensor, mapped from the file: only what is used is read
+    def read(
+        self, name: str
+    ) -> dict:  # name → tensor, mapped from the file: only what is used is read
         "The tensors of a clip; empty, if there are none."
-        if (path := self.find(name)) is None: return {}
-        try: return load_file(path)
-        except Exception as e: raise CorpusError(path, f"cannot be read ({e})", "Remove it: it is made again") from e
+        if (path := self.find(name)) is None:
+            return {}
+        try:
+            return load_file(path)
+        except Exception as e:
+            raise CorpusError(path, f"cannot be read ({e})", "Remove it: it is made again") from e
 
 # %% ../nbs/04_corpora.ipynb #b8c5f4a7
 @patch
-def write(self:Store, name:str, **tensors):
+def write(self: Store, name: str, **tensors):
     "Write the tensors of a clip, whole or not at all."
     for place in self.places:
         try:
-            with atomic_path(place/f"{name}.safetensors", overwrite=True) as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
+            with atomic_path(place / f"{name}.safetensors", overwrite=True) as tmp:
+                save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
             return
-        except F2VError as e: reason = e.reason
-    raise CorpusError(self.places[-1], f"cannot be written ({reason})", "Give a folder with room where you may write")
+        except F2VError as e:
+            reason = e.reason
+    raise CorpusError(
+        self.places[-1],
+        f"cannot be written ({reason})",
+        "Give a folder with room where you may write",
+    )
 
 # %% ../nbs/04_corpora.ipynb #6a94d0be
-def write_targets(dataset:ClipDataset,
-                  units, # a UnitQuantizer
-                  speaker, # a SpeakerEncoder
-                  spare=None, # folder to write to where nothing can be written beside the clips
-                  workers:int=1, # processes; 1: this one, on the device of the modules
-                  scheduler:str|None=None, # address of a Dask scheduler, whose workers are used instead
-                  progress:bool=True
-                 ) -> ClipDataset: # the same, which reads them from now on
+def write_targets(
+    dataset: ClipDataset,
+    units,  # a UnitQuantizer
+    speaker,  # a SpeakerEncoder
+    spare=None,  # folder to write to where nothing can be written beside the clips
+    workers: int = 1,  # processes; 1: this one, on the device of the modules
+    scheduler: str | None = None,  # address of a Dask scheduler, whose workers are used instead
+    progress: bool = True,
+) -> ClipDataset:  # the same, which reads them from now on
     "Mel, units and speaker embedding of every clip, beside the clips; those that are there are kept. CorpusError if a clip cannot be read."
-    if dataset.folder is None: return dataset.add(units=units, speaker=speaker)
-    store = Store(dataset.folder.resolve(), f"sound-{fingerprint(units, speaker, repr(MEL))}", spare and Path(spare).resolve())
-    missing = [Entry(name, dataset.folder.resolve()/f"{name}.npz") for name in dataset.names if store.find(name) is None]
-    found = _each(missing, partial(_measurer, store, units, speaker), workers, scheduler, "targets", progress)
-    if bad := {name: r["reason"] for name, r in found.items() if "reason" in r}: raise CorpusError(dataset.folder/f"{min(bad)}.npz", f"has no targets ({bad[min(bad)]})", "Give the same command again")
+    if dataset.folder is None:
+        return dataset.add(units=units, speaker=speaker)
+    store = Store(
+        dataset.folder.resolve(),
+        f"sound-{fingerprint(units, speaker, repr(MEL))}",
+        spare and Path(spare).resolve(),
+    )
+    missing = [
+        Entry(name, dataset.folder.resolve() / f"{name}.npz")
+        for name in dataset.names
+        if store.find(name) is None
+    ]
+    found = _each(
+        missing, partial(_measurer, store, units, speaker), workers, scheduler, "targets", progress
+    )
+    if bad := {name: r["reason"] for name, r in found.items() if "reason" in r}:
+        raise CorpusError(
+            dataset.folder / f"{min(bad)}.npz",
+            f"has no targets ({bad[min(bad)]})",
+            "Give the same command again",
+        )
     dataset.add(units=units, speaker=speaker).store = store
     return dataset
 
 # %% ../nbs/04_corpora.ipynb #e8b4167c
-def _measurer(store, units, speaker): return partial(_measure, store=store, units=units, speaker=speaker)
+def _measurer(store, units, speaker):
+    return partial(_measure, store=store, units=units, speaker=speaker)
+
 
 def _measure(entry, store, units, speaker) -> dict:
-    with one_thread(): clip = with_targets(load_clip(entry.path, lips=False), units, speaker)
-    if len(clip.wav): store.write(entry.name, mel=clip.mel.half(), units=clip.units.short(), voice=clip.voice)
+    with one_thread():
+        clip = with_targets(load_clip(entry.path, lips=False), units, speaker)
+    if len(clip.wav):
+        store.write(entry.name, mel=clip.mel.half(), units=clip.units.short(), voice=clip.voice)
     return {}
 
 # %% ../nbs/04_corpora.ipynb #f3306b2d
 @patch
-def read(self:ClipDataset, name:str) -> Clip:
+def read(self: ClipDataset, name: str) -> Clip:
     "A clip of the folder with its targets: stored ones, or computed now."
-    clip, targets = load_clip(self.folder/f"{name}.npz")._replace(spoken=self.spoken[name]), self.targets
+    clip, targets = (
+        load_clip(self.folder / f"{name}.npz")._replace(spoken=self.spoken[name]),
+        self.targets,
+    )
     if self.store and (stored := self.store.read(name)):
-        clip = clip._replace(mel=stored["mel"].float(), units=stored["units"].long(), voice=stored["voice"].clone())
+        clip = clip._replace(
+            mel=stored["mel"].float(), units=stored["units"].long(), voice=stored["voice"].clone()
+        )
         targets = {k: v for k, v in targets.items() if k == "words"}
     return with_targets(clip, **targets)
 
 # %% ../nbs/04_corpora.ipynb #9d0e6a51
 @patch
-def sound(self:ClipDataset, i:int) -> Clip:
+def sound(self: ClipDataset, i: int) -> Clip:
     "Clip i with its mel, and without lips, face and expression: read sooner, and more of them are kept."
     if self.folder is None:
         return self.clips[i]
-    def read(name):
-        heard = with_targets(load_clip(self.folder/f"{name}.npz", lips=False))
-        return heard._replace(face=torch.zeros(0), expression=torch.zeros(0))
-    return self.heard(self.names[i], read)
 
+    def read(name):
+        heard = with_targets(load_clip(self.folder / f"{name}.npz", lips=False))
+        return heard._replace(face=torch.zeros(0), expression=torch.zeros(0))
+
+    return self.heard(self.names[i], read)
 
 # %% ../nbs/04_corpora.ipynb #c81f5b3e
 class Heard:
     "What is wanted of the sound of each of many clips, read when it is asked for: a list that is never whole."
-    def __init__(self, clips:list, # of (data set, number of the clip)
-                 of # a Clip without lips → what is wanted
-                ):
+
+    def __init__(
+        self,
+        clips: list,  # of (data set, number of the clip)
+        of,  # a Clip without lips → what is wanted
+    ):
         self.clips, self.of = clips, of
 
     def __len__(self):
         return len(self.clips)
 
-    def __getitem__(self, k:int):
+    def __getitem__(self, k: int):
         dataset, i = self.clips[k]
         return self.of(dataset.sound(i))
-
 
 # %% ../nbs/04_corpora.ipynb #7584ebc4
 class Batch(NamedTuple):
     "Clips padded to one length T; `mask` says which frames are real."
-    names: list               # B names
-    lips: torch.Tensor        # (B, 1, T, 88, 88), (x/255 − 0.421)/0.165
-    face: torch.Tensor        # (B, 3, 112, 112), x/127.5 − 1
+
+    names: list  # B names
+    lips: torch.Tensor  # (B, 1, T, 88, 88), (x/255 − 0.421)/0.165
+    face: torch.Tensor  # (B, 3, 112, 112), x/127.5 − 1
     expression: torch.Tensor  # (B, T, E)
-    identity: torch.Tensor    # (B, D)
-    mel: torch.Tensor         # (B, 80, 4T) normalised
-    units: torch.Tensor       # (B, 2T) long, −100 where there is none
-    speaker: torch.Tensor     # (B, 256)
-    log_f0: torch.Tensor      # (B, 2T)
-    voiced: torch.Tensor      # (B, 2T)
-    energy: torch.Tensor      # (B, 2T)
-    mask: torch.Tensor        # (B, T) bool
-    words: torch.Tensor|None = None # (B, 2T) long, 0 between words, −100 where they are not known
+    identity: torch.Tensor  # (B, D)
+    mel: torch.Tensor  # (B, 80, 4T) normalised
+    units: torch.Tensor  # (B, 2T) long, −100 where there is none
+    speaker: torch.Tensor  # (B, 256)
+    log_f0: torch.Tensor  # (B, 2T)
+    voiced: torch.Tensor  # (B, 2T)
+    energy: torch.Tensor  # (B, 2T)
+    mask: torch.Tensor  # (B, T) bool
+    words: torch.Tensor | None = (
+        None  # (B, 2T) long, 0 between words, −100 where they are not known
+    )
 
     def to(self, device):
         "The batch on another device."
         return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
 
 # %% ../nbs/04_corpora.ipynb #c50440c3
-def mask_to(mask:torch.Tensor, # (B, T) bool at 25 Hz
-            times:int # 2 for units, 4 for mel
-           ) -> torch.Tensor: # (B, times T)
+def mask_to(
+    mask: torch.Tensor,  # (B, T) bool at 25 Hz
+    times: int,  # 2 for units, 4 for mel
+) -> torch.Tensor:  # (B, times T)
     "The mask at a faster rate."
     return mask.repeat_interleave(times, -1)
 
 # %% ../nbs/04_corpora.ipynb #1190a3ff
-def _draw(n:int, rng) -> int: "A number in [0, n)."; return int(torch.randint(n, (), generator=rng))
+def _draw(n: int, rng) -> int:
+    "A number in [0, n)."
+    return int(torch.randint(n, (), generator=rng))
 
 # %% ../nbs/04_corpora.ipynb #37f5a0c8
-def _window(lips, train:int, rng) -> torch.Tensor: # (T, 96, 96) bytes → (T, 88, 88)
+def _window(lips, train: int, rng) -> torch.Tensor:  # (T, 96, 96) bytes → (T, 88, 88)
     "The centre; or a random window (at strength 2 also a larger or smaller one), perhaps mirrored."
-    if not train: return lips[:, 4:92, 4:92]
+    if not train:
+        return lips[:, 4:92, 4:92]
     side = 80 + _draw(17, rng) if train > 1 else 88
     y, x = (_draw(97 - side, rng) if train > 1 else 2 + _draw(5, rng) for _ in "yx")
     mirror = _draw(2, rng)
-    view = lips[:, y:y+side, x:x+side]
-    if side != 88: view = F.interpolate(view[:, None].float(), (88, 88), mode="bilinear")[:, 0].round().byte()
+    view = lips[:, y : y + side, x : x + side]
+    if side != 88:
+        view = F.interpolate(view[:, None].float(), (88, 88), mode="bilinear")[:, 0].round().byte()
     return view.flip(-1) if mirror else view
 
 # %% ../nbs/04_corpora.ipynb #76ac4ee2
-def _lips(clips, mask, train:int, rng) -> torch.Tensor:
+def _lips(clips, mask, train: int, rng) -> torch.Tensor:
     "Normalised lips (B, 1, T, 88, 88), zero on the padding."
     lips = pad_sequence([_window(c.lips, train, rng) for c in clips], batch_first=True).float()
-    jitter = torch.rand(2, len(clips), 1, 1, 1, generator=rng)*2 - 1 if train else torch.zeros(2, 1, 1, 1, 1)
-    lips.mul_((1 + .2*jitter[0])/(255*.165)).add_((.1*jitter[1] - .421)/.165)
-    if train > 1: mask = mask & ~_hidden(mask, rng)
-    return (lips if mask.all() else lips.masked_fill_(~mask[..., None, None], 0.))[:, None]
+    jitter = (
+        torch.rand(2, len(clips), 1, 1, 1, generator=rng) * 2 - 1
+        if train
+        else torch.zeros(2, 1, 1, 1, 1)
+    )
+    lips.mul_((1 + 0.2 * jitter[0]) / (255 * 0.165)).add_((0.1 * jitter[1] - 0.421) / 0.165)
+    if train > 1:
+        mask = mask & ~_hidden(mask, rng)
+    return (lips if mask.all() else lips.masked_fill_(~mask[..., None, None], 0.0))[:, None]
 
 # %% ../nbs/04_corpora.ipynb #e6b50b63
-def _hidden(mask, rng, longest:int=10 # frames
-           ) -> torch.Tensor: # (B, T) bool
+def _hidden(
+    mask,
+    rng,
+    longest: int = 10,  # frames
+) -> torch.Tensor:  # (B, T) bool
     "Where nothing is to be seen: one stretch of up to `longest` frames in every second."
     at, hidden = torch.arange(mask.shape[1]), torch.zeros_like(mask)
     for row in hidden:
@@ -835,91 +1262,190 @@ def _hidden(mask, rng, longest:int=10 # frames
     return hidden
 
 # %% ../nbs/04_corpora.ipynb #82c43ddd
-def _joined(clips:list, rng) -> list:
+def _joined(clips: list, rng) -> list:
     "One in two of the clips ends like another one of the same speaker."
+
     def join(a, b):
-        T = min(len(a.lips), len(b.lips)); t = T//4 + _draw(max(1, T//2), rng)
-        along = lambda x, y, n: torch.cat([x[..., :n*t], y[..., n*t:n*T]], -1)
-        parts = dict(lips=torch.cat([a.lips[:t], b.lips[t:T]]), expression=torch.cat([a.expression[:t], b.expression[t:T]]))
-        rates = dict(wav=SAMPLES_PER_FRAME, mel=MELS_PER_FRAME, units=UNITS_PER_FRAME, words=UNITS_PER_FRAME, log_f0=UNITS_PER_FRAME, voiced=UNITS_PER_FRAME, energy=UNITS_PER_FRAME)
-        return a._replace(**parts, **{k: along(getattr(a, k), getattr(b, k), n) for k, n in rates.items() if getattr(a, k) is not None})
-    partners = [[b for b in clips if b is not a and b.speaker == a.speaker and len(b.wav) and len(a.wav)] for a in clips]
-    return [join(a, bs[_draw(len(bs), rng)]) if bs and _draw(2, rng) else a for a, bs in zip(clips, partners)]
+        T = min(len(a.lips), len(b.lips))
+        t = T // 4 + _draw(max(1, T // 2), rng)
+        along = lambda x, y, n: torch.cat([x[..., : n * t], y[..., n * t : n * T]], -1)
+        parts = dict(
+            lips=torch.cat([a.lips[:t], b.lips[t:T]]),
+            expression=torch.cat([a.expression[:t], b.expression[t:T]]),
+        )
+        rates = dict(
+            wav=SAMPLES_PER_FRAME,
+            mel=MELS_PER_FRAME,
+            units=UNITS_PER_FRAME,
+            words=UNITS_PER_FRAME,
+            log_f0=UNITS_PER_FRAME,
+            voiced=UNITS_PER_FRAME,
+            energy=UNITS_PER_FRAME,
+        )
+        return a._replace(
+            **parts,
+            **{
+                k: along(getattr(a, k), getattr(b, k), n)
+                for k, n in rates.items()
+                if getattr(a, k) is not None
+            },
+        )
+
+    partners = [
+        [b for b in clips if b is not a and b.speaker == a.speaker and len(b.wav) and len(a.wav)]
+        for a in clips
+    ]
+    return [
+        join(a, bs[_draw(len(bs), rng)]) if bs and _draw(2, rng) else a
+        for a, bs in zip(clips, partners)
+    ]
 
 # %% ../nbs/04_corpora.ipynb #8963dcbd
-def collate(clips:list, # of Clip
-            units=None, # a UnitQuantizer, for clips that carry no units yet
-            speaker=None, # a SpeakerEncoder, the same
-            train:int=0, # how much to vary them: 1 window, mirror and light; 2 also zoom, hidden stretches, joined clips
-            rng:torch.Generator|None=None # draws the variations
-           ) -> Batch:
+def collate(
+    clips: list,  # of Clip
+    units=None,  # a UnitQuantizer, for clips that carry no units yet
+    speaker=None,  # a SpeakerEncoder, the same
+    train: int = 0,  # how much to vary them: 1 window, mirror and light; 2 also zoom, hidden stretches, joined clips
+    rng: torch.Generator | None = None,  # draws the variations
+) -> Batch:
     "Pad clips to one length and normalise them."
     clips = [with_targets(c, units, speaker) for c in clips]
-    if train > 1: clips = _joined(clips, rng)
+    if train > 1:
+        clips = _joined(clips, rng)
     lengths = torch.tensor([len(c.lips) for c in clips])
     mask = torch.arange(lengths.max()) < lengths[:, None]
     stack = lambda xs: torch.stack(list(xs))
-    pad = lambda xs, value=0.: pad_sequence(list(xs), batch_first=True, padding_value=value)
-    return Batch([c.name for c in clips], _lips(clips, mask, train, rng), stack(c.face for c in clips).permute(0, 3, 1, 2)/127.5 - 1,
-        pad(c.expression for c in clips), stack(c.identity for c in clips), pad(c.mel.T for c in clips).transpose(1, 2).contiguous(),
-        pad((torch.full((UNITS_PER_FRAME*len(c.lips),), -100) if c.units is None else c.units for c in clips), -100),
+    pad = lambda xs, value=0.0: pad_sequence(list(xs), batch_first=True, padding_value=value)
+    return Batch(
+        [c.name for c in clips],
+        _lips(clips, mask, train, rng),
+        stack(c.face for c in clips).permute(0, 3, 1, 2) / 127.5 - 1,
+        pad(c.expression for c in clips),
+        stack(c.identity for c in clips),
+        pad(c.mel.T for c in clips).transpose(1, 2).contiguous(),
+        pad(
+            (
+                torch.full((UNITS_PER_FRAME * len(c.lips),), -100) if c.units is None else c.units
+                for c in clips
+            ),
+            -100,
+        ),
         stack(torch.zeros(256) if c.voice is None else c.voice for c in clips),
-        *(pad(getattr(c, k) for c in clips) for k in ("log_f0", "voiced", "energy")), mask,
-        pad((torch.full((UNITS_PER_FRAME*len(c.lips),), -100) if c.words is None else c.words for c in clips), -100))
+        *(pad(getattr(c, k) for c in clips) for k in ("log_f0", "voiced", "energy")),
+        mask,
+        pad(
+            (
+                torch.full((UNITS_PER_FRAME * len(c.lips),), -100) if c.words is None else c.words
+                for c in clips
+            ),
+            -100,
+        ),
+    )
 
 # %% ../nbs/04_corpora.ipynb #77d004ff
-def show_batch(batch:Batch, # on the CPU
-               n:int=3 # clips
-              ):
+def show_batch(
+    batch: Batch,  # on the CPU
+    n: int = 3,  # clips
+):
     "Lips and mel of the first clips of a batch; the padding is hatched."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     n, T, L = min(n, len(batch.names)), batch.mask.shape[1], batch.mel.shape[2]
-    fig, axes = plt.subplots(2*n, 1, figsize=(9, 2.1*n), height_ratios=[1, 1.4]*n, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        2 * n,
+        1,
+        figsize=(9, 2.1 * n),
+        height_ratios=[1, 1.4] * n,
+        layout="constrained",
+        squeeze=False,
+    )
     shown = np.linspace(0, T - 1, 12).round().astype(int)
     for i, name in enumerate(batch.names[:n]):
-        strip, sound = axes[2*i, 0], axes[2*i + 1, 0]
-        strip.imshow(np.hstack([(batch.lips[i, 0, t]*.165 + .421) for t in shown]), cmap="gray", vmin=0, vmax=1, aspect="auto", extent=(0, T, 0, 1))
-        sound.imshow(batch.mel[i], origin="lower", cmap="magma", aspect="auto", extent=(0, T, 0, 80), vmin=-2.2, vmax=3)
+        strip, sound = axes[2 * i, 0], axes[2 * i + 1, 0]
+        strip.imshow(
+            np.hstack([(batch.lips[i, 0, t] * 0.165 + 0.421) for t in shown]),
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+            extent=(0, T, 0, 1),
+        )
+        sound.imshow(
+            batch.mel[i],
+            origin="lower",
+            cmap="magma",
+            aspect="auto",
+            extent=(0, T, 0, 80),
+            vmin=-2.2,
+            vmax=3,
+        )
         real = int(batch.mask[i].sum())
-        for ax in (strip, sound): ax.axvspan(real, T, facecolor="white", edgecolor="#888888", hatch="///", lw=0); ax.set(yticks=[], xlim=(0, T))
+        for ax in (strip, sound):
+            ax.axvspan(real, T, facecolor="white", edgecolor="#888888", hatch="///", lw=0)
+            ax.set(yticks=[], xlim=(0, T))
         strip.set(xticks=[], title=f"{name}: {real} of {T} frames are real")
     axes[-1, 0].set_xlabel("frame (25 a second)")
-    display(fig, metadata={"alt": f"Lips and mel of {n} clips, padded to {T} frames; the padding is hatched"}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": f"Lips and mel of {n} clips, padded to {T} frames; the padding is hatched"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/04_corpora.ipynb #d3124c40
 class BucketSampler:
     "Batches of clips of about one length, in another seeded order every epoch. Serves as the `batch_sampler` of a DataLoader."
+
     drop_last = True
-    def __init__(self, lengths:list, batch_size:int, seed:int=0):
-        self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), min(batch_size, len(lengths)), whole_seed(seed), 0
 
-    def __len__(self): return len(self.lengths)//self.batch_size
+    def __init__(self, lengths: list, batch_size: int, seed: int = 0):
+        self.lengths, self.batch_size, self.seed, self.epoch = (
+            np.asarray(lengths),
+            min(batch_size, len(lengths)),
+            whole_seed(seed),
+            0,
+        )
 
-    def plan(self, epoch:int) -> list:
+    def __len__(self):
+        return len(self.lengths) // self.batch_size
+
+    def plan(self, epoch: int) -> list:
         "The batches of an epoch: shuffle, leave out the odd ones, sort within stretches of 20 batches, cut, shuffle the batches."
         rng, B = np.random.default_rng((self.seed, epoch)), self.batch_size
-        order = rng.permutation(len(self.lengths))[:len(self)*B]
-        parts = [part[np.argsort(self.lengths[part], kind="stable")] for part in np.split(order, range(20*B, len(order), 20*B))]
+        order = rng.permutation(len(self.lengths))[: len(self) * B]
+        parts = [
+            part[np.argsort(self.lengths[part], kind="stable")]
+            for part in np.split(order, range(20 * B, len(order), 20 * B))
+        ]
         return rng.permutation(np.concatenate(parts).reshape(-1, B)).tolist()
 
     def __iter__(self):
         self.epoch += 1
         return iter(self.plan(self.epoch - 1))
 
-    def set_epoch(self, epoch:int): self.epoch = epoch
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
 
 # %% ../nbs/04_corpora.ipynb #e81fce33
-def batches(dataset:ClipDataset,
-            batch_size:int,
-            seed:int=0,
-            train:int=1 # how much to vary the clips, see `collate`
-           ): # a function: step number → Batch
+def batches(
+    dataset: ClipDataset,
+    batch_size: int,
+    seed: int = 0,
+    train: int = 1,  # how much to vary the clips, see `collate`
+):  # a function: step number → Batch
     "A seeded, endless supply of batches."
     seed = whole_seed(seed)
     sampler = BucketSampler(dataset.lengths, batch_size, seed)
     plan = lru_cache(2)(sampler.plan)
-    def batch(step:int) -> Batch:
+
+    def batch(step: int) -> Batch:
         epoch, i = divmod(step, len(sampler))
-        return collate([dataset[j] for j in plan(epoch)[i]], train=train, rng=torch.Generator().manual_seed(seed*1_000_003 + step))
+        return collate(
+            [dataset[j] for j in plan(epoch)[i]],
+            train=train,
+            rng=torch.Generator().manual_seed(seed * 1_000_003 + step),
+        )
+
     return batch

@@ -18,18 +18,29 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 import typer
-from .core import CheckpointError, CorpusError, F2VError, MediaError, NoFaceError, ToolMissingError, atomic_path
+from faces2voices.core import (
+    CheckpointError,
+    CorpusError,
+    F2VError,
+    MediaError,
+    NoFaceError,
+    ToolMissingError,
+    atomic_path,
+)
 
 # %% ../nbs/19_course.ipynb #2840b1e6
 class Exercise(NamedTuple):
     "Where an exercise stands in its lesson."
-    name: str       # the first name that the stub defines
-    stub: int       # places among the cells
+
+    name: str  # the first name that the stub defines
+    stub: int  # places among the cells
     solution: int
     check: int
 
 # %% ../nbs/19_course.ipynb #83c64a9f
-def source(cell) -> str: "The text of a cell."; return "".join(cell["source"])
+def source(cell) -> str:
+    "The text of a cell."
+    return "".join(cell["source"])
 
 # %% ../nbs/19_course.ipynb #1b0750fa
 def is_solution(cell) -> bool:
@@ -42,47 +53,83 @@ def is_stub(cell) -> bool:
     return bool(re.search(r"^#\|\s*eval:\s*false", source(cell), re.M))
 
 # %% ../nbs/19_course.ipynb #8490312f
-def parsed(code:str) -> list:
+def parsed(code: str) -> list:
     "The statements of a piece of code; none where it is no Python."
-    try: return ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError): return []
+    try:
+        return ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
 
 # %% ../nbs/19_course.ipynb #8eaba0e6
-def names_in(code:str) -> list[str]:
+def names_in(code: str) -> list[str]:
     "Names that a piece of code defines for what follows, in order."
-    stored = lambda s: [n.id for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    return list(dict.fromkeys(name for s in parsed(code) for name in ([s.name] if hasattr(s, "name") else stored(s))))
+    stored = lambda s: [
+        n.id for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    ]
+    return list(
+        dict.fromkeys(
+            name for s in parsed(code) for name in ([s.name] if hasattr(s, "name") else stored(s))
+        )
+    )
 
 # %% ../nbs/19_course.ipynb #20dcef41
-def names_used(code:str) -> set[str]:
+def names_used(code: str) -> set[str]:
     "Names that a piece of code reads."
-    return {n.id for s in parsed(code) for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return {
+        n.id
+        for s in parsed(code)
+        for n in ast.walk(s)
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+    }
 
 # %% ../nbs/19_course.ipynb #cd5255f5
-def exercises(cells:list # of a lesson
-             ) -> list[Exercise]:
+def exercises(
+    cells: list,  # of a lesson
+) -> list[Exercise]:
     "The exercises of a lesson: each a stub, its solution and its check, in this order, with nothing but prose between."
     code = [i for i, c in enumerate(cells) if c["cell_type"] == "code"]
-    return [Exercise(names_in(source(cells[a]))[0], a, b, c) for a, b, c in zip(code, code[1:], code[2:])
-            if is_stub(cells[a]) and is_solution(cells[b])]
+    return [
+        Exercise(names_in(source(cells[a]))[0], a, b, c)
+        for a, b, c in zip(code, code[1:], code[2:])
+        if is_stub(cells[a]) and is_solution(cells[b])
+    ]
 
 # %% ../nbs/19_course.ipynb #dffb18e2
-LARGEST = 30_000_000     # bytes of a notebook
+LARGEST = 30_000_000  # bytes of a notebook
 
 # %% ../nbs/19_course.ipynb #edc63ea8
 def read_notebook(path) -> dict:
     "A notebook; a file that is none is an error."
-    try: nb = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).stat().st_size < LARGEST else None
-    except (OSError, ValueError, RecursionError) as e: raise CorpusError(path, f"is not a notebook ({type(e).__name__})", "Save it in Jupyter as .ipynb") from e
-    if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list): raise CorpusError(path, "is not a notebook: no cells, or too large", "Save it in Jupyter as .ipynb, without large outputs")
+    try:
+        nb = (
+            json.loads(Path(path).read_text(encoding="utf-8"))
+            if Path(path).stat().st_size < LARGEST
+            else None
+        )
+    except (OSError, ValueError, RecursionError) as e:
+        raise CorpusError(
+            path, f"is not a notebook ({type(e).__name__})", "Save it in Jupyter as .ipynb"
+        ) from e
+    if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list):
+        raise CorpusError(
+            path,
+            "is not a notebook: no cells, or too large",
+            "Save it in Jupyter as .ipynb, without large outputs",
+        )
     return nb
 
 # %% ../nbs/19_course.ipynb #2518fbfa
-def lessons(nbs # folder of the notebooks
-           ) -> dict[str, dict]:
+def lessons(
+    nbs,  # folder of the notebooks
+) -> dict[str, dict]:
     "The notebooks of a folder by name."
     found = {p.stem: read_notebook(p) for p in sorted(Path(nbs).glob("*.ipynb"))}
-    if not any(exercises(nb["cells"]) for nb in found.values()): raise CorpusError(nbs, "holds no lessons with exercises", "Name the folder `nbs` of a clone of the project (--lessons)")
+    if not any(exercises(nb["cells"]) for nb in found.values()):
+        raise CorpusError(
+            nbs,
+            "holds no lessons with exercises",
+            "Name the folder `nbs` of a clone of the project (--lessons)",
+        )
     return found
 
 # %% ../nbs/19_course.ipynb #45119964
@@ -91,15 +138,22 @@ def _blank(cell) -> dict:
     return cell | (dict(outputs=[], execution_count=None) if cell["cell_type"] == "code" else {})
 
 # %% ../nbs/19_course.ipynb #4a41e352
-def student_cells(cells:list # of a lesson
-                 ) -> list:
+def student_cells(
+    cells: list,  # of a lesson
+) -> list:
     "The cells without solutions, and without outputs in which one could be read."
     todo = {e.stub: e.name for e in exercises(cells)}
     kept, secret = [], set()
     for i, cell in enumerate(cells):
-        if is_solution(cell): secret |= set(names_in(source(cell)))
-        elif i in todo: kept.append(_blank(cell) | dict(source=_unflagged(cell), metadata=dict(tags=["exercise"], exercise=todo[i])))
-        else: kept.append(_blank(cell) if secret & names_used(source(cell)) else cell)
+        if is_solution(cell):
+            secret |= set(names_in(source(cell)))
+        elif i in todo:
+            kept.append(
+                _blank(cell)
+                | dict(source=_unflagged(cell), metadata=dict(tags=["exercise"], exercise=todo[i]))
+            )
+        else:
+            kept.append(_blank(cell) if secret & names_used(source(cell)) else cell)
     return kept
 
 # %% ../nbs/19_course.ipynb #2088a23c
@@ -110,230 +164,385 @@ def _unflagged(cell) -> list:
 # %% ../nbs/19_course.ipynb #9d88bce1
 def strings_in(x):
     "Every string within lists and dicts, keys too."
-    if isinstance(x, str): yield x
-    elif isinstance(x, dict): yield from (s for pair in x.items() for y in pair for s in strings_in(y))
-    elif isinstance(x, list): yield "".join(y for y in x if isinstance(y, str)); yield from (s for y in x for s in strings_in(y))
+    if isinstance(x, str):
+        yield x
+    elif isinstance(x, dict):
+        yield from (s for pair in x.items() for y in pair for s in strings_in(y))
+    elif isinstance(x, list):
+        yield "".join(y for y in x if isinstance(y, str))
+        yield from (s for y in x for s in strings_in(y))
 
 # %% ../nbs/19_course.ipynb #8aa942f4
-def leaks(line:str, notebook) -> bool:
+def leaks(line: str, notebook) -> bool:
     "Does a line stand anywhere in a notebook: sources, outputs, metadata, attachments?"
     return any(line in s for s in strings_in(notebook))
 
 # %% ../nbs/19_course.ipynb #d0a9c727
 def read_table(path) -> list[dict]:
     "The rows of a CSV file with a header."
-    try: return list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError) as e: raise CorpusError(path, f"cannot be read ({type(e).__name__})", "Take the folder nbs from the project as a whole") from e
+    try:
+        return list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError) as e:
+        raise CorpusError(
+            path,
+            f"cannot be read ({type(e).__name__})",
+            "Take the folder nbs from the project as a whole",
+        ) from e
 
 # %% ../nbs/19_course.ipynb #5ba8426e
 def teacher_notes(nbs) -> dict:
     "(lesson, exercise) → its row of teacher_notes.csv."
-    return {(r["lesson"], r["exercise"]): r for r in read_table(Path(nbs)/"teacher_notes.csv")}
+    return {(r["lesson"], r["exercise"]): r for r in read_table(Path(nbs) / "teacher_notes.csv")}
 
 # %% ../nbs/19_course.ipynb #6902c9c7
-def teacher_cells(cells:list, # of a lesson
-                  notes:dict # exercise → minutes, mistake
-                 ) -> list:
+def teacher_cells(
+    cells: list,  # of a lesson
+    notes: dict,  # exercise → minutes, mistake
+) -> list:
     "The cells as they are, and after each check a note for the teacher."
     after = {e.check: notes[e.name] for e in exercises(cells) if e.name in notes}
     text = "::: {{.callout-tip}}\n## For the teacher: {minutes} minutes\n{mistake}\n:::"
-    note = lambda i: [dict(cell_type="markdown", id=f"note-{i}", metadata=dict(tags=["teacher"]), source=text.format(**after[i]).splitlines(True))] if i in after else []
+    note = lambda i: (
+        [
+            dict(
+                cell_type="markdown",
+                id=f"note-{i}",
+                metadata=dict(tags=["teacher"]),
+                source=text.format(**after[i]).splitlines(True),
+            )
+        ]
+        if i in after
+        else []
+    )
     return [c for i, cell in enumerate(cells) for c in [cell, *note(i)]]
 
 # %% ../nbs/19_course.ipynb #5d0c451e
 @contextmanager
-def new_folder(out # where it shall stand
-              ):
+def new_folder(
+    out,  # where it shall stand
+):
     "Yield a temporary folder that becomes `out` if the block succeeds and vanishes if it fails; `out` may exist if it is empty."
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise F2VError(out, "already holds something", "Give the name of a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise F2VError(out, "already holds something", "Give the name of a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=".part-"))
     try:
         yield tmp
         tmp.chmod(0o755)
         os.replace(tmp, out)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/19_course.ipynb #bc27d906
-HIDDEN = ("*.ipynb", "teacher_notes.csv", ".*", "__pycache__")     # what an edition does not copy as it is
+HIDDEN = (
+    "*.ipynb",
+    "teacher_notes.csv",
+    ".*",
+    "__pycache__",
+)  # what an edition does not copy as it is
 
 # %% ../nbs/19_course.ipynb #c82d400c
-def edition(nbs, # folder of the lessons
-            out, # a new folder
-            change # (name of a notebook, its cells) → cells
-           ) -> list[str]:
+def edition(
+    nbs,  # folder of the lessons
+    out,  # a new folder
+    change,  # (name of a notebook, its cells) → cells
+) -> list[str]:
     "Write all notebooks, changed, with the pictures and clips that they use; the names of those written."
     found = lessons(nbs)
     with new_folder(out) as tmp:
-        shutil.copytree(nbs, tmp/"nbs", ignore=shutil.ignore_patterns(*HIDDEN))
-        if (rooms := Path(nbs)/"engine").is_dir():                        # they hold no exercises
-            shutil.copytree(rooms, tmp/"nbs"/"engine", ignore=shutil.ignore_patterns(*HIDDEN[1:]), dirs_exist_ok=True)
-        if (clips := Path(nbs).resolve().parent/"data_samples").is_dir(): shutil.copytree(clips, tmp/"data_samples")
+        shutil.copytree(nbs, tmp / "nbs", ignore=shutil.ignore_patterns(*HIDDEN))
+        if (rooms := Path(nbs) / "engine").is_dir():  # they hold no exercises
+            shutil.copytree(
+                rooms,
+                tmp / "nbs" / "engine",
+                ignore=shutil.ignore_patterns(*HIDDEN[1:]),
+                dirs_exist_ok=True,
+            )
+        if (clips := Path(nbs).resolve().parent / "data_samples").is_dir():
+            shutil.copytree(clips, tmp / "data_samples")
         for name, nb in found.items():
-            meta = {k: v for k, v in nb.get("metadata", {}).items() if k in ("kernelspec", "language_info")}
+            meta = {
+                k: v
+                for k, v in nb.get("metadata", {}).items()
+                if k in ("kernelspec", "language_info")
+            }
             new = nb | dict(cells=change(name, nb["cells"]), metadata=meta)
-            (tmp/"nbs"/f"{name}.ipynb").write_text(json.dumps(new, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (tmp / "nbs" / f"{name}.ipynb").write_text(
+                json.dumps(new, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
     return list(found)
 
 # %% ../nbs/19_course.ipynb #2650c541
-def student(nbs, # folder of the lessons
-            out # a new folder
-           ) -> list[str]:
+def student(
+    nbs,  # folder of the lessons
+    out,  # a new folder
+) -> list[str]:
     "Write the edition for students: stubs, checks, and no solution anywhere in the files."
     return edition(nbs, out, lambda name, cells: student_cells(cells))
 
 # %% ../nbs/19_course.ipynb #2008c15e
-def teacher(nbs, # folder of the lessons
-            out # a new folder
-           ) -> list[str]:
+def teacher(
+    nbs,  # folder of the lessons
+    out,  # a new folder
+) -> list[str]:
     "Write the edition for teachers: solutions, times and common mistakes."
     notes = teacher_notes(nbs)
-    return edition(nbs, out, lambda name, cells: teacher_cells(cells, {e: row for (lesson, e), row in notes.items() if lesson == name}))
+    return edition(
+        nbs,
+        out,
+        lambda name, cells: teacher_cells(
+            cells, {e: row for (lesson, e), row in notes.items() if lesson == name}
+        ),
+    )
 
 # %% ../nbs/19_course.ipynb #a3a4f793
-def answers_of(path # of a notebook that was handed in
-              ) -> dict[str, str]:
+def answers_of(
+    path,  # of a notebook that was handed in
+) -> dict[str, str]:
     "Exercise → what the student wrote: the marked cell; where an editor has dropped the mark, the cell that begins by defining that name."
-    cells = [(c["metadata"].get("exercise"), source(c)) for c in read_notebook(path)["cells"] if c["cell_type"] == "code"]
+    cells = [
+        (c["metadata"].get("exercise"), source(c))
+        for c in read_notebook(path)["cells"]
+        if c["cell_type"] == "code"
+    ]
     named = {names[0]: code for mark, code in cells if (names := names_in(code))}
     return named | {mark: code for mark, code in cells if isinstance(mark, str)}
 
 # %% ../nbs/19_course.ipynb #4a0bfa17
-def collect(submissions, # folder: one folder a student
-            names:list # of the lessons
-           ) -> dict:
+def collect(
+    submissions,  # folder: one folder a student
+    names: list,  # of the lessons
+) -> dict:
     "(student, lesson) → answers, or nothing if the notebook cannot be read. Of two notebooks of one name the upper is taken."
-    if not Path(submissions).is_dir(): raise CorpusError(submissions, "no such folder", "It should hold one folder for each student, with the notebooks that were handed in")
+    if not Path(submissions).is_dir():
+        raise CorpusError(
+            submissions,
+            "no such folder",
+            "It should hold one folder for each student, with the notebooks that were handed in",
+        )
     handed = {}
-    for folder in sorted(p for p in Path(submissions).iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in sorted(
+        p for p in Path(submissions).iterdir() if p.is_dir() and not p.name.startswith(".")
+    ):
         for path in sorted(folder.rglob("*.ipynb"), key=lambda p: (-len(p.parts), p)):
-            if path.stem not in names or any(part.startswith(".") for part in path.relative_to(folder).parts): continue
-            try: handed[folder.name, path.stem] = answers_of(path)
-            except (CorpusError, KeyError, TypeError, AttributeError): handed[folder.name, path.stem] = None
+            if path.stem not in names or any(
+                part.startswith(".") for part in path.relative_to(folder).parts
+            ):
+                continue
+            try:
+                handed[folder.name, path.stem] = answers_of(path)
+            except (CorpusError, KeyError, TypeError, AttributeError):
+                handed[folder.name, path.stem] = None
     return handed
 
 # %% ../nbs/19_course.ipynb #a6aa16cb
-FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill", "subprocess.Popen", "socket.connect", "pty.spawn")
-CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil.rmtree")
+FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.kill",
+    "subprocess.Popen",
+    "socket.connect",
+    "pty.spawn",
+)
+CHANGING = (
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "shutil.rmtree",
+)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 # %% ../nbs/19_course.ipynb #b662aa22
-def _guard(folder:str, event:str, args:tuple):
+def _guard(folder: str, event: str, args: tuple):
     "Audit hook: files are changed in `folder` alone, no program is started, nothing is connected to."
-    if event.startswith(FORBIDDEN): raise PermissionError(f"{event} is not allowed here")
+    if event.startswith(FORBIDDEN):
+        raise PermissionError(f"{event} is not allowed here")
     writes = event == "open" and isinstance(args[2], int) and args[2] & WRITING
     if writes or event in CHANGING:
-        for path in (os.path.realpath(os.fsdecode(a)) for a in args[:2] if isinstance(a, (str, bytes))):
-            if not (path + os.sep).startswith((folder + os.sep, os.devnull + os.sep)): raise PermissionError("files may be written in the working folder alone")
+        for path in (
+            os.path.realpath(os.fsdecode(a)) for a in args[:2] if isinstance(a, (str, bytes))
+        ):
+            if not (path + os.sep).startswith((folder + os.sep, os.devnull + os.sep)):
+                raise PermissionError("files may be written in the working folder alone")
 
 # %% ../nbs/19_course.ipynb #14c90f50
-def _confine(folder:str, # the answer's own
-             seconds:float, # of computing
-             memory:float # GB on top of what the lesson holds
-            ):
+def _confine(
+    folder: str,  # the answer's own
+    seconds: float,  # of computing
+    memory: float,  # GB on top of what the lesson holds
+):
     "Cage this process: session, folder, output, limits and audit hook."
     import resource
-    os.setsid(); os.chdir(folder); os.environ.update(HOME=folder, TMPDIR=folder); tempfile.tempdir = folder
-    for fd in (0, 1, 2): os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(HOME=folder, TMPDIR=folder)
+    tempfile.tempdir = folder
+    for fd in (0, 1, 2):
+        os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    held = int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize() if Path("/proc/self/statm").exists() else None
-    limits = dict(RLIMIT_CPU=int(seconds) + 1, RLIMIT_FSIZE=10**8, RLIMIT_CORE=0) | (dict(RLIMIT_AS=int(held + memory*2**30)) if held else {})
-    for name, most in limits.items(): resource.setrlimit(getattr(resource, name), (most, most))
+    held = (
+        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if Path("/proc/self/statm").exists()
+        else None
+    )
+    limits = dict(RLIMIT_CPU=int(seconds) + 1, RLIMIT_FSIZE=10**8, RLIMIT_CORE=0) | (
+        dict(RLIMIT_AS=int(held + memory * 2**30)) if held else {}
+    )
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, name), (most, most))
     sys.dont_write_bytecode = True
     sys.addaudithook(partial(_guard, os.path.realpath(folder)))
 
 # %% ../nbs/19_course.ipynb #3d713ad3
-def judge(space:dict, # names of the lesson so far; changed
-          answer:str, check:str, # code of the student, and of the source
-          stub:str="" # what the student was given
-         ) -> str:
+def judge(
+    space: dict,  # names of the lesson so far; changed
+    answer: str,
+    check: str,  # code of the student, and of the source
+    stub: str = "",  # what the student was given
+) -> str:
     "Run an answer and its check: nothing if all is well, else what is wrong."
-    if answer.split() == stub.split(): return "not attempted"
+    if answer.split() == stub.split():
+        return "not attempted"
     before, wanted = dict(space), names_in(stub)
-    if said := _error(answer, "answer", space): return said
-    if missing := [n for n in wanted if n not in space]: return f"does not define `{missing[0]}`"
-    space.update({k: v for k, v in before.items() if k not in wanted and (callable(v) or isinstance(v, type(os)))})
+    if said := _error(answer, "answer", space):
+        return said
+    if missing := [n for n in wanted if n not in space]:
+        return f"does not define `{missing[0]}`"
+    space.update(
+        {
+            k: v
+            for k, v in before.items()
+            if k not in wanted and (callable(v) or isinstance(v, type(os)))
+        }
+    )
     return _error(check, "check", space)
 
 # %% ../nbs/19_course.ipynb #0e60f058
-def _error(code:str, where:str, space:dict) -> str:
+def _error(code: str, where: str, space: dict) -> str:
     "Run code; if it fails, say how in a line: the kind, the text, and the line of the cell."
-    try: exec(compile(code, f"<{where}>", "exec"), space)
+    try:
+        exec(compile(code, f"<{where}>", "exec"), space)
     except BaseException as e:
         lines, last = code.splitlines(), e.__traceback__
-        while last.tb_next and last.tb_next.tb_frame.f_code.co_filename == f"<{where}>": last = last.tb_next
-        at = last.tb_lineno if last.tb_frame.f_code.co_filename == f"<{where}>" else getattr(e, "lineno", None) or 0
-        text = str(e).strip().splitlines()[:1] or [lines[at - 1].strip() if 0 < at <= len(lines) else ""]
+        while last.tb_next and last.tb_next.tb_frame.f_code.co_filename == f"<{where}>":
+            last = last.tb_next
+        at = (
+            last.tb_lineno
+            if last.tb_frame.f_code.co_filename == f"<{where}>"
+            else getattr(e, "lineno", None) or 0
+        )
+        text = str(e).strip().splitlines()[:1] or [
+            lines[at - 1].strip() if 0 < at <= len(lines) else ""
+        ]
         return f"{where}, line {at}: {type(e).__name__}: {text[0]}"[:300]
     return ""
 
 # %% ../nbs/19_course.ipynb #eb0f00b4
-def attempt(space:dict, answer:str, check:str, stub:str,
-            seconds:float, # until it is stopped
-            memory:float # GB
-           ) -> tuple[str, float]:
+def attempt(
+    space: dict,
+    answer: str,
+    check: str,
+    stub: str,
+    seconds: float,  # until it is stopped
+    memory: float,  # GB
+) -> tuple[str, float]:
     "Judge an answer in a confined copy of this process: what is wrong (nothing: passed), and the seconds it took."
     with tempfile.TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True) as folder:
         began, (read, write) = time.monotonic(), os.pipe()
         pid = os.fork()
-        if not pid: _child(write, folder, space, answer, check, stub, seconds, memory)
+        if not pid:
+            _child(write, folder, space, answer, check, stub, seconds, memory)
         os.close(write)
         ready = select.select([read], [], [], seconds)[0]
         said = os.read(read, 4096).decode() if ready else f"stopped after {seconds:g} seconds"
         for kill in (os.killpg, os.kill):
-            try: kill(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError): pass
+            try:
+                kill(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
         status = os.waitpid(pid, 0)[1]
         os.close(read)
-    if not said: said = f"ended the process ({signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f'exit {os.WEXITSTATUS(status)}'})"
+    if not said:
+        said = f"ended the process ({signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f'exit {os.WEXITSTATUS(status)}'})"
     return "" if said == "passed" else said, time.monotonic() - began
 
 # %% ../nbs/19_course.ipynb #05c52b26
 def _child(write, folder, *job):
     "In the copy: cage, judge, report, end."
     *task, seconds, memory = job
-    try: _confine(folder, seconds, memory); said = judge(*task) or "passed"
-    except BaseException as e: said = f"{type(e).__name__}: {e}"[:300]
-    try: os.write(write, said.encode()[:4000])
-    finally: os._exit(0)
+    try:
+        _confine(folder, seconds, memory)
+        said = judge(*task) or "passed"
+    except BaseException as e:
+        said = f"{type(e).__name__}: {e}"[:300]
+    try:
+        os.write(write, said.encode()[:4000])
+    finally:
+        os._exit(0)
 
 # %% ../nbs/19_course.ipynb #94d7775c
 class Mark(NamedTuple):
     "One student, one exercise."
+
     student: str
     lesson: str
     exercise: str
-    passed: bool    # or nothing, where it could not be judged
-    message: str    # what is wrong
+    passed: bool  # or nothing, where it could not be judged
+    message: str  # what is wrong
     seconds: float
 
 # %% ../nbs/19_course.ipynb #250a5575
 def _skipped(cell) -> bool:
     "Is this cell passed over when lessons are tested?"
-    return cell["cell_type"] != "code" or is_stub(cell) or bool(re.search(r"^#\|\s*(notest|slow|cuda)\b", source(cell), re.M))
+    return (
+        cell["cell_type"] != "code"
+        or is_stub(cell)
+        or bool(re.search(r"^#\|\s*(notest|slow|cuda)\b", source(cell), re.M))
+    )
 
 # %% ../nbs/19_course.ipynb #b906ebda
-def run_lesson(cells:list, handed:dict, # student → answers
-               report, # is called with exercise, student, passed, message, seconds
-               space:dict, # names; filled by the lesson
-               seconds:float=60., memory:float=4.):
+def run_lesson(
+    cells: list,
+    handed: dict,  # student → answers
+    report,  # is called with exercise, student, passed, message, seconds
+    space: dict,  # names; filled by the lesson
+    seconds: float = 60.0,
+    memory: float = 4.0,
+):
     "Run a lesson's cells; at each exercise judge the lesson's own solution, then every student's answer."
     todo = {e.stub: e for e in exercises(cells)}
     for i, cell in enumerate(cells):
-        if not any(stub >= i for stub in todo): return
-        if e := todo.get(i): _judge_all(e, cells, handed, space, report, seconds, memory)
-        if not _skipped(cell) and (said := _error(source(cell), f"cell {i}", space)): return _nobody(todo, i, handed, report, f"the lesson itself fails: {said}")
+        if not any(stub >= i for stub in todo):
+            return
+        if e := todo.get(i):
+            _judge_all(e, cells, handed, space, report, seconds, memory)
+        if not _skipped(cell) and (said := _error(source(cell), f"cell {i}", space)):
+            return _nobody(todo, i, handed, report, f"the lesson itself fails: {said}")
 
 # %% ../nbs/19_course.ipynb #64bfee85
 def _judge_all(e, cells, handed, space, report, seconds, memory):
     "Judge all answers to one exercise, after the lesson's own solution."
     stub, solution, test = (source(cells[i]) for i in (e.stub, e.solution, e.check))
-    clean = lambda code: "".join(line for line in code.splitlines(True) if not line.startswith("#|"))
+    clean = lambda code: "".join(
+        line for line in code.splitlines(True) if not line.startswith("#|")
+    )
     own = attempt(space, clean(solution), test, clean(stub), seconds, memory)[0]
     for who, answers in handed.items():
-        if own: report(e.name, who, None, f"the lesson's own solution fails here: {own}", 0.)
-        elif e.name not in answers: report(e.name, who, False, "its cell is not in the notebook", 0.)
+        if own:
+            report(e.name, who, None, f"the lesson's own solution fails here: {own}", 0.0)
+        elif e.name not in answers:
+            report(e.name, who, False, "its cell is not in the notebook", 0.0)
         else:
             said, took = attempt(space, clean(answers[e.name]), test, clean(stub), seconds, memory)
             report(e.name, who, not said, said, took)
@@ -342,7 +551,8 @@ def _judge_all(e, cells, handed, space, report, seconds, memory):
 def _nobody(todo, i, handed, report, why):
     "The exercises from cell `i` on cannot be judged."
     for e in (e for stub, e in todo.items() if stub > i):
-        for who in handed: report(e.name, who, None, why, 0.)
+        for who in handed:
+            report(e.name, who, None, why, 0.0)
 
 # %% ../nbs/19_course.ipynb #9059332c
 def _serve():
@@ -350,44 +560,88 @@ def _serve():
     job = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w")
     os.set_inheritable(out.fileno(), False)
-    null = os.open(os.devnull, os.O_RDWR); os.dup2(null, 0); os.dup2(null, 1)
-    def report(*verdict): print(json.dumps(verdict), file=out, flush=True)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+
+    def report(*verdict):
+        print(json.dumps(verdict), file=out, flush=True)
+
     space = vars(sys.modules["__main__"])
     space["display"] = lambda *shown, **more: None
     run_lesson(job["cells"], job["handed"], report, space, job["seconds"], job["memory"])
-    out.flush(); os._exit(0)
+    out.flush()
+    os._exit(0)
 
 # %% ../nbs/19_course.ipynb #ef540205
-def grade_lesson(name:str, cells:list, handed:dict, nbs, seconds:float, memory:float):
+def grade_lesson(name: str, cells: list, handed: dict, nbs, seconds: float, memory: float):
     "Marks of one lesson, as they come."
-    env = os.environ | dict(OMP_NUM_THREADS="1", MPLBACKEND="Agg", TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
+    env = os.environ | dict(
+        OMP_NUM_THREADS="1", MPLBACKEND="Agg", TQDM_DISABLE="1", HF_HUB_OFFLINE="1"
+    )
     command = [sys.executable, "-c", "from faces2voices.course import _serve; _serve()"]
     left = {(e.name, who) for e in exercises(cells) for who in handed}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=nbs, env=env) as lesson:
-        lesson.stdin.write(json.dumps(dict(cells=cells, handed=handed, seconds=seconds, memory=memory))); lesson.stdin.close()
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=nbs,
+        env=env,
+    ) as lesson:
+        lesson.stdin.write(
+            json.dumps(dict(cells=cells, handed=handed, seconds=seconds, memory=memory))
+        )
+        lesson.stdin.close()
         for exercise, who, *verdict in map(json.loads, lesson.stdout):
             left.discard((exercise, who))
             yield Mark(who, name, exercise, *verdict)
-    for exercise, who in sorted(left): yield Mark(who, name, exercise, None, "the lesson ended before it was judged", 0.)
+    for exercise, who in sorted(left):
+        yield Mark(who, name, exercise, None, "the lesson ended before it was judged", 0.0)
 
 # %% ../nbs/19_course.ipynb #aab5f540
-def grade(submissions, # folder: one folder a student, with the notebooks handed in
-          out_csv, # a new file: a row a student and exercise
-          nbs="nbs", # folder of the lessons, with their solutions
-          seconds:float=60., # for each answer
-          memory:float=4. # GB for each answer, on top of what the lesson holds
-         ) -> list[Mark]:
+def grade(
+    submissions,  # folder: one folder a student, with the notebooks handed in
+    out_csv,  # a new file: a row a student and exercise
+    nbs="nbs",  # folder of the lessons, with their solutions
+    seconds: float = 60.0,  # for each answer
+    memory: float = 4.0,  # GB for each answer, on top of what the lesson holds
+) -> list[Mark]:
     "Mark submissions. Every lesson that somebody handed in is run once; a student who did not hand it in has not passed."
-    if not hasattr(os, "fork"): raise ToolMissingError("grading", "needs a Unix system (it forks)", "Use Linux, macOS or WSL")
-    if Path(out_csv).exists(): raise F2VError(out_csv, "already exists", "Give another file")
+    if not hasattr(os, "fork"):
+        raise ToolMissingError(
+            "grading", "needs a Unix system (it forks)", "Use Linux, macOS or WSL"
+        )
+    if Path(out_csv).exists():
+        raise F2VError(out_csv, "already exists", "Give another file")
     from rich.progress import track
+
     found = {name: nb["cells"] for name, nb in lessons(nbs).items() if exercises(nb["cells"])}
     handed = collect(submissions, list(found))
-    jobs = [(name, cells) for name, cells in found.items() if any(lesson == name for _, lesson in handed)]
+    jobs = [
+        (name, cells)
+        for name, cells in found.items()
+        if any(lesson == name for _, lesson in handed)
+    ]
     students = sorted({who for who, _ in handed})
-    marks = [m for job in track(jobs, "marking", disable=not sys.stderr.isatty()) for m in _marks(*job, students, handed, nbs, seconds, memory)]
+    marks = [
+        m
+        for job in track(jobs, "marking", disable=not sys.stderr.isatty())
+        for m in _marks(*job, students, handed, nbs, seconds, memory)
+    ]
     with atomic_path(out_csv) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([Mark._fields, *(m._replace(passed="" if m.passed is None else m.passed, seconds=f"{m.seconds:.2f}") for m in marks)])
+        csv.writer(f).writerows(
+            [
+                Mark._fields,
+                *(
+                    m._replace(
+                        passed="" if m.passed is None else m.passed, seconds=f"{m.seconds:.2f}"
+                    )
+                    for m in marks
+                ),
+            ]
+        )
     return marks
 
 # %% ../nbs/19_course.ipynb #d2501e0f
@@ -396,115 +650,235 @@ def _marks(name, cells, students, handed, nbs, seconds, memory):
     fine = {who: answers for who in students if (answers := handed.get((who, name))) is not None}
     why = lambda who: "its notebook cannot be read" if (who, name) in handed else "not handed in"
     marks = list(grade_lesson(name, cells, fine, nbs, seconds, memory)) if fine else []
-    return sorted([*marks, *(Mark(who, name, e.name, False, why(who), 0.) for who in students if who not in fine for e in exercises(cells))])
+    return sorted(
+        [
+            *marks,
+            *(
+                Mark(who, name, e.name, False, why(who), 0.0)
+                for who in students
+                if who not in fine
+                for e in exercises(cells)
+            ),
+        ]
+    )
 
 # %% ../nbs/19_course.ipynb #90951a67
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Teach with the lessons: editions for students and teachers, and grading.")
-Lessons = Annotated[Path, typer.Option("--lessons", help="Folder of the notebooks with their solutions: `nbs` of a clone of the project.")]
-New = Annotated[Path, typer.Argument(help="A new folder; one that holds something is refused.", show_default=False)]
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Teach with the lessons: editions for students and teachers, and grading.",
+)
+Lessons = Annotated[
+    Path,
+    typer.Option(
+        "--lessons",
+        help="Folder of the notebooks with their solutions: `nbs` of a clone of the project.",
+    ),
+]
+New = Annotated[
+    Path,
+    typer.Argument(help="A new folder; one that holds something is refused.", show_default=False),
+]
+
 
 @app.command("student")
 def _student(out: New, lessons: Lessons = Path("nbs")):
     "Write the students' edition: every lesson, the stubs to fill in, the checks, and no solution. Hand out the folder; the package must be installed."
-    print(f"{len(student(lessons, out))} notebooks in {out}/nbs; students hand them in under their own name, then: faces2voices course grade SUBMISSIONS")
+    print(
+        f"{len(student(lessons, out))} notebooks in {out}/nbs; students hand them in under their own name, then: faces2voices course grade SUBMISSIONS"
+    )
+
 
 @app.command("teacher")
 def _teacher(out: New, lessons: Lessons = Path("nbs")):
     "Write the teacher's edition: every lesson with solutions, minutes to plan, and what people get wrong."
     print(f"{len(teacher(lessons, out))} notebooks in {out}/nbs")
 
+
 @app.command("grade")
-def _grade(submissions: Annotated[Path, typer.Argument(help="One folder a student, with the notebooks that were handed in.")],
-           out: Annotated[Path, typer.Option("-o", "--out", help="A new CSV file: student, lesson, exercise, passed, message, seconds.")] = Path("marks.csv"),
-           lessons: Lessons = Path("nbs"),
-           seconds: Annotated[float, typer.Option(min=1, help="Time for each answer.")] = 60.,
-           memory: Annotated[float, typer.Option(min=.1, help="GB for each answer.")] = 4.):
+def _grade(
+    submissions: Annotated[
+        Path, typer.Argument(help="One folder a student, with the notebooks that were handed in.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--out",
+            help="A new CSV file: student, lesson, exercise, passed, message, seconds.",
+        ),
+    ] = Path("marks.csv"),
+    lessons: Lessons = Path("nbs"),
+    seconds: Annotated[float, typer.Option(min=1, help="Time for each answer.")] = 60.0,
+    memory: Annotated[float, typer.Option(min=0.1, help="GB for each answer.")] = 4.0,
+):
     "Mark submissions, each answer in a process of its own with limits on time, memory and files. Only the exercises' cells are run; checks come from LESSONS."
     marks = grade(submissions, out, lessons, seconds, memory)
-    print(f"{sum(bool(m.passed) for m in marks)} of {len(marks)} answers pass; {sum(m.passed is None for m in marks)} could not be judged; {out} says why")
+    print(
+        f"{sum(bool(m.passed) for m in marks)} of {len(marks)} answers pass; {sum(m.passed is None for m in marks)} could not be judged; {out} says why"
+    )
 
 # %% ../nbs/19_course.ipynb #7c9b0b1b
-ERRORS = {e.__name__: e for e in (MediaError, NoFaceError, CorpusError, CheckpointError, ToolMissingError, F2VError)}
-ELSE = dict(MediaError="Play the file in a media player. If it plays, convert it to mp4 (H.264 and AAC); if not, fetch it again.",
-    NoFaceError="Give a video with one upright, well-lit face.", CorpusError="Compare the folder with the layout that lesson 04 shows.",
-    CheckpointError="Fetch or write the model's folder again.", ToolMissingError="Install the extra that the message names, or go without this step.",
-    F2VError="Choose another name: nothing is overwritten.")     # for errors that carry no cure of their own
+ERRORS = {
+    e.__name__: e
+    for e in (MediaError, NoFaceError, CorpusError, CheckpointError, ToolMissingError, F2VError)
+}
+ELSE = dict(
+    MediaError="Play the file in a media player. If it plays, convert it to mp4 (H.264 and AAC); if not, fetch it again.",
+    NoFaceError="Give a video with one upright, well-lit face.",
+    CorpusError="Compare the folder with the layout that lesson 04 shows.",
+    CheckpointError="Fetch or write the model's folder again.",
+    ToolMissingError="Install the extra that the message names, or go without this step.",
+    F2VError="Choose another name: nothing is overwritten.",
+)  # for errors that carry no cure of their own
 
 # %% ../nbs/19_course.ipynb #91d85428
 class Trouble(NamedTuple):
     "A place in the package that raises a typed error."
+
     error: str
     reason: str
     cure: str
-    where: str      # module.function
+    where: str  # module.function
 
 # %% ../nbs/19_course.ipynb #00f0dd73
-def _words(node, known:dict # name → what it stands for
-          ) -> str:
+def _words(
+    node,
+    known: dict,  # name → what it stands for
+) -> str:
     "A string of source code as a reader meets it; what is known only at run time becomes …"
-    if isinstance(node, ast.Constant): return str(node.value)
-    if isinstance(node, ast.JoinedStr): return "".join(_words(v, known) for v in node.values)
-    if isinstance(node, ast.FormattedValue) and isinstance(known.get(getattr(node.value, "id", ""), node.value), ast.IfExp | ast.Constant | ast.JoinedStr):
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_words(v, known) for v in node.values)
+    if isinstance(node, ast.FormattedValue) and isinstance(
+        known.get(getattr(node.value, "id", ""), node.value),
+        ast.IfExp | ast.Constant | ast.JoinedStr,
+    ):
         said = _words(node.value, known)
         return said if re.search("[a-z]", said) else "…"
-    if isinstance(node, ast.IfExp): return " / ".join(w for n in (node.body, node.orelse) if (w := _words(n, known)))
-    if isinstance(node, ast.Name) and node.id in known: return _words(known[node.id], {k: v for k, v in known.items() if k != node.id})
+    if isinstance(node, ast.IfExp):
+        return " / ".join(w for n in (node.body, node.orelse) if (w := _words(n, known)))
+    if isinstance(node, ast.Name) and node.id in known:
+        return _words(known[node.id], {k: v for k, v in known.items() if k != node.id})
     return "…"
 
 # %% ../nbs/19_course.ipynb #c3ff8047
-def _raised(block, where:str) -> list[Trouble]:
+def _raised(block, where: str) -> list[Trouble]:
     "Typed errors made within one function or class; a lambda that makes them is followed to its calls."
     calls = [n for n in ast.walk(block) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-    known = {n.targets[0].id: n.value for n in ast.walk(block) if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
-    makers = {k: f for k, f in known.items() if isinstance(f, ast.Lambda) and isinstance(f.body, ast.Call) and getattr(f.body.func, "id", "") in ERRORS}
+    known = {
+        n.targets[0].id: n.value
+        for n in ast.walk(block)
+        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
+    }
+    makers = {
+        k: f
+        for k, f in known.items()
+        if isinstance(f, ast.Lambda)
+        and isinstance(f.body, ast.Call)
+        and getattr(f.body.func, "id", "") in ERRORS
+    }
     inner = {id(f.body) for f in makers.values()}
     found = [(c, known) for c in calls if c.func.id in ERRORS and id(c) not in inner]
-    found += [(f.body, known | dict(zip([a.arg for a in f.args.args], [*c.args, *f.args.defaults]))) for c in calls if (f := makers.get(c.func.id))]
-    return [Trouble(e.func.id, _words(e.args[1], k), _words(e.args[2], k) if len(e.args) > 2 else "", where) for e, k in found if len(e.args) > 1]
+    found += [
+        (f.body, known | dict(zip([a.arg for a in f.args.args], [*c.args, *f.args.defaults])))
+        for c in calls
+        if (f := makers.get(c.func.id))
+    ]
+    return [
+        Trouble(
+            e.func.id, _words(e.args[1], k), _words(e.args[2], k) if len(e.args) > 2 else "", where
+        )
+        for e, k in found
+        if len(e.args) > 1
+    ]
 
 # %% ../nbs/19_course.ipynb #5e07d8a8
 @cache
 def raised() -> list[Trouble]:
     "Every typed error that the package makes, by parsing it; not those that repeat another's reason."
-    files = sorted(Path(__file__).parent.glob("*.py")) if "__file__" in globals() else sorted(Path("../faces2voices").glob("*.py"))
-    blocks = [(b, f"{f.stem}.{b.name}") for f in files for b in ast.parse(f.read_text(encoding="utf-8")).body if hasattr(b, "name")]
+    files = (
+        sorted(Path(__file__).parent.glob("*.py"))
+        if "__file__" in globals()
+        else sorted(Path("../faces2voices").glob("*.py"))
+    )
+    blocks = [
+        (b, f"{f.stem}.{b.name}")
+        for f in files
+        for b in ast.parse(f.read_text(encoding="utf-8")).body
+        if hasattr(b, "name")
+    ]
     found = [t for b, where in blocks for t in _raised(b, where)]
     return [t for t in found if t.reason.strip("… ")]
 
 # %% ../nbs/19_course.ipynb #e1e5c9e7
-def troubles_markdown(error:str # name of an error
-                     ) -> str:
+def troubles_markdown(
+    error: str,  # name of an error
+) -> str:
     "What one kind of error says and what to do about it, as a table."
     rows = defaultdict(set)
     for t in raised():
-        if t.error == error: rows[t.reason, t.cure or ELSE[error]].add(f"`{t.where}`")
-    return _markdown(["it says", "what to do", "raised by"], [(reason, cure, ", ".join(sorted(where))) for (reason, cure), where in sorted(rows.items())])
+        if t.error == error:
+            rows[t.reason, t.cure or ELSE[error]].add(f"`{t.where}`")
+    return _markdown(
+        ["it says", "what to do", "raised by"],
+        [
+            (reason, cure, ", ".join(sorted(where)))
+            for (reason, cure), where in sorted(rows.items())
+        ],
+    )
 
 # %% ../nbs/19_course.ipynb #d938c011
-def _markdown(head:list, rows:list) -> str:
+def _markdown(head: list, rows: list) -> str:
     "A table in markdown; bars and brackets in the cells are made harmless."
-    safe = lambda x: str(x).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("\n", " ")
-    return "\n".join("| " + " | ".join(map(safe, row)) + " |" for row in [head, ["---"]*len(head), *rows])
+    safe = lambda x: (
+        str(x).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("\n", " ")
+    )
+    return "\n".join(
+        "| " + " | ".join(map(safe, row)) + " |" for row in [head, ["---"] * len(head), *rows]
+    )
 
 # %% ../nbs/19_course.ipynb #731bc0da
-def exercise_map(nbs # folder of the lessons
-                ) -> str:
+def exercise_map(
+    nbs,  # folder of the lessons
+) -> str:
     "The exercises of each lesson with the minutes to plan for them, as a table."
     notes = teacher_notes(nbs)
-    rows = [(f"[{name}]({name}.ipynb)", len(todo), ", ".join(f"`{e.name}`" for e in todo), sum(int(notes[name, e.name]["minutes"]) for e in todo if (name, e.name) in notes))
-            for name, nb in lessons(nbs).items() if (todo := exercises(nb["cells"]))]
-    return _markdown(["lesson", "exercises", "what is written", "minutes"], [*rows, ("all", sum(r[1] for r in rows), "", sum(r[3] for r in rows))])
+    rows = [
+        (
+            f"[{name}]({name}.ipynb)",
+            len(todo),
+            ", ".join(f"`{e.name}`" for e in todo),
+            sum(int(notes[name, e.name]["minutes"]) for e in todo if (name, e.name) in notes),
+        )
+        for name, nb in lessons(nbs).items()
+        if (todo := exercises(nb["cells"]))
+    ]
+    return _markdown(
+        ["lesson", "exercises", "what is written", "minutes"],
+        [*rows, ("all", sum(r[1] for r in rows), "", sum(r[3] for r in rows))],
+    )
 
 # %% ../nbs/19_course.ipynb #3120375e
-def anchor(heading:str) -> str:
+def anchor(heading: str) -> str:
     "The link to a heading, as pandoc makes it."
     text = re.sub(r"[^\w\s.-]", "", heading).strip().lower()
     return re.sub(r"^[^a-z]+", "", re.sub(r"\s", "-", text))
 
 # %% ../nbs/19_course.ipynb #df74b586
-def trace_markdown(path # traceability.csv
-                  ) -> str:
+def trace_markdown(
+    path,  # traceability.csv
+) -> str:
     "The way from the paper to the code, as a table with links."
-    rows = [(r["source"], r["symbol"], r["meaning"], f"`{r['function'].removeprefix('faces2voices.')}`",
-             f"[{r['heading']}]({r['notebook']}.ipynb#{anchor(r['heading'])})") for r in read_table(path)]
+    rows = [
+        (
+            r["source"],
+            r["symbol"],
+            r["meaning"],
+            f"`{r['function'].removeprefix('faces2voices.')}`",
+            f"[{r['heading']}]({r['notebook']}.ipynb#{anchor(r['heading'])})",
+        )
+        for r in read_table(path)
+    ]
     return _markdown(["source", "symbol", "what it is", "function", "where"], rows)

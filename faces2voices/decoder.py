@@ -23,38 +23,45 @@ from .solvers import euler, guide, time_grid
 # %% ../nbs/13_decoder.ipynb #0c94931d
 class ChannelNorm(nn.Module):
     "Root-mean-square norm over the channels of each frame: no frame ever sees another."
-    def __init__(self, channels:int):
+
+    def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels, 1))
-    def forward(self, x): # (B, C, L)
-        return x*torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5)*self.weight
+
+    def forward(self, x):  # (B, C, L)
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-5) * self.weight
 
 # %% ../nbs/13_decoder.ipynb #fa95e531
-def time_embedding(t, # (B,) in [0, 1]
-                   dim:int, # even
-                   scale:float=1000. # Matcha's: spreads [0, 1] over the sinusoids
-                  ): # (B, dim)
+def time_embedding(
+    t,  # (B,) in [0, 1]
+    dim: int,  # even
+    scale: float = 1000.0,  # Matcha's: spreads [0, 1] over the sinusoids
+):  # (B, dim)
     "Sinusoidal features of the flow's time."
-    freqs = torch.exp(-math.log(1e4)*torch.arange(dim//2, device=t.device)/(dim//2 - 1))
-    angles = scale*t[:, None]*freqs
+    freqs = torch.exp(-math.log(1e4) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+    angles = scale * t[:, None] * freqs
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 # %% ../nbs/13_decoder.ipynb #592c09bc
 class Block(nn.Module):
     "Masked convolution over three frames, norm, optional scale and shift, Mish."
-    def __init__(self, c_in:int, c_out:int):
+
+    def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.conv, self.norm = nn.Conv1d(c_in, c_out, 3, padding=1), ChannelNorm(c_out)
-    def forward(self, x, mask, scale=0., shift=0.):
-        return F.mish(self.norm(self.conv(x*mask))*(1 + scale) + shift)
+
+    def forward(self, x, mask, scale=0.0, shift=0.0):
+        return F.mish(self.norm(self.conv(x * mask)) * (1 + scale) + shift)
 
 # %% ../nbs/13_decoder.ipynb #23c43480
 class ResBlock(nn.Module):
     "Two blocks with a shortcut; the first is scaled and shifted by when (time) and who (speaker)."
-    def __init__(self, c_in:int, c_out:int, emb_dim:int):
+
+    def __init__(self, c_in: int, c_out: int, emb_dim: int):
         super().__init__()
         self.first, self.second = Block(c_in, c_out), Block(c_out, c_out)
-        self.film, self.shortcut = nn.Linear(emb_dim, 2*c_out), nn.Conv1d(c_in, c_out, 1)
+        self.film, self.shortcut = nn.Linear(emb_dim, 2 * c_out), nn.Conv1d(c_in, c_out, 1)
+
     def forward(self, x, mask, emb):
         scale, shift = self.film(emb)[:, :, None].chunk(2, 1)
         return self.shortcut(x) + self.second(self.first(x, mask, scale, shift), mask)
@@ -62,39 +69,56 @@ class ResBlock(nn.Module):
 # %% ../nbs/13_decoder.ipynb #7308cd9d
 class Attention(nn.Module):
     "A pre-norm transformer block: every frame looks at every frame that the mask lets it see."
-    def __init__(self, dim:int, heads:int=2, head_dim:int=64):
+
+    def __init__(self, dim: int, heads: int = 2, head_dim: int = 64):
         super().__init__()
-        self.heads, inner = heads, heads*head_dim
-        self.norm, self.qkv, self.out = nn.LayerNorm(dim), nn.Linear(dim, 3*inner), nn.Linear(inner, dim)
-        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4*dim), nn.GELU(), nn.Linear(4*dim, dim))
-    def forward(self, x, mask): # (B, C, L), (B, 1, L)
+        self.heads, inner = heads, heads * head_dim
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 3 * inner),
+            nn.Linear(inner, dim),
+        )
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+        )
+
+    def forward(self, x, mask):  # (B, C, L), (B, 1, L)
         x = x.transpose(1, 2)
         qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(*qkv, attn_mask=self.visible(mask))
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         return (x + self.mlp(x)).transpose(1, 2)
-    def visible(self, mask): return mask[:, :, None].bool()
+
+    def visible(self, mask):
+        return mask[:, :, None].bool()
 
 # %% ../nbs/13_decoder.ipynb #44c60d98
 class UNet(nn.Module):
     "Down, middle, up: two frames become one at each level, and come back through skips."
-    def __init__(self, c_in:int, channels:tuple, n_mid:int, emb_dim:int):
+
+    def __init__(self, c_in: int, channels: tuple, n_mid: int, emb_dim: int):
         super().__init__()
         c, last = channels, len(channels) - 1
         self.downs = nn.ModuleList(ResBlock(i, o, emb_dim) for i, o in zip((c_in, *c), c))
         self.shrinks = nn.ModuleList(nn.Conv1d(n, n, 3, 2, 1) for n in c[:-1])
         self.mids = nn.ModuleList(ResBlock(c[-1], c[-1], emb_dim) for _ in range(n_mid))
         self.attentions = nn.ModuleList(Attention(c[-1]) for _ in range(n_mid))
-        self.ups = nn.ModuleList(ResBlock(2*c[i], c[max(i - 1, 0)], emb_dim) for i in range(last, -1, -1))
+        self.ups = nn.ModuleList(
+            ResBlock(2 * c[i], c[max(i - 1, 0)], emb_dim) for i in range(last, -1, -1)
+        )
         self.grows = nn.ModuleList(nn.ConvTranspose1d(n, n, 4, 2, 1) for n in c[-2::-1])
-    def forward(self, x, mask, emb): # L a multiple of 2 ** (levels − 1)
-        masks, skips = [mask[..., ::2**i] for i in range(len(self.downs))], []
+
+    def forward(self, x, mask, emb):  # L a multiple of 2 ** (levels − 1)
+        masks, skips = [mask[..., :: 2**i] for i in range(len(self.downs))], []
         for i, (down, m) in enumerate(zip(self.downs, masks)):
-            if i: x = self.shrinks[i - 1](x*masks[i - 1])
+            if i:
+                x = self.shrinks[i - 1](x * masks[i - 1])
             skips.append(x := down(x, m, emb))
-        for res, attend in zip(self.mids, self.attentions): x = attend(res(x, m, emb), m)
+        for res, attend in zip(self.mids, self.attentions):
+            x = attend(res(x, m, emb), m)
         for i, up in enumerate(self.ups):
-            if i: x = self.grows[i - 1](x*m)
+            if i:
+                x = self.grows[i - 1](x * m)
             m = masks.pop()
             x = up(torch.cat([x, skips.pop()], 1), m, emb)
         return x
@@ -102,226 +126,388 @@ class UNet(nn.Module):
 # %% ../nbs/13_decoder.ipynb #1875933c
 class Decoder(nn.Module):
     "The vector field v(x_t, t | μ, speaker) on mel spectrograms, its loss and its sampler."
+
     def __init__(self, preset):
         super().__init__()
         c, self.preset = preset.decoder_channels, preset
-        self.time = nn.Sequential(nn.Linear(c[0], 2*c[0]), nn.Mish(), nn.Linear(2*c[0], 2*c[0]))
-        self.speaker = nn.Linear(preset.speaker_dim, 2*c[0])
-        self.unet = UNet(2*MEL.n_mels, c, preset.decoder_mid, 2*c[0])
-        self.out, self.gates = nn.Conv1d(c[0], MEL.n_mels, 1), nn.Linear(2*c[0], 2*MEL.n_mels)
+        self.time = nn.Sequential(
+            nn.Linear(c[0], 2 * c[0]), nn.Mish(), nn.Linear(2 * c[0], 2 * c[0])
+        )
+        self.speaker = nn.Linear(preset.speaker_dim, 2 * c[0])
+        self.unet = UNet(2 * MEL.n_mels, c, preset.decoder_mid, 2 * c[0])
+        self.out, self.gates = nn.Conv1d(c[0], MEL.n_mels, 1), nn.Linear(2 * c[0], 2 * MEL.n_mels)
         for m in self.modules():
-            if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)): nn.init.kaiming_normal_(m.weight, nonlinearity="linear")
-        for p in (*self.out.parameters(), *self.gates.parameters()): nn.init.zeros_(p)
+            if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="linear")
+        for p in (*self.out.parameters(), *self.gates.parameters()):
+            nn.init.zeros_(p)
 
 # %% ../nbs/13_decoder.ipynb #36cddca0
 @patch
-def forward(self:Decoder, xt, # (B, 80, L), any L
-            t, # (B,), or one time for all
-            mu, # (B, 80, L)
-            mask, # (B, 1, L), one where there is speech
-            speaker # (B, 256)
-           ): # v (B, 80, L)
+def forward(
+    self: Decoder,
+    xt,  # (B, 80, L), any L
+    t,  # (B,), or one time for all
+    mu,  # (B, 80, L)
+    mask,  # (B, 1, L), one where there is speech
+    speaker,  # (B, 256)
+):  # v (B, 80, L)
     "The velocity at `xt` and time `t`."
     pad, mask = -xt.shape[-1] % 4, mask.to(xt.dtype)
-    emb = F.mish(self.time(time_embedding(t.expand(len(xt)), self.time[0].in_features)) + self.speaker(speaker))
+    emb = F.mish(
+        self.time(time_embedding(t.expand(len(xt)), self.time[0].in_features))
+        + self.speaker(speaker)
+    )
     m = F.pad(mask, (0, pad))
-    h = self.unet(F.pad(torch.cat([xt, mu], 1), (0, pad))*m, m, emb)
-    v = self.out(h)[..., :xt.shape[-1]]
+    h = self.unet(F.pad(torch.cat([xt, mu], 1), (0, pad)) * m, m, emb)
+    v = self.out(h)[..., : xt.shape[-1]]
     gate_x, gate_mu = self.gates(emb)[:, :, None].chunk(2, 1)
-    return (v + gate_x*xt + gate_mu*mu)*mask
+    return (v + gate_x * xt + gate_mu * mu) * mask
 
 # %% ../nbs/13_decoder.ipynb #f432559d
 @patch
-def loss(self:Decoder, x1, # normalised ln mel, (B, 80, L)
-         mask, # (B, 1, L)
-         mu, # (B, 80, L)
-         speaker, # (B, 256)
-         generator:torch.Generator=None # on the device of x1
-        ) -> torch.Tensor: # scalar
+def loss(
+    self: Decoder,
+    x1,  # normalised ln mel, (B, 80, L)
+    mask,  # (B, 1, L)
+    mu,  # (B, 80, L)
+    speaker,  # (B, 256)
+    generator: torch.Generator = None,  # on the device of x1
+) -> torch.Tensor:  # scalar
     "The flow-matching loss, with the whole condition of some items dropped (μ and speaker set to zero)."
-    keep = (torch.rand(len(x1), generator=generator, device=x1.device) >= self.preset.condition_drop).to(x1.dtype)
-    mu, speaker = mu*keep[:, None, None], speaker*keep[:, None]
-    return cfm_loss(lambda xt, t: self(xt, t, mu, mask, speaker), x1, mask, self.preset.sigma_min, generator)
+    keep = (
+        torch.rand(len(x1), generator=generator, device=x1.device) >= self.preset.condition_drop
+    ).to(x1.dtype)
+    mu, speaker = mu * keep[:, None, None], speaker * keep[:, None]
+    return cfm_loss(
+        lambda xt, t: self(xt, t, mu, mask, speaker), x1, mask, self.preset.sigma_min, generator
+    )
 
 # %% ../nbs/13_decoder.ipynb #51dcbc87
-def mel_noise(lengths:int, # number of mel frames, L
-              seeds # one seed an item
-             ) -> torch.Tensor: # (B, 80, L)
+def mel_noise(
+    lengths: int,  # number of mel frames, L
+    seeds,  # one seed an item
+) -> torch.Tensor:  # (B, 80, L)
     "Standard normal noise that depends on the seed alone: the noise of a longer clip begins with that of a shorter one."
-    return torch.stack([torch.randn(lengths, MEL.n_mels, generator=torch.Generator().manual_seed(whole_seed(s))).T for s in seeds])
+    return torch.stack(
+        [
+            torch.randn(
+                lengths, MEL.n_mels, generator=torch.Generator().manual_seed(whole_seed(s))
+            ).T
+            for s in seeds
+        ]
+    )
 
 # %% ../nbs/13_decoder.ipynb #15b62fb3
 @patch
-def field(self:Decoder, mu, mask, speaker, guidance:float=1.):
+def field(self: Decoder, mu, mask, speaker, guidance: float = 1.0):
     "The field(x, t) that a solver follows; with guidance, both velocities come from one batch of 2 B."
-    if guidance == 1: return lambda x, t: self(x, t, mu, mask, speaker)
-    mu, speaker, mask = torch.cat([mu, 0*mu]), torch.cat([speaker, 0*speaker]), torch.cat([mask, mask])
+    if guidance == 1:
+        return lambda x, t: self(x, t, mu, mask, speaker)
+    mu, speaker, mask = (
+        torch.cat([mu, 0 * mu]),
+        torch.cat([speaker, 0 * speaker]),
+        torch.cat([mask, mask]),
+    )
     return lambda x, t: guide(*self(torch.cat([x, x]), t, mu, mask, speaker).chunk(2), guidance)
 
 # %% ../nbs/13_decoder.ipynb #6de01ae0
 @patch
 @torch.no_grad()
-def sample(self:Decoder, mu, # (B, 80, L)
-           mask=None, # (B, 1, L); None: every frame is speech
-           speaker=None, # (B, 256); None: no speaker
-           steps:int=10, # steps of the solver
-           guidance:float=1., # w: 1 plain, above 1 exaggerates the condition
-           seed=0, # one for all items, or a list with one for each
-           solver=euler,
-           temperature:float=1., # standard deviation of the noise at t = 0
-           trajectory:bool=False # return every stop, (steps + 1, B, 80, L)
-          ) -> torch.Tensor: # normalised ln mel, (B, 80, L)
+def sample(
+    self: Decoder,
+    mu,  # (B, 80, L)
+    mask=None,  # (B, 1, L); None: every frame is speech
+    speaker=None,  # (B, 256); None: no speaker
+    steps: int = 10,  # steps of the solver
+    guidance: float = 1.0,  # w: 1 plain, above 1 exaggerates the condition
+    seed=0,  # one for all items, or a list with one for each
+    solver=euler,
+    temperature: float = 1.0,  # standard deviation of the noise at t = 0
+    trajectory: bool = False,  # return every stop, (steps + 1, B, 80, L)
+) -> torch.Tensor:  # normalised ln mel, (B, 80, L)
     "Follow the field from noise to a mel spectrogram; an item's result depends on its own inputs and seed only."
     B, _, L = mu.shape
     mask = mu.new_ones(B, 1, L) if mask is None else mask.to(mu.dtype)
     speaker = mu.new_zeros(B, self.preset.speaker_dim) if speaker is None else speaker
-    x0 = temperature*mel_noise(L, [seed]*B if np.ndim(seed) == 0 else seed).to(mu)*mask
+    x0 = temperature * mel_noise(L, [seed] * B if np.ndim(seed) == 0 else seed).to(mu) * mask
     xs = solver(self.field(mu, mask, speaker, guidance), x0, time_grid(steps).to(mu))
     return xs if trajectory else xs[-1]
 
 # %% ../nbs/13_decoder.ipynb #5b4db82f
-def mel_error(x, # normalised ln mel, (B, 80, L)
-              y # the same shape, or (1, 80, L)
-             ) -> torch.Tensor: # (B,)
+def mel_error(
+    x,  # normalised ln mel, (B, 80, L)
+    y,  # the same shape, or (1, 80, L)
+) -> torch.Tensor:  # (B,)
     "Root-mean-square difference of mel spectrograms, in normalised units."
     return (x - y).square().mean((1, 2)).sqrt()
 
 # %% ../nbs/13_decoder.ipynb #87485383
-def show_mels(mels, # name: normalised ln mel (80, L)
-              alt:str="" # text alternative
-             ):
+def show_mels(
+    mels,  # name: normalised ln mel (80, L)
+    alt: str = "",  # text alternative
+):
     "Mel spectrograms side by side."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(mels), figsize=(1.8*len(mels), 2.2), layout="constrained", sharey=True, squeeze=False)
+
+    fig, axs = plt.subplots(
+        1,
+        len(mels),
+        figsize=(1.8 * len(mels), 2.2),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
     for ax, (name, mel) in zip(axs[0], mels.items()):
-        ax.imshow(MEL.denormalize(mel.detach().cpu()), origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
+        ax.imshow(
+            MEL.denormalize(mel.detach().cpu()),
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=-11.5,
+            vmax=1.5,
+        )
         ax.set(title=name, xticks=[], yticks=[])
-    axs[0, 0].set_ylabel("mel bin"); fig.supxlabel("time", size=10)
+    axs[0, 0].set_ylabel("mel bin")
+    fig.supxlabel("time", size=10)
     _shown(fig, alt or f"Mel spectrograms: {', '.join(mels)}.", picture=True)
 
-def show_trajectory(trajectory, # (N + 1, B, 80, L), uniform in time
-                    item:int=0, # which of the batch
-                    panels:int=6):
+
+def show_trajectory(
+    trajectory,  # (N + 1, B, 80, L), uniform in time
+    item: int = 0,  # which of the batch
+    panels: int = 6,
+):
     "One item on its way from noise to a mel spectrogram."
     stops = torch.linspace(0, len(trajectory) - 1, panels).round().long()
-    show_mels({f"t = {i/(len(trajectory) - 1):.1f}": trajectory[i, item] for i in stops.tolist()},
-              "A mel spectrogram from noise (left) to speech (right).")
+    show_mels(
+        {f"t = {i / (len(trajectory) - 1):.1f}": trajectory[i, item] for i in stops.tolist()},
+        "A mel spectrogram from noise (left) to speech (right).",
+    )
 
 # %% ../nbs/13_decoder.ipynb #813a43ca
 class Snake(nn.Module):
     "SnakeBeta of Matcha-TTS: x + sin²(αx)/β, with ln α and ln β learned for each channel."
-    def __init__(self, channels:int):
+
+    def __init__(self, channels: int):
         super().__init__()
-        self.alpha, self.beta = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
-    def forward(self, x): # (…, C)
-        return x + (x*self.alpha.exp()).sin().square()*(-self.beta).exp()
+        self.alpha, self.beta = (
+            nn.Parameter(torch.zeros(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
+
+    def forward(self, x):  # (…, C)
+        return x + (x * self.alpha.exp()).sin().square() * (-self.beta).exp()
+
 
 class MatchaAttention(Attention):
     "Matcha's transformer block: SnakeBeta for GELU, and a mask that is added to the scores."
-    def __init__(self, dim:int, heads:int, head_dim:int):
+
+    def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__(dim, heads, head_dim)
-        self.mlp[2] = Snake(4*dim)
-    def visible(self, mask): return mask[:, :, None]
+        self.mlp[2] = Snake(4 * dim)
+
+    def visible(self, mask):
+        return mask[:, :, None]
 
 # %% ../nbs/13_decoder.ipynb #98dd3bb0
 class MatchaBlock(nn.Sequential):
     "Masked convolution over three frames, group norm over all frames, Mish."
-    def __init__(self, c_in:int, c_out:int):
+
+    def __init__(self, c_in: int, c_out: int):
         super().__init__(nn.Conv1d(c_in, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.Mish())
-    def forward(self, x, mask): return super().forward(x*mask)*mask
+
+    def forward(self, x, mask):
+        return super().forward(x * mask) * mask
+
 
 class MatchaRes(nn.Module):
     "Two blocks with a shortcut; the time is added between them."
-    def __init__(self, c_in:int, c_out:int, emb_dim:int):
+
+    def __init__(self, c_in: int, c_out: int, emb_dim: int):
         super().__init__()
         self.first, self.second = MatchaBlock(c_in, c_out), MatchaBlock(c_out, c_out)
         self.shift, self.shortcut = nn.Linear(emb_dim, c_out), nn.Conv1d(c_in, c_out, 1)
+
     def forward(self, x, mask, emb):
-        return self.shortcut(x*mask) + self.second(self.first(x, mask) + self.shift(emb)[..., None], mask)
+        return self.shortcut(x * mask) + self.second(
+            self.first(x, mask) + self.shift(emb)[..., None], mask
+        )
 
 # %% ../nbs/13_decoder.ipynb #a5897c21
 class MatchaStage(nn.Module):
     "One level: a residual block, transformer blocks, and (apart) the move to the next level."
-    def __init__(self, c_in:int, c_out:int, emb_dim:int, attends:list, move:nn.Module):
+
+    def __init__(self, c_in: int, c_out: int, emb_dim: int, attends: list, move: nn.Module):
         super().__init__()
-        self.res, self.attends, self.move = MatchaRes(c_in, c_out, emb_dim), nn.ModuleList(attends), move
+        self.res, self.attends, self.move = (
+            MatchaRes(c_in, c_out, emb_dim),
+            nn.ModuleList(attends),
+            move,
+        )
+
     def forward(self, x, mask, emb):
         x = self.res(x, mask, emb)
-        for attend in self.attends: x = attend(x, mask)
+        for attend in self.attends:
+            x = attend(x, mask)
         return x
 
 # %% ../nbs/13_decoder.ipynb #f8a5a0e3
 class MatchaDecoder(nn.Module):
     "The U-Net of Matcha-TTS (2309.03199), so that its decoder's weights give the same field."
-    def __init__(self, c_in:int=160, # x_t, μ, and a speaker where there is one
-                 channels:tuple=(256, 256), n_blocks:int=1, # transformer blocks of a level
-                 n_mid:int=2, heads:int=2, head_dim:int=64, c_out:int=80):
+
+    def __init__(
+        self,
+        c_in: int = 160,  # x_t, μ, and a speaker where there is one
+        channels: tuple = (256, 256),
+        n_blocks: int = 1,  # transformer blocks of a level
+        n_mid: int = 2,
+        heads: int = 2,
+        head_dim: int = 64,
+        c_out: int = 80,
+    ):
         super().__init__()
-        c, emb_dim, self.c_in = tuple(channels), 4*channels[0], c_in
+        c, emb_dim, self.c_in = tuple(channels), 4 * channels[0], c_in
         down, up = c, (*c[-2::-1], c[0])
-        def stage(i, o, move): return MatchaStage(i, o, emb_dim, [MatchaAttention(o, heads, head_dim) for _ in range(n_blocks)], move)
-        def moves(sizes, make): return [*map(make, sizes[:-1]), nn.Conv1d(sizes[-1], sizes[-1], 3, padding=1)]
+
+        def stage(i, o, move):
+            return MatchaStage(
+                i, o, emb_dim, [MatchaAttention(o, heads, head_dim) for _ in range(n_blocks)], move
+            )
+
+        def moves(sizes, make):
+            return [*map(make, sizes[:-1]), nn.Conv1d(sizes[-1], sizes[-1], 3, padding=1)]
+
         self.time = nn.Sequential(nn.Linear(c_in, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.downs = nn.ModuleList(map(stage, (c_in, *c), down, moves(down, lambda n: nn.Conv1d(n, n, 3, 2, 1))))
+        self.downs = nn.ModuleList(
+            map(stage, (c_in, *c), down, moves(down, lambda n: nn.Conv1d(n, n, 3, 2, 1)))
+        )
         self.mids = nn.ModuleList(stage(c[-1], c[-1], nn.Identity()) for _ in range(n_mid))
-        self.ups = nn.ModuleList(map(stage, [2*n for n in c[::-1]], up, moves(up, lambda n: nn.ConvTranspose1d(n, n, 4, 2, 1))))
+        self.ups = nn.ModuleList(
+            map(
+                stage,
+                [2 * n for n in c[::-1]],
+                up,
+                moves(up, lambda n: nn.ConvTranspose1d(n, n, 4, 2, 1)),
+            )
+        )
         self.last, self.out = MatchaBlock(c[0], c[0]), nn.Conv1d(c[0], c_out, 1)
 
 # %% ../nbs/13_decoder.ipynb #c8c51466
 @patch
-def forward(self:MatchaDecoder, xt, t, mu, mask, # as of `Decoder`; L a multiple of 2 ** (levels − 1), mask of floats
-            speaker=None # (B, S), if it was trained with one
-           ): # v (B, 80, L)
+def forward(
+    self: MatchaDecoder,
+    xt,
+    t,
+    mu,
+    mask,  # as of `Decoder`; L a multiple of 2 ** (levels − 1), mask of floats
+    speaker=None,  # (B, S), if it was trained with one
+):  # v (B, 80, L)
     "The velocity at `xt` and time `t`."
     emb = F.mish(self.time(time_embedding(t.expand(len(xt)), self.c_in)))
     who = [] if speaker is None else [speaker[..., None].expand(-1, -1, xt.shape[-1])]
-    x, masks, skips = torch.cat([xt, mu, *who], 1), [mask[..., ::2**i] for i in range(len(self.downs))], []
+    x, masks, skips = (
+        torch.cat([xt, mu, *who], 1),
+        [mask[..., :: 2**i] for i in range(len(self.downs))],
+        [],
+    )
     for stage, m in zip(self.downs, masks):
         skips.append(stage(x, m, emb))
-        x = stage.move(skips[-1]*m)
-    for stage in self.mids: x = stage(x, m, emb)
+        x = stage.move(skips[-1] * m)
+    for stage in self.mids:
+        x = stage(x, m, emb)
     for stage, m in zip(self.ups, masks[::-1]):
-        x = stage.move(stage(torch.cat([x, skips.pop()], 1), m, emb)*m)
-    return self.out(self.last(x, m)*m)*mask
+        x = stage.move(stage(torch.cat([x, skips.pop()], 1), m, emb) * m)
+    return self.out(self.last(x, m) * m) * mask
 
 # %% ../nbs/13_decoder.ipynb #2cf18562
-MATCHA_NAMES = {r"_blocks\.(\d+)\.0\.": r"s.\1.res.", r"_blocks\.(\d+)\.1\.": r"s.\1.attends.", r"_blocks\.(\d+)\.2\.(conv\.)?": r"s.\1.move.",
-    r"time_mlp\.linear_1": "time.0", r"time_mlp\.linear_2": "time.2", r"block1\.block": "first", r"block2\.block": "second", "res_conv": "shortcut",
-    r"final_block\.block": "last", "final_proj": "out", r"mlp\.1\.": "shift.", "norm1": "norm", "norm3": "mlp.0",
-    r"ff\.net\.0\.proj": "mlp.1", r"ff\.net\.0": "mlp.2", r"ff\.net\.2": "mlp.3", r"attn1\.to_out\.0": "out"}
+MATCHA_NAMES = {
+    r"_blocks\.(\d+)\.0\.": r"s.\1.res.",
+    r"_blocks\.(\d+)\.1\.": r"s.\1.attends.",
+    r"_blocks\.(\d+)\.2\.(conv\.)?": r"s.\1.move.",
+    r"time_mlp\.linear_1": "time.0",
+    r"time_mlp\.linear_2": "time.2",
+    r"block1\.block": "first",
+    r"block2\.block": "second",
+    "res_conv": "shortcut",
+    r"final_block\.block": "last",
+    "final_proj": "out",
+    r"mlp\.1\.": "shift.",
+    "norm1": "norm",
+    "norm3": "mlp.0",
+    r"ff\.net\.0\.proj": "mlp.1",
+    r"ff\.net\.0": "mlp.2",
+    r"ff\.net\.2": "mlp.3",
+    r"attn1\.to_out\.0": "out",
+}
 
-def from_matcha(state:dict # tensors under the names of Matcha's decoder
-               ) -> dict: # the same tensors under the names of `MatchaDecoder`
+
+def from_matcha(
+    state: dict,  # tensors under the names of Matcha's decoder
+) -> dict:  # the same tensors under the names of `MatchaDecoder`
     "Rename the weights of Matcha's decoder; queries, keys and values become one matrix."
     ours = {}
     for name, w in state.items():
-        for theirs, mine in MATCHA_NAMES.items(): name = re.sub(theirs, mine, name)
+        for theirs, mine in MATCHA_NAMES.items():
+            name = re.sub(theirs, mine, name)
         ours[name] = w
     for q in [n for n in ours if n.endswith("attn1.to_q.weight")]:
         qkv = torch.cat([ours.pop(q.replace("to_q", f"to_{x}")) for x in "qkv"])
-        ours[q.replace("attn1.to_q", "qkv")], ours[q.replace("attn1.to_q.weight", "qkv.bias")] = qkv, torch.zeros(len(qkv))
+        ours[q.replace("attn1.to_q", "qkv")], ours[q.replace("attn1.to_q.weight", "qkv.bias")] = (
+            qkv,
+            torch.zeros(len(qkv)),
+        )
     return ours
 
 # %% ../nbs/13_decoder.ipynb #4878e163
-def load_matcha(path, # a Matcha-TTS checkpoint, a decoder's state dict, or a .safetensors of one
-                heads:int=2 # the weights do not tell how the attention is split
-               ) -> MatchaDecoder:
+def load_matcha(
+    path,  # a Matcha-TTS checkpoint, a decoder's state dict, or a .safetensors of one
+    heads: int = 2,  # the weights do not tell how the attention is split
+) -> MatchaDecoder:
     "Matcha's decoder out of a file, its size read from the weights; only tensors are read."
     from safetensors.torch import load_file
+
     try:
-        state = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if str(path).endswith(".safetensors")
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
         state = state.get("state_dict", state)
-        prefix = "decoder.estimator." if any(k.startswith("decoder.estimator.") for k in state) else ""
-        state = from_matcha({k.removeprefix(prefix): w for k, w in state.items() if k.startswith(prefix)})
+        prefix = (
+            "decoder.estimator." if any(k.startswith("decoder.estimator.") for k in state) else ""
+        )
+        state = from_matcha(
+            {k.removeprefix(prefix): w for k, w in state.items() if k.startswith(prefix)}
+        )
         model = MatchaDecoder(**_matcha_size(state, heads))
         model.load_state_dict(state)
-    except FileNotFoundError as e: raise CheckpointError(path, "no such file") from e
-    except Exception as e: raise CheckpointError(path, f"is not the decoder of Matcha-TTS ({e})", "A Lightning file holds more than tensors: save its `state_dict` alone, where you trust it") from e
+    except FileNotFoundError as e:
+        raise CheckpointError(path, "no such file") from e
+    except Exception as e:
+        raise CheckpointError(
+            path,
+            f"is not the decoder of Matcha-TTS ({e})",
+            "A Lightning file holds more than tensors: save its `state_dict` alone, where you trust it",
+        ) from e
     return model.eval()
 
-def _matcha_size(state, heads:int) -> dict:
+
+def _matcha_size(state, heads: int) -> dict:
     "The arguments of `MatchaDecoder` that these weights were made for."
-    def count(pattern): return len({m[1] for k in state if (m := re.match(pattern, k))})
-    channels = tuple(state[f"downs.{i}.res.shortcut.weight"].shape[0] for i in range(count(r"downs\.(\d+)\.")))
-    return dict(c_in=state["time.0.weight"].shape[1], channels=channels, n_blocks=count(r"downs\.0\.attends\.(\d+)\."), n_mid=count(r"mids\.(\d+)\."),
-        heads=heads, head_dim=len(state["downs.0.attends.0.qkv.weight"])//3//heads, c_out=len(state["out.weight"]))
+
+    def count(pattern):
+        return len({m[1] for k in state if (m := re.match(pattern, k))})
+
+    channels = tuple(
+        state[f"downs.{i}.res.shortcut.weight"].shape[0] for i in range(count(r"downs\.(\d+)\."))
+    )
+    return dict(
+        c_in=state["time.0.weight"].shape[1],
+        channels=channels,
+        n_blocks=count(r"downs\.0\.attends\.(\d+)\."),
+        n_mid=count(r"mids\.(\d+)\."),
+        heads=heads,
+        head_dim=len(state["downs.0.attends.0.qkv.weight"]) // 3 // heads,
+        c_out=len(state["out.weight"]),
+    )

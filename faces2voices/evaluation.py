@@ -28,7 +28,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from .statistics import bootstrap_interval, crossed_interval, mean, pearson, ratio
-from .core import EULER_STEPS, GRID_WORDS, MELS_PER_FRAME, SAMPLE_RATE, SAMPLES_PER_FRAME, CheckpointError, CorpusError, ToolMissingError, atomic_path, markdown_table, seed_everything, whole_seed
+from faces2voices.core import (
+    EULER_STEPS,
+    GRID_WORDS,
+    MELS_PER_FRAME,
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    CheckpointError,
+    CorpusError,
+    ToolMissingError,
+    atomic_path,
+    markdown_table,
+    seed_everything,
+    whole_seed,
+)
 from .records import machine, tool_version
 from .audio import MEL, energy, griffin_lim, load_audio, pitch, save_wav
 from .video import film_sound
@@ -41,82 +54,142 @@ from .synthesis import WEIGHTS
 from .training import fit, shuffled
 
 # %% ../nbs/17_evaluation.ipynb #23ea94b7
-def tool(name:str # of a package
-        ): # the module
+def tool(
+    name: str,  # of a package
+):  # the module
     "Import an optional package, or say how to get it."
-    try: return import_module(name)
-    except ImportError as e: raise ToolMissingError(name, "is not installed", f"pip install {name.split('.')[0]}") from e
+    try:
+        return import_module(name)
+    except ImportError as e:
+        raise ToolMissingError(name, "is not installed", f"pip install {name.split('.')[0]}") from e
 
 # %% ../nbs/17_evaluation.ipynb #6381fc83
-def stoi(wav, ref, # (N,) at 16 kHz, of one length
-         extended:bool=False # ESTOI
-        ) -> float: # at most 1
+def stoi(
+    wav,
+    ref,  # (N,) at 16 kHz, of one length
+    extended: bool = False,  # ESTOI
+) -> float:  # at most 1
     "Short-time objective intelligibility (pystoi)."
-    return float(tool("pystoi").stoi(np.asarray(ref), np.asarray(wav), SAMPLE_RATE, extended=extended))
+    return float(
+        tool("pystoi").stoi(np.asarray(ref), np.asarray(wav), SAMPLE_RATE, extended=extended)
+    )
 
 # %% ../nbs/17_evaluation.ipynb #19338465
-def pesq(wav, ref # (N,) at 16 kHz
-        ) -> float: # 1 to 4.64
+def pesq(
+    wav,
+    ref,  # (N,) at 16 kHz
+) -> float:  # 1 to 4.64
     "Wide-band perceptual evaluation of speech quality (the pesq package)."
     return float(tool("pesq").pesq(SAMPLE_RATE, np.asarray(ref), np.asarray(wav), "wb"))
 
 # %% ../nbs/17_evaluation.ipynb #72dff0cf
-def dnsmos(wav # (N,) at 16 kHz
-          ) -> dict: # ovrl_mos, sig_mos, bak_mos, 1 to 5
+def dnsmos(
+    wav,  # (N,) at 16 kHz
+) -> dict:  # ovrl_mos, sig_mos, bak_mos, 1 to 5
     "Predicted opinion scores (Microsoft's models, in the speechmos package)."
-    scores = tool("speechmos.dnsmos").run(np.asarray(torch.as_tensor(wav).clamp(-1, 1)), SAMPLE_RATE)
+    scores = tool("speechmos.dnsmos").run(
+        np.asarray(torch.as_tensor(wav).clamp(-1, 1)), SAMPLE_RATE
+    )
     return {k: float(v) for k, v in scores.items()}
 
 # %% ../nbs/17_evaluation.ipynb #30e6b15e
 @lru_cache(maxsize=1)
-def _utmos_model(folder:str):
+def _utmos_model(folder: str):
     "UTMOS22 (strong) from a clone of tarepan/SpeechMOS."
-    if not folder: raise ToolMissingError("UTMOS", "is in no package, and no clone of tarepan/SpeechMOS was given", "Clone it and set F2V_UTMOS to the folder")
-    held = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "speechmos"}
-    try: return torch.hub.load(folder, "utmos22_strong", source="local", trust_repo=True)
-    except Exception as e: raise ToolMissingError(folder, f"gave no UTMOS model ({e})", "Clone tarepan/SpeechMOS there") from e
+    if not folder:
+        raise ToolMissingError(
+            "UTMOS",
+            "is in no package, and no clone of tarepan/SpeechMOS was given",
+            "Clone it and set F2V_UTMOS to the folder",
+        )
+    held = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name.split(".")[0] == "speechmos"
+    }
+    try:
+        return torch.hub.load(folder, "utmos22_strong", source="local", trust_repo=True)
+    except Exception as e:
+        raise ToolMissingError(
+            folder, f"gave no UTMOS model ({e})", "Clone tarepan/SpeechMOS there"
+        ) from e
     finally:
-        for name in [n for n in sys.modules if n.split(".")[0] == "speechmos"]: del sys.modules[name]
+        for name in [n for n in sys.modules if n.split(".")[0] == "speechmos"]:
+            del sys.modules[name]
         sys.modules.update(held)
 
+
 @torch.no_grad()
-def utmos(wav # (N,) at 16 kHz
-         ) -> float: # 1 to 5
+def utmos(
+    wav,  # (N,) at 16 kHz
+) -> float:  # 1 to 5
     "Predicted opinion score, one sound at a time: padding changes it."
-    return float(_utmos_model(os.environ.get("F2V_UTMOS", ""))(torch.as_tensor(wav).float()[None], SAMPLE_RATE))
+    return float(
+        _utmos_model(os.environ.get("F2V_UTMOS", ""))(
+            torch.as_tensor(wav).float()[None], SAMPLE_RATE
+        )
+    )
 
 # %% ../nbs/17_evaluation.ipynb #b512c42a
-_slots = lambda grammar: [list(words.values()) if isinstance(words, dict) else list(words) for words in grammar.values()]
-GRAMMARS = dict(talkers=(_slots(GRAMMAR), jsgf), grid=(_slots(GRID_GRAMMAR), grid_jsgf)) # name → words of each slot, and the JSGF
+_slots = lambda grammar: [
+    list(words.values()) if isinstance(words, dict) else list(words) for words in grammar.values()
+]
+GRAMMARS = dict(
+    talkers=(_slots(GRAMMAR), jsgf), grid=(_slots(GRID_GRAMMAR), grid_jsgf)
+)  # name → words of each slot, and the JSGF
 
-def grammar_of(texts:list # sentences
-              ) -> str: # a key of GRAMMARS, or nothing
+
+def grammar_of(
+    texts: list,  # sentences
+) -> str:  # a key of GRAMMARS, or nothing
     "The grammar that every text obeys."
-    def fits(text, slots): return len(text.split()) == len(slots) and all(w in words for w, words in zip(text.split(), slots))
-    return next((name for name, (slots, _) in GRAMMARS.items() if texts and all(fits(t, slots) for t in texts)), "")
 
-def guess_wer(grammar:str) -> float: "Word error rate of uniform guesses in every slot."; return float(np.mean([1 - 1/len(words) for words in GRAMMARS[grammar][0]]))
+    def fits(text, slots):
+        return len(text.split()) == len(slots) and all(
+            w in words for w, words in zip(text.split(), slots)
+        )
+
+    return next(
+        (
+            name
+            for name, (slots, _) in GRAMMARS.items()
+            if texts and all(fits(t, slots) for t in texts)
+        ),
+        "",
+    )
+
+
+def guess_wer(grammar: str) -> float:
+    "Word error rate of uniform guesses in every slot."
+    return float(np.mean([1 - 1 / len(words) for words in GRAMMARS[grammar][0]]))
 
 # %% ../nbs/17_evaluation.ipynb #b378f43f
-HISS = 10**(-65/20)
+HISS = 10 ** (-65 / 20)
+
 
 @lru_cache
-def listener(grammar:str="" # a key of GRAMMARS; nothing: pocketsphinx's own language model of general English
-            ) -> Callable: # (N,) sound → words
+def listener(
+    grammar: str = "",  # a key of GRAMMARS; nothing: pocketsphinx's own language model of general English
+) -> Callable:  # (N,) sound → words
     "Pocketsphinx with its US English model, starting afresh for every sound."
     decoder = tool("pocketsphinx").Decoder(loglevel="FATAL", **(dict(lm=None) if grammar else {}))
-    if grammar: decoder.add_jsgf_string(grammar, GRAMMARS[grammar][1]()); decoder.activate_search(grammar)
-    def listen(wav, hiss:float=HISS) -> str:
+    if grammar:
+        decoder.add_jsgf_string(grammar, GRAMMARS[grammar][1]())
+        decoder.activate_search(grammar)
+
+    def listen(wav, hiss: float = HISS) -> str:
         wav = F.pad(torch.as_tensor(wav), (3200, 3200))
-        wav = wav + hiss*torch.randn(len(wav), generator=torch.Generator().manual_seed(0))
-        decoder.reinit_feat(); decoder.start_utt()
-        decoder.process_raw((wav.clamp(-1, 1)*32767).short().numpy().tobytes(), full_utt=True)
+        wav = wav + hiss * torch.randn(len(wav), generator=torch.Generator().manual_seed(0))
+        decoder.reinit_feat()
+        decoder.start_utt()
+        decoder.process_raw((wav.clamp(-1, 1) * 32767).short().numpy().tobytes(), full_utt=True)
         decoder.end_utt()
         return re.sub(r"\(\d+\)", "", decoder.hyp().hypstr) if decoder.hyp() else ""
+
     return listen
 
 # %% ../nbs/17_evaluation.ipynb #5890c607
-def word_errors(text:str, heard:str) -> tuple: # errors, words said
+def word_errors(text: str, heard: str) -> tuple:  # errors, words said
     "Words substituted, deleted and inserted (jiwer), and how many were said."
     w = tool("jiwer").process_words(text, heard)
     return w.substitutions + w.deletions + w.insertions, w.hits + w.substitutions + w.deletions
@@ -124,141 +197,229 @@ def word_errors(text:str, heard:str) -> tuple: # errors, words said
 # %% ../nbs/17_evaluation.ipynb #f85ba846
 class Recogniser(nn.Module):
     "Normalised mel → log probability of the blank (0) and of `GRID_WORDS` (1 + place) every 80 ms, each from 0.8 s of sound."
-    def __init__(self, dim:int=128, blocks:int=3):
+
+    def __init__(self, dim: int = 128, blocks: int = 3):
         super().__init__()
-        halve = lambda n: (nn.Conv1d(n, dim, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(dim), nn.ReLU())
+        halve = lambda n: (
+            nn.Conv1d(n, dim, 5, stride=2, padding=2, bias=False),
+            nn.BatchNorm1d(dim),
+            nn.ReLU(),
+        )
         self.down = nn.Sequential(*halve(MEL.n_mels), *halve(dim), *halve(dim))
         self.blocks = nn.ModuleList(ConvBlock(dim) for _ in range(blocks))
         self.head = nn.Conv1d(dim, 1 + len(GRID_WORDS), 1)
 
-    def forward(self, mel, # (B, 80, 4T)
-                mask # (B, T) bool
-               ): # (B, ⌈T/2⌉, 52)
+    def forward(
+        self,
+        mel,  # (B, 80, 4T)
+        mask,  # (B, T) bool
+    ):  # (B, ⌈T/2⌉, 52)
         mask = mask[:, ::2]
-        x = self.down(mel)*mask[:, None]
-        for block in self.blocks: x = block(x, mask)
+        x = self.down(mel) * mask[:, None]
+        for block in self.blocks:
+            x = block(x, mask)
         return self.head(x).mT.log_softmax(-1)
 
 # %% ../nbs/17_evaluation.ipynb #a33d46a7
-def collapse(path) -> list: # of symbols
+def collapse(path) -> list:  # of symbols
     "What a path says: repetitions merged, then blanks dropped."
     path = [int(s) for s in path]
     return [s for s, before in zip(path, [0, *path]) if s != before and s != 0]
 
 # %% ../nbs/17_evaluation.ipynb #8a4b7d7a
-def slot_states(sizes:list # words in each slot
-               ) -> tuple: # symbol and place of each state, each (S,)
+def slot_states(
+    sizes: list,  # words in each slot
+) -> tuple:  # symbol and place of each state, each (S,)
     "The states of a sentence with one word of each slot: places 0, 2, 4 … are blanks, 1, 3, 5 … the slots."
     symbols, places = [0], [0]
     for k, n in enumerate(sizes):
-        symbols += [*range(1 + sum(sizes[:k]), 1 + sum(sizes[:k + 1])), 0]
-        places += [2*k + 1]*n + [2*k + 2]
+        symbols += [*range(1 + sum(sizes[:k]), 1 + sum(sizes[: k + 1])), 0]
+        places += [2 * k + 1] * n + [2 * k + 2]
     return torch.tensor(symbols), torch.tensor(places)
 
-def best_sentence(scores, # (T, 1 + words) log probabilities
-                  sizes:list # words in each slot
-                 ) -> list: # one symbol of each slot
+
+def best_sentence(
+    scores,  # (T, 1 + words) log probabilities
+    sizes: list,  # words in each slot
+) -> list:  # one symbol of each slot
     "What the best path under the grammar says (Viterbi)."
-    if len(scores) < len(sizes): return []
+    if len(scores) < len(sizes):
+        return []
     (symbols, places), came = slot_states(sizes), []
-    step, end = places - places[:, None], 2*len(sizes)
+    step, end = places - places[:, None], 2 * len(sizes)
     may = torch.eye(len(places), dtype=torch.bool) | (step == 1) | (step == 2) & (places % 2 == 1)
     best = scores[0, symbols].masked_fill(places > 1, -torch.inf)
     for now in scores[1:]:
         best, back = (best[:, None] + torch.zeros(may.shape).masked_fill(~may, -torch.inf)).max(0)
         best, came = best + now[symbols], [*came, back]
     path = [int(best.masked_fill(places < end - 1, -torch.inf).argmax())]
-    for back in reversed(came): path.append(int(back[path[-1]]))
+    for back in reversed(came):
+        path.append(int(back[path[-1]]))
     return collapse(symbols[path[::-1]])
 
 # %% ../nbs/17_evaluation.ipynb #3d9d9087
-def roughen(mel # (B, 80, L) normalised
-           ): # the same
+def roughen(
+    mel,  # (B, 80, L) normalised
+):  # the same
     "Vary tempo, tract, loudness, sharpness and noise floor, and hide bands and stretches; by torch's own random numbers."
     B, M, L = mel.shape
     u = lambda low, high, *shape: torch.empty(B, *shape).uniform_(low, high)
-    tract, warp = u(.92, 1.08), torch.zeros(B, 2, 3)
-    warp[:, 0, 0], warp[:, 0, 2], warp[:, 1, 1], warp[:, 1, 2] = u(.9, 1.12), u(-.05, .05), tract, tract - 1
-    mel = F.grid_sample(mel[:, None], F.affine_grid(warp, [B, 1, M, L], align_corners=False), padding_mode="border", align_corners=False)
-    mel = torch.where(u(0, 1, 1, 1, 1) < .3, F.avg_pool2d(mel, 3, 1, 1), mel)[:, 0] + u(-.4, .4, 1, 1)
-    noise = u(-4., -.5, 1, 1) + .2*torch.randn(B, M, L) + u(-.5, .5, 1, 1)*torch.linspace(-1, 1, M)[:, None]
-    mel = torch.logaddexp(5*mel, 5*noise)/5    # powers add: 2 · the 2.5 nepers that normalisation divides by
-    for size, widest, shape in 2*[(M, 10, (B, M, 1)), (L, 8, (B, 1, L))]: mel = mel.masked_fill(hidden(size, u(0, size, 1), u(0, widest, 1)).view(shape), -1.)
+    tract, warp = u(0.92, 1.08), torch.zeros(B, 2, 3)
+    warp[:, 0, 0], warp[:, 0, 2], warp[:, 1, 1], warp[:, 1, 2] = (
+        u(0.9, 1.12),
+        u(-0.05, 0.05),
+        tract,
+        tract - 1,
+    )
+    mel = F.grid_sample(
+        mel[:, None],
+        F.affine_grid(warp, [B, 1, M, L], align_corners=False),
+        padding_mode="border",
+        align_corners=False,
+    )
+    mel = torch.where(u(0, 1, 1, 1, 1) < 0.3, F.avg_pool2d(mel, 3, 1, 1), mel)[:, 0] + u(
+        -0.4, 0.4, 1, 1
+    )
+    noise = (
+        u(-4.0, -0.5, 1, 1)
+        + 0.2 * torch.randn(B, M, L)
+        + u(-0.5, 0.5, 1, 1) * torch.linspace(-1, 1, M)[:, None]
+    )
+    mel = (
+        torch.logaddexp(5 * mel, 5 * noise) / 5
+    )  # powers add: 2 · the 2.5 nepers that normalisation divides by
+    for size, widest, shape in 2 * [(M, 10, (B, M, 1)), (L, 8, (B, 1, L))]:
+        mel = mel.masked_fill(hidden(size, u(0, size, 1), u(0, widest, 1)).view(shape), -1.0)
     return mel
 
-def hidden(size:int, start, width): "(B, size): inside the stretch?"; at = torch.arange(size); return (at >= start) & (at < start + width)
+
+def hidden(size: int, start, width):
+    "(B, size): inside the stretch?"
+    at = torch.arange(size)
+    return (at >= start) & (at < start + width)
 
 # %% ../nbs/17_evaluation.ipynb #db293549
 class Spoken(NamedTuple):
     "What the recogniser trains on."
+
     names: list
-    mel: torch.Tensor    # (B, 80, 4T) normalised
-    mask: torch.Tensor   # (B, T) bool
+    mel: torch.Tensor  # (B, 80, 4T) normalised
+    mask: torch.Tensor  # (B, T) bool
     words: torch.Tensor  # (B, 6) symbols
 
-def spoken(clips:list) -> Spoken: # of Clip with its mel, each a GRID sentence
+
+def spoken(clips: list) -> Spoken:  # of Clip with its mel, each a GRID sentence
     "A batch of sounds and their words."
     frames = torch.tensor([len(c.lips) for c in clips])
-    fill = lambda mel: F.pad(mel, (0, MELS_PER_FRAME*int(frames.max()) - mel.shape[1]), value=mel.min().item())
+    fill = lambda mel: F.pad(
+        mel, (0, MELS_PER_FRAME * int(frames.max()) - mel.shape[1]), value=mel.min().item()
+    )
     words = torch.tensor([[1 + GRID_WORDS.index(w) for w in c.text.split()] for c in clips])
-    return Spoken([c.name for c in clips], torch.stack([fill(c.mel) for c in clips]), torch.arange(int(frames.max())) < frames[:, None], words)
+    return Spoken(
+        [c.name for c in clips],
+        torch.stack([fill(c.mel) for c in clips]),
+        torch.arange(int(frames.max())) < frames[:, None],
+        words,
+    )
 
-def ctc_loss(model:Recogniser, b:Spoken) -> torch.Tensor: # scalar, nats a word
+
+def ctc_loss(model: Recogniser, b: Spoken) -> torch.Tensor:  # scalar, nats a word
     "CTC on roughened sound."
     scores = model(roughen(b.mel), b.mask)
-    return F.ctc_loss(scores.transpose(0, 1), b.words, b.mask[:, ::2].sum(1), torch.full((len(b.words),), b.words.shape[1]))
+    return F.ctc_loss(
+        scores.transpose(0, 1),
+        b.words,
+        b.mask[:, ::2].sum(1),
+        torch.full((len(b.words),), b.words.shape[1]),
+    )
 
 # %% ../nbs/17_evaluation.ipynb #d63e8906
-def flat_start(mel, # (B, 80, L) normalised
-               words # (B, 6) symbols
-              ): # (B, ⌈L/8⌉) symbols
+def flat_start(
+    mel,  # (B, 80, L) normalised
+    words,  # (B, 6) symbols
+):  # (B, ⌈L/8⌉) symbols
     "Where the words would be if all were equally long, from the first loud moment to the last; blank outside."
     loud = F.avg_pool1d(mel.mean(1, keepdim=True), 8, ceil_mode=True)[:, 0]
-    loud = (loud > (loud.amax(1, True) + loud.amin(1, True))/2).int()
+    loud = (loud > (loud.amax(1, True) + loud.amin(1, True)) / 2).int()
     first, last = loud.argmax(1, True), loud.shape[1] - 1 - loud.flip(1).argmax(1, True)
-    place = ((torch.arange(loud.shape[1]) - first + .5)/(last - first + 1)*words.shape[1]).floor().long()
+    place = (
+        ((torch.arange(loud.shape[1]) - first + 0.5) / (last - first + 1) * words.shape[1])
+        .floor()
+        .long()
+    )
     inside = (place >= 0) & (place < words.shape[1])
     return torch.where(inside, words.gather(1, place.clamp(0, words.shape[1] - 1)), 0)
 
-def flat_loss(model:Recogniser, b:Spoken) -> torch.Tensor: "Cross entropy against the flat start."; return F.nll_loss(model(b.mel, b.mask).mT, flat_start(b.mel, b.words))
+
+def flat_loss(model: Recogniser, b: Spoken) -> torch.Tensor:
+    "Cross entropy against the flat start."
+    return F.nll_loss(model(b.mel, b.mask).mT, flat_start(b.mel, b.words))
 
 # %% ../nbs/17_evaluation.ipynb #76ff885d
-def spelled(symbols) -> str: "Symbols as words."; return " ".join(GRID_WORDS[s - 1] for s in symbols)
+def spelled(symbols) -> str:
+    "Symbols as words."
+    return " ".join(GRID_WORDS[s - 1] for s in symbols)
 
-def grid_sentence(scores # (T, 1 + words) log probabilities, on the CPU
-                 ) -> str:
+
+def grid_sentence(
+    scores,  # (T, 1 + words) log probabilities, on the CPU
+) -> str:
     "The likeliest sentence of GRID's grammar."
     return spelled(best_sentence(scores, [len(words) for words in GRID_GRAMMAR.values()]))
 
 # %% ../nbs/17_evaluation.ipynb #1ec3d077
-def hearing(model:Recogniser) -> Callable: # (N,) sound → words
+def hearing(model: Recogniser) -> Callable:  # (N,) sound → words
     "The recogniser as a listener, with or without the grammar."
+
     @torch.no_grad()
-    def listen(wav, grammar:bool=True) -> str:
-        frames = len(wav)//SAMPLES_PER_FRAME
-        if frames < 2*len(GRID_GRAMMAR): return ""
-        mel = MEL.normalize(MEL(torch.as_tensor(wav)[:frames*SAMPLES_PER_FRAME].float()))
+    def listen(wav, grammar: bool = True) -> str:
+        frames = len(wav) // SAMPLES_PER_FRAME
+        if frames < 2 * len(GRID_GRAMMAR):
+            return ""
+        mel = MEL.normalize(MEL(torch.as_tensor(wav)[: frames * SAMPLES_PER_FRAME].float()))
         scores = model(mel[None], torch.ones(1, frames, dtype=torch.bool))[0]
         return grid_sentence(scores) if grammar else spelled(collapse(scores.argmax(-1)))
+
     return listen
 
 # %% ../nbs/17_evaluation.ipynb #71b5c81c
-def train_recogniser(data, # prepared GRID clips
-                     out, # folder for model.safetensors and README.md
-                     steps:int=2400, batch:int=8, lr:float=2e-3, seed:int=0,
-                     command:str="" # the card names it
-                    ) -> Recogniser:
+def train_recogniser(
+    data,  # prepared GRID clips
+    out,  # folder for model.safetensors and README.md
+    steps: int = 2400,
+    batch: int = 8,
+    lr: float = 2e-3,
+    seed: int = 0,
+    command: str = "",  # the card names it
+) -> Recogniser:
     "Train on the train split, check on the val split, and write weights (float16) and card."
-    if (path := Path(out)/"model.safetensors").exists(): raise CheckpointError(path, "stands already", "Give a new folder")
+    if (path := Path(out) / "model.safetensors").exists():
+        raise CheckpointError(path, "stands already", "Give a new folder")
     seed_everything(seed := whole_seed(seed))
     clips, model = list(ClipDataset(data, split="train")), Recogniser()
     draw, listen = shuffled(len(clips), batch, seed), hearing(model)
-    for name, loss, n in (("flat start", flat_loss, steps//3), ("ctc", ctc_loss, steps - steps//3)):
-        log = fit(lambda b: loss(model, b), model, lambda step: spoken([clips[i] for i in draw(step)]), n, lr, name=name, ema=.99, seed=seed)
+    for name, loss, n in (
+        ("flat start", flat_loss, steps // 3),
+        ("ctc", ctc_loss, steps - steps // 3),
+    ):
+        log = fit(
+            lambda b: loss(model, b),
+            model,
+            lambda step: spoken([clips[i] for i in draw(step)]),
+            n,
+            lr,
+            name=name,
+            ema=0.99,
+            seed=seed,
+        )
     val = list(ClipDataset(data, split="val"))
-    rates = [ratio(np.array([word_errors(c.text, listen(c.wav, grammar)) for c in val])) for grammar in (False, True)]
+    rates = [
+        ratio(np.array([word_errors(c.text, listen(c.wav, grammar)) for c in val]))
+        for grammar in (False, True)
+    ]
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    with atomic_path(path) as tmp: save_file(half, tmp)
+    with atomic_path(path) as tmp:
+        save_file(half, tmp)
     card = recogniser_card(model, clips, len(val), rates, log[-1], command)
     with atomic_path(path.with_name("README.md")) as tmp:
         tmp.write_text(card)
@@ -267,7 +428,10 @@ def train_recogniser(data, # prepared GRID clips
 # %% ../nbs/17_evaluation.ipynb #a3ad0a9b
 def recogniser_card(model, clips, n_val, rates, last, command) -> str:
     "What stands beside the weights."
-    weights, minutes = sum(p.numel() for p in model.parameters()), sum(len(c.wav) for c in clips)/SAMPLE_RATE/60
+    weights, minutes = (
+        sum(p.numel() for p in model.parameters()),
+        sum(len(c.wav) for c in clips) / SAMPLE_RATE / 60,
+    )
     speakers = ", ".join(sorted({c.speaker for c in clips}))
     return f"""---
 library_name: faces2voices
@@ -275,12 +439,12 @@ license: cc-by-4.0
 ---
 # A judge of GRID speech
 
-{weights:,} weights that hear the {len(GRID_WORDS)} words of GRID (CTC; greedy, or under the grammar). Made in {last["seconds"]/60:.0f} minutes by
+{weights:,} weights that hear the {len(GRID_WORDS)} words of GRID (CTC; greedy, or under the grammar). Made in {last["seconds"] / 60:.0f} minutes by
 
     {command}
 
 on {len(clips)} clips, {minutes:.0f} minutes, of speakers {speakers} (machine: {machine()}). Last loss {last["total"]:.3f} nats a word, on roughened sound.
-Word error rate on {n_val} validation clips: {100*rates[0]:.1f} % greedy, {100*rates[1]:.1f} % under the grammar.
+Word error rate on {n_val} validation clips: {100 * rates[0]:.1f} % greedy, {100 * rates[1]:.1f} % under the grammar.
 
 Data: the GRID audio-visual corpus, M. Cooke, J. Barker, S. Cunningham, X. Shao (2006), Zenodo record 3625687, CC BY 4.0.
 
@@ -289,187 +453,426 @@ Data: the GRID audio-visual corpus, M. Cooke, J. Barker, S. Cunningham, X. Shao 
 
 # %% ../nbs/17_evaluation.ipynb #b8cb1e6f
 @lru_cache(maxsize=1)
-def grid_listener() -> Callable: # (N,) sound → words
+def grid_listener() -> Callable:  # (N,) sound → words
     "The packaged recogniser, under the grammar of GRID."
-    path, model = WEIGHTS/"grid_asr"/"model.safetensors", Recogniser().eval()
-    if not path.is_file(): raise ToolMissingError(path, "no recogniser is packaged", "Train one: train_recogniser")
-    try: model.load_state_dict(load_file(path))
-    except Exception as e: raise CheckpointError(path, f"is not the recogniser's ({e})", "Install the package again") from e
+    path, model = WEIGHTS / "grid_asr" / "model.safetensors", Recogniser().eval()
+    if not path.is_file():
+        raise ToolMissingError(path, "no recogniser is packaged", "Train one: train_recogniser")
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as e:
+        raise CheckpointError(
+            path, f"is not the recogniser's ({e})", "Install the package again"
+        ) from e
     return hearing(model)
 
 # %% ../nbs/17_evaluation.ipynb #df348dd0
 _DIGITS = "zero one two three four five six seven eight nine".split()
 
-def plain_words(text:str) -> str:
+
+def plain_words(text: str) -> str:
     "Lower case, digits spelled one by one, no punctuation."
     text = re.sub(r"\d", lambda d: f" {_DIGITS[int(d[0])]} ", text.lower())
     return " ".join(re.sub(r"[^a-z' ]", " ", text).split())
 
+
 @lru_cache(maxsize=1)
-def whisper() -> Callable: # (N,) sound → words
+def whisper() -> Callable:  # (N,) sound → words
     "Whisper from the local folder $F2V_WHISPER, by faster_whisper."
     folder = os.environ.get("F2V_WHISPER", "")
-    if not Path(folder or "?").is_dir(): raise ToolMissingError("Whisper", "no model is at hand", "pip install faster-whisper, and set F2V_WHISPER to a folder with its model.bin")
+    if not Path(folder or "?").is_dir():
+        raise ToolMissingError(
+            "Whisper",
+            "no model is at hand",
+            "pip install faster-whisper, and set F2V_WHISPER to a folder with its model.bin",
+        )
     model = tool("faster_whisper").WhisperModel(folder, device="cpu", local_files_only=True)
-    return lambda wav: plain_words(" ".join(s.text for s in model.transcribe(np.asarray(torch.as_tensor(wav).float()), language="en")[0]))
+    return lambda wav: plain_words(
+        " ".join(
+            s.text
+            for s in model.transcribe(np.asarray(torch.as_tensor(wav).float()), language="en")[0]
+        )
+    )
 
 # %% ../nbs/17_evaluation.ipynb #a16b2d26
-def loud(e, # (2T,) ln RMS
-         range:float=3. # nepers under the maximum: 3 are 26 dB
-        ) -> torch.Tensor: # (2T,) bool
+def loud(
+    e,  # (2T,) ln RMS
+    range: float = 3.0,  # nepers under the maximum: 3 are 26 dB
+) -> torch.Tensor:  # (2T,) bool
     "The frames that hold speech."
     return e > e.max() - range
 
-def cepstrum(mel # (M, L) ln mel
-            ) -> torch.Tensor: # (24, L): c₁ … c₂₄
+
+def cepstrum(
+    mel,  # (M, L) ln mel
+) -> torch.Tensor:  # (24, L): c₁ … c₂₄
     "Coefficients of the cosine series of each column."
     M, d = len(mel), torch.arange(1, 25)
-    return 2/M*torch.cos(torch.pi*d[:, None]*(torch.arange(M) + .5)/M) @ mel
+    return 2 / M * torch.cos(torch.pi * d[:, None] * (torch.arange(M) + 0.5) / M) @ mel
 
-def mcd(mel, ref, # (80, 4T) ln mel
-        e # (2T,) ln RMS of the reference
-       ) -> float: # dB
+
+def mcd(
+    mel,
+    ref,  # (80, 4T) ln mel
+    e,  # (2T,) ln RMS of the reference
+) -> float:  # dB
     "Mel cepstral distortion, frame against frame, over the speech frames."
-    per_frame = 10/np.log(10)*(2*(cepstrum(mel) - cepstrum(ref)).square().sum(0)).sqrt()
+    per_frame = 10 / np.log(10) * (2 * (cepstrum(mel) - cepstrum(ref)).square().sum(0)).sqrt()
     return per_frame[loud(e).repeat_interleave(2)].mean().item()
 
 # %% ../nbs/17_evaluation.ipynb #594820ee
 def correlation(x, y) -> float:
     "Pearson's r; NaN for fewer than 3 points, or where nothing varies."
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if len(x) < 3 or x.std() < 1e-8 or y.std() < 1e-8: return float("nan")
+    if len(x) < 3 or x.std() < 1e-8 or y.std() < 1e-8:
+        return float("nan")
     return float(np.corrcoef(x, y)[0, 1])
 
-def both_voiced(a, b # (log_f0, voiced), each (2T,)
-               ) -> tuple: # log_f0 of a, and of b, where both are voiced
+
+def both_voiced(
+    a,
+    b,  # (log_f0, voiced), each (2T,)
+) -> tuple:  # log_f0 of a, and of b, where both are voiced
     "Pitch where there is pitch to compare."
     keep = (a[1] > 0) & (b[1] > 0)
     return a[0][keep], b[0][keep]
 
 # %% ../nbs/17_evaluation.ipynb #8a606629
-def mean_f0(p # (log_f0, voiced)
-           ) -> float: # ln Hz
+def mean_f0(
+    p,  # (log_f0, voiced)
+) -> float:  # ln Hz
     "Mean ln F0 of the voiced frames."
     return p[0][p[1] > 0].mean().item()
 
-def f0_error(a, b) -> float: # cents
+
+def f0_error(a, b) -> float:  # cents
     "Root mean square pitch difference where both are voiced; 100 cents are a semitone."
     x, y = both_voiced(a, b)
-    return 1200/np.log(2)*(x - y).square().mean().sqrt().item()
+    return 1200 / np.log(2) * (x - y).square().mean().sqrt().item()
 
-def energy_correlation(a, b # (2T,) ln RMS
-                      ) -> float:
+
+def energy_correlation(
+    a,
+    b,  # (2T,) ln RMS
+) -> float:
     "Correlation of the loudness contours, with everything under −60 dB counted as silence."
     return correlation(a.clamp(min=-7), b.clamp(min=-7))
 
 # %% ../nbs/17_evaluation.ipynb #c62598dd
 class Sound:
     "A sound, and what is measured of it, each once."
-    def __init__(self, wav): self.wav = torch.as_tensor(wav).detach().cpu().float()
+
+    def __init__(self, wav):
+        self.wav = torch.as_tensor(wav).detach().cpu().float()
+
     @cached_property
-    def mel(self): "(80, 4T) ln mel."; return MEL(self.wav)
+    def mel(self):
+        "(80, 4T) ln mel."
+        return MEL(self.wav)
+
     @cached_property
-    def pitch(self): "(log_f0, voiced)."; return pitch(self.wav)
+    def pitch(self):
+        "(log_f0, voiced)."
+        return pitch(self.wav)
+
     @cached_property
-    def energy(self): "(2T,) ln RMS."; return energy(self.wav)
+    def energy(self):
+        "(2T,) ln RMS."
+        return energy(self.wav)
+
     @cached_property
-    def dnsmos(self): "Predicted opinion scores."; return dnsmos(self.wav)
+    def dnsmos(self):
+        "Predicted opinion scores."
+        return dnsmos(self.wav)
+
     @cached_property
-    def voice(self): "(256,) as an independent judge hears it."; return real_voice(self.wav)
+    def voice(self):
+        "(256,) as an independent judge hears it."
+        return real_voice(self.wav)
+
 
 class Take(NamedTuple):
     "What a metric may look at."
+
     sound: Sound
-    truth: Sound               # the clip's own sound
-    text: str                  # the clip's own text
-    model: object              # FacesToVoices: its units and its speaker encoder measure too
-    ears: dict                 # metric of words → listener, (N,) sound → words
-    units: torch.Tensor|None = None # (2T,) predicted
-    face: Sound|None = None    # a sound of the person whose face was borrowed
-    lips: str = ""             # the text of the clip whose lips were borrowed
+    truth: Sound  # the clip's own sound
+    text: str  # the clip's own text
+    model: object  # FacesToVoices: its units and its speaker encoder measure too
+    ears: dict  # metric of words → listener, (N,) sound → words
+    units: torch.Tensor | None = None  # (2T,) predicted
+    face: Sound | None = None  # a sound of the person whose face was borrowed
+    lips: str = ""  # the text of the clip whose lips were borrowed
 
 # %% ../nbs/17_evaluation.ipynb #396dbc4c
 @torch.no_grad()
-def voice_similarity(model, a:Sound, b:Sound) -> float:
+def voice_similarity(model, a: Sound, b: Sound) -> float:
     "Cosine of the two voices as the model's own speaker encoder hears them."
     embed = lambda s: model.speaker_encoder(MEL.normalize(s.mel)[None].to(model.device))[0]
     return float(embed(a) @ embed(b))
 
-def unit_accuracy(units, # (2T,)
-                  truth, # (2T,)
-                  where=None # (2T,) bool; None: everywhere
-                 ) -> float:
+
+def unit_accuracy(
+    units,  # (2T,)
+    truth,  # (2T,)
+    where=None,  # (2T,) bool; None: everywhere
+) -> float:
     "Share of the frames with the true unit."
     hit = (units == truth).float()
     return (hit if where is None else hit[where]).mean().item()
 
 # %% ../nbs/17_evaluation.ipynb #8087db2f
-def errors_heard(t:Take, metric:str, text:str # what should have been said
-                ) -> tuple|None: # errors, words said
+def errors_heard(
+    t: Take,
+    metric: str,
+    text: str,  # what should have been said
+) -> tuple | None:  # errors, words said
     "Word errors of one listener; nothing where there is no listener or no text."
     return word_errors(text, t.ears[metric](t.sound.wav)) if text and metric in t.ears else None
 
 # %% ../nbs/17_evaluation.ipynb #312b3dd8
 class Metric(NamedTuple):
     "One row of the table of metrics."
+
     name: str
-    better: str      # ↑ or ↓
-    needs: str       # package or model, or nothing
-    pool: Callable   # (n, k) values of the clips → one number
-    measure: Callable # Take → k values, or None where it makes no sense
+    better: str  # ↑ or ↓
+    needs: str  # package or model, or nothing
+    pool: Callable  # (n, k) values of the clips → one number
+    measure: Callable  # Take → k values, or None where it makes no sense
     quirk: str
 
 # %% ../nbs/17_evaluation.ipynb #249be9bb
-def no_syncnet(t): "The column of SyncNet stays blank."; raise ToolMissingError("SyncNet", "has no package with weights, and looks at coloured face crops, which prepared clips do not keep", "Score the dubbed files of `faces2voices synthesize` with joonson/syncnet_python")
+def no_syncnet(t):
+    "The column of SyncNet stays blank."
+    raise ToolMissingError(
+        "SyncNet",
+        "has no package with weights, and looks at coloured face crops, which prepared clips do not keep",
+        "Score the dubbed files of `faces2voices synthesize` with joonson/syncnet_python",
+    )
 
 # %% ../nbs/17_evaluation.ipynb #0736610e
 METRICS = [
-    Metric("STOI", "↑", "pystoi", mean, lambda t: stoi(t.sound.wav, t.truth.wav), "0.00001 for less than 0.4 s of speech"),
-    Metric("ESTOI", "↑", "pystoi", mean, lambda t: stoi(t.sound.wav, t.truth.wav, True), "punishes another voice and another timing as if they were noise"),
-    Metric("PESQ", "↑", "pesq", mean, lambda t: pesq(t.sound.wav, t.truth.wav), "wide-band; papers also report the narrow-band kind"),
-    Metric("DNSMOS OVRL", "↑", "speechmos", mean, lambda t: t.sound.dnsmos["ovrl_mos"], "repeats clips under 9.01 s; deaf to the words"),
+    Metric(
+        "STOI",
+        "↑",
+        "pystoi",
+        mean,
+        lambda t: stoi(t.sound.wav, t.truth.wav),
+        "0.00001 for less than 0.4 s of speech",
+    ),
+    Metric(
+        "ESTOI",
+        "↑",
+        "pystoi",
+        mean,
+        lambda t: stoi(t.sound.wav, t.truth.wav, True),
+        "punishes another voice and another timing as if they were noise",
+    ),
+    Metric(
+        "PESQ",
+        "↑",
+        "pesq",
+        mean,
+        lambda t: pesq(t.sound.wav, t.truth.wav),
+        "wide-band; papers also report the narrow-band kind",
+    ),
+    Metric(
+        "DNSMOS OVRL",
+        "↑",
+        "speechmos",
+        mean,
+        lambda t: t.sound.dnsmos["ovrl_mos"],
+        "repeats clips under 9.01 s; deaf to the words",
+    ),
     Metric("DNSMOS SIG", "↑", "speechmos", mean, lambda t: t.sound.dnsmos["sig_mos"], "as OVRL"),
     Metric("DNSMOS BAK", "↑", "speechmos", mean, lambda t: t.sound.dnsmos["bak_mos"], "as OVRL"),
-    Metric("UTMOS", "↑", "UTMOS22", mean, lambda t: utmos(t.sound.wav), "likes a clean voice better than the original; deaf to the words"),
-    Metric("WER", "↓", "pocketsphinx", ratio, lambda t: errors_heard(t, "WER", t.text), "under a grammar: compare only with rates under the same one"),
-    Metric("WER of the borrowed lips", "↓", "pocketsphinx", ratio, lambda t: errors_heard(t, "WER", t.lips), "should be low where WER is high"),
-    Metric("WER, CTC", "↓", "grid_asr", ratio, lambda t: errors_heard(t, "WER, CTC", t.text), "trained on the same speakers' training sound: for GRID alone"),
-    Metric("WER, Whisper", "↓", "faster_whisper", ratio, lambda t: errors_heard(t, "WER, Whisper", t.text), "no grammar; single letters are its weakness"),
+    Metric(
+        "UTMOS",
+        "↑",
+        "UTMOS22",
+        mean,
+        lambda t: utmos(t.sound.wav),
+        "likes a clean voice better than the original; deaf to the words",
+    ),
+    Metric(
+        "WER",
+        "↓",
+        "pocketsphinx",
+        ratio,
+        lambda t: errors_heard(t, "WER", t.text),
+        "under a grammar: compare only with rates under the same one",
+    ),
+    Metric(
+        "WER of the borrowed lips",
+        "↓",
+        "pocketsphinx",
+        ratio,
+        lambda t: errors_heard(t, "WER", t.lips),
+        "should be low where WER is high",
+    ),
+    Metric(
+        "WER, CTC",
+        "↓",
+        "grid_asr",
+        ratio,
+        lambda t: errors_heard(t, "WER, CTC", t.text),
+        "trained on the same speakers' training sound: for GRID alone",
+    ),
+    Metric(
+        "WER, Whisper",
+        "↓",
+        "faster_whisper",
+        ratio,
+        lambda t: errors_heard(t, "WER, Whisper", t.text),
+        "no grammar; single letters are its weakness",
+    ),
 ]
 
 # %% ../nbs/17_evaluation.ipynb #c01ba78e
 _units = lambda t, sound: t.model.units(sound.wav).cpu()
 METRICS += [
-    Metric("unit accuracy", "↑", "", mean, lambda t: None if t.units is None else unit_accuracy(t.units, _units(t, t.truth)), "silence is easy and counts"),
-    Metric("unit accuracy in speech", "↑", "", mean, lambda t: None if t.units is None else unit_accuracy(t.units, _units(t, t.truth), loud(t.truth.energy)), "neighbouring units sound alike and count as wrong"),
-    Metric("units heard in speech", "↑", "", mean, lambda t: unit_accuracy(_units(t, t.sound), _units(t, t.truth), loud(t.truth.energy)), "as above; the vocoder's row is the ceiling"),
-    Metric("MCD, dB", "↓", "", mean, lambda t: mcd(t.sound.mel, t.truth.mel, t.truth.energy), "frame-aligned, from 80 mel bands; other papers warp time"),
-    Metric("voice similarity", "↑", "", mean, lambda t: voice_similarity(t.model, t.sound, t.truth), "the model's own speaker encoder: not an independent judge"),
-    Metric("voice similarity to the borrowed face", "↑", "", mean, lambda t: t.face and voice_similarity(t.model, t.sound, t.face), "as above"),
-    Metric("voice similarity, Resemblyzer", "↑", "resemblyzer", mean, lambda t: float(t.sound.voice @ t.truth.voice), "two strangers easily have 0.6"),
-    Metric("the same to the borrowed face", "↑", "resemblyzer", mean, lambda t: t.face and float(t.sound.voice @ t.face.voice), "as above"),
-    Metric("mean F0, r", "↑", "librosa", pearson, lambda t: (mean_f0(t.sound.pitch), mean_f0(t.truth.pitch)), "over clips: between a man and a woman it is easy"),
-    Metric("mean F0 of the borrowed face, r", "↑", "librosa", pearson, lambda t: t.face and (mean_f0(t.sound.pitch), mean_f0(t.face.pitch)), "as above"),
-    Metric("F0 contour, r", "↑", "librosa", mean, lambda t: correlation(*both_voiced(t.sound.pitch, t.truth.pitch)), "only where both are voiced; falls over a sentence by itself"),
-    Metric("F0 error, cents", "↓", "librosa", mean, lambda t: f0_error(t.sound.pitch, t.truth.pitch), "one octave slip costs as much as a hundred good frames"),
-    Metric("energy, r", "↑", "", mean, lambda t: energy_correlation(t.sound.energy, t.truth.energy), "speech against silence is most of it"),
-    Metric("LSE-C", "↑", "SyncNet", mean, no_syncnet, "the original often scores lower than synthesised speech"),
-    Metric("LSE-D", "↓", "SyncNet", mean, no_syncnet, "as LSE-C; both change with how the face is cut out"),
+    Metric(
+        "unit accuracy",
+        "↑",
+        "",
+        mean,
+        lambda t: None if t.units is None else unit_accuracy(t.units, _units(t, t.truth)),
+        "silence is easy and counts",
+    ),
+    Metric(
+        "unit accuracy in speech",
+        "↑",
+        "",
+        mean,
+        lambda t: (
+            None
+            if t.units is None
+            else unit_accuracy(t.units, _units(t, t.truth), loud(t.truth.energy))
+        ),
+        "neighbouring units sound alike and count as wrong",
+    ),
+    Metric(
+        "units heard in speech",
+        "↑",
+        "",
+        mean,
+        lambda t: unit_accuracy(_units(t, t.sound), _units(t, t.truth), loud(t.truth.energy)),
+        "as above; the vocoder's row is the ceiling",
+    ),
+    Metric(
+        "MCD, dB",
+        "↓",
+        "",
+        mean,
+        lambda t: mcd(t.sound.mel, t.truth.mel, t.truth.energy),
+        "frame-aligned, from 80 mel bands; other papers warp time",
+    ),
+    Metric(
+        "voice similarity",
+        "↑",
+        "",
+        mean,
+        lambda t: voice_similarity(t.model, t.sound, t.truth),
+        "the model's own speaker encoder: not an independent judge",
+    ),
+    Metric(
+        "voice similarity to the borrowed face",
+        "↑",
+        "",
+        mean,
+        lambda t: t.face and voice_similarity(t.model, t.sound, t.face),
+        "as above",
+    ),
+    Metric(
+        "voice similarity, Resemblyzer",
+        "↑",
+        "resemblyzer",
+        mean,
+        lambda t: float(t.sound.voice @ t.truth.voice),
+        "two strangers easily have 0.6",
+    ),
+    Metric(
+        "the same to the borrowed face",
+        "↑",
+        "resemblyzer",
+        mean,
+        lambda t: t.face and float(t.sound.voice @ t.face.voice),
+        "as above",
+    ),
+    Metric(
+        "mean F0, r",
+        "↑",
+        "librosa",
+        pearson,
+        lambda t: (mean_f0(t.sound.pitch), mean_f0(t.truth.pitch)),
+        "over clips: between a man and a woman it is easy",
+    ),
+    Metric(
+        "mean F0 of the borrowed face, r",
+        "↑",
+        "librosa",
+        pearson,
+        lambda t: t.face and (mean_f0(t.sound.pitch), mean_f0(t.face.pitch)),
+        "as above",
+    ),
+    Metric(
+        "F0 contour, r",
+        "↑",
+        "librosa",
+        mean,
+        lambda t: correlation(*both_voiced(t.sound.pitch, t.truth.pitch)),
+        "only where both are voiced; falls over a sentence by itself",
+    ),
+    Metric(
+        "F0 error, cents",
+        "↓",
+        "librosa",
+        mean,
+        lambda t: f0_error(t.sound.pitch, t.truth.pitch),
+        "one octave slip costs as much as a hundred good frames",
+    ),
+    Metric(
+        "energy, r",
+        "↑",
+        "",
+        mean,
+        lambda t: energy_correlation(t.sound.energy, t.truth.energy),
+        "speech against silence is most of it",
+    ),
+    Metric(
+        "LSE-C",
+        "↑",
+        "SyncNet",
+        mean,
+        no_syncnet,
+        "the original often scores lower than synthesised speech",
+    ),
+    Metric(
+        "LSE-D",
+        "↓",
+        "SyncNet",
+        mean,
+        no_syncnet,
+        "as LSE-C; both change with how the face is cut out",
+    ),
 ]
 
 # %% ../nbs/17_evaluation.ipynb #d5396a3e
-def wrong_face(clip:Clip, clips:list) -> Clip|None:
+def wrong_face(clip: Clip, clips: list) -> Clip | None:
     "The next clip of another speaker, to borrow a face from; None in a corpus of one speaker."
     i = next(i for i, c in enumerate(clips) if c.name == clip.name)
-    return next((c for c in clips[i + 1:] + clips[:i] if c.speaker != clip.speaker), None)
+    return next((c for c in clips[i + 1 :] + clips[:i] if c.speaker != clip.speaker), None)
 
-def wrong_lips(clip:Clip, clips:list) -> Clip|None:
+
+def wrong_lips(clip: Clip, clips: list) -> Clip | None:
     "The clip of another sentence that is nearest in length, to borrow lips from."
     others = [c for c in clips if c.text != clip.text]
     return min(others, key=lambda c: abs(len(c.lips) - len(clip.lips))) if others else None
 
-def with_lips(clip:Clip, lips:torch.Tensor # (any, 96, 96)
-             ) -> Clip:
+
+def with_lips(
+    clip: Clip,
+    lips: torch.Tensor,  # (any, 96, 96)
+) -> Clip:
     "The clip with other lips, cut, or lengthened by repeating the last frame."
     at = torch.arange(len(clip.lips)).clamp(max=len(lips) - 1)
     return clip._replace(lips=lips[at])
@@ -477,12 +880,20 @@ def with_lips(clip:Clip, lips:torch.Tensor # (any, 96, 96)
 # %% ../nbs/17_evaluation.ipynb #eacfba01
 ROWS = "original", "vocoder", "Griffin-Lim", "synthesised", "wrong face", "wrong lips"
 
-def takes(model, clip:Clip, clips:list, # the clip, and all clips
-          ears:dict, # metric of words → listener
-          **kw # steps, guidance, seed
-         ): # yields (row, Take)
+
+def takes(
+    model,
+    clip: Clip,
+    clips: list,  # the clip, and all clips
+    ears: dict,  # metric of words → listener
+    **kw,  # steps, guidance, seed
+):  # yields (row, Take)
     "The sounds of one clip that are scored."
-    truth, other_face, other_lips = Sound(clip.wav), wrong_face(clip, clips), wrong_lips(clip, clips)
+    truth, other_face, other_lips = (
+        Sound(clip.wav),
+        wrong_face(clip, clips),
+        wrong_lips(clip, clips),
+    )
     face, lips = other_face and Sound(other_face.wav), other_lips.text if other_lips else ""
     take = lambda wav, **more: Take(Sound(wav), truth, clip.text, model, ears, **more)
     yield "original", take(clip.wav, face=face, lips=lips)._replace(sound=truth)
@@ -491,7 +902,9 @@ def takes(model, clip:Clip, clips:list, # the clip, and all clips
     speech = model.voice(clip, **kw)
     yield "synthesised", take(speech.wav, units=speech.units)
     if other_face:
-        speech = model.voice(clip._replace(face=other_face.face, identity=other_face.identity), **kw)
+        speech = model.voice(
+            clip._replace(face=other_face.face, identity=other_face.identity), **kw
+        )
         yield "wrong face", take(speech.wav, units=speech.units, face=face)
     if other_lips:
         speech = model.voice(with_lips(clip, other_lips.lips), **kw)
@@ -500,46 +913,82 @@ def takes(model, clip:Clip, clips:list, # the clip, and all clips
 # %% ../nbs/17_evaluation.ipynb #37312392
 SLOW = "speechmos", "UTMOS22", "faster_whisper"
 
-def wanted(metric:Metric, row:str) -> bool: "Is this metric computed for this row?"; return metric.needs not in SLOW or row in ("original", "vocoder", "synthesised")
 
-def blank(clips:list) -> dict: # metric → why
+def wanted(metric: Metric, row: str) -> bool:
+    "Is this metric computed for this row?"
+    return metric.needs not in SLOW or row in ("original", "vocoder", "synthesised")
+
+
+def blank(clips: list) -> dict:  # metric → why
     "Metrics that these clips do not allow."
-    speakers, grammar, reasons = len({c.speaker for c in clips}), grammar_of([c.text for c in clips]), {}
-    if not grammar: reasons["WER"] = "no grammar covers these texts"
-    if grammar != "grid": reasons["WER, CTC"] = "this recogniser knows the 51 words of GRID alone"
-    if speakers < 5: reasons |= {m.name: f"with {speakers} speakers it would only tell them apart" for m in METRICS if m.pool is pearson}
+    speakers, grammar, reasons = (
+        len({c.speaker for c in clips}),
+        grammar_of([c.text for c in clips]),
+        {},
+    )
+    if not grammar:
+        reasons["WER"] = "no grammar covers these texts"
+    if grammar != "grid":
+        reasons["WER, CTC"] = "this recogniser knows the 51 words of GRID alone"
+    if speakers < 5:
+        reasons |= {
+            m.name: f"with {speakers} speakers it would only tell them apart"
+            for m in METRICS
+            if m.pool is pearson
+        }
     return reasons
 
-def listeners(clips:list, reasons:dict # gets the names of those that are absent
-             ) -> dict: # metric → listener
+
+def listeners(
+    clips: list,
+    reasons: dict,  # gets the names of those that are absent
+) -> dict:  # metric → listener
     "Who may listen to these clips."
-    makers, found = {"WER": lambda: listener(grammar_of([c.text for c in clips])), "WER, CTC": grid_listener, "WER, Whisper": whisper}, {}
+    makers, found = (
+        {
+            "WER": lambda: listener(grammar_of([c.text for c in clips])),
+            "WER, CTC": grid_listener,
+            "WER, Whisper": whisper,
+        },
+        {},
+    )
     for metric in makers.keys() - reasons.keys():
-        try: found[metric] = makers[metric]()
-        except ToolMissingError as e: reasons[metric] = str(e)
+        try:
+            found[metric] = makers[metric]()
+        except ToolMissingError as e:
+            reasons[metric] = str(e)
     return found
 
 # %% ../nbs/17_evaluation.ipynb #8eaa923b
-def measure(model, clips:list, # of Clip, with sound
-            **kw # steps, guidance, seed
-           ) -> tuple: # {(row, metric): {clip: values}}, reasons {metric: why it is blank}
+def measure(
+    model,
+    clips: list,  # of Clip, with sound
+    **kw,  # steps, guidance, seed
+) -> tuple:  # {(row, metric): {clip: values}}, reasons {metric: why it is blank}
     "Every metric of every row of every clip."
     values, reasons = {}, blank(clips)
     ears = listeners(clips, reasons)
     for clip in tqdm(clips, desc="score", unit="clip"):
         for row, take in takes(model, clip, clips, ears, **kw):
             for m in METRICS:
-                if m.name in reasons or not wanted(m, row): continue
-                try: value = m.measure(take)
-                except ToolMissingError as e: reasons[m.name] = str(e); continue
-                if value is not None: values.setdefault((row, m.name), {})[clip.name] = np.atleast_1d(value)
+                if m.name in reasons or not wanted(m, row):
+                    continue
+                try:
+                    value = m.measure(take)
+                except ToolMissingError as e:
+                    reasons[m.name] = str(e)
+                    continue
+                if value is not None:
+                    values.setdefault((row, m.name), {})[clip.name] = np.atleast_1d(value)
     return values, reasons
 
 # %% ../nbs/17_evaluation.ipynb #41e26762
 POOLS = {m.name: m.pool for m in METRICS}
 
-def pooled(values:dict # from `measure`
-          ) -> tuple: # rows {row: {metric: number}}, errors (the same)
+
+def pooled(
+    values: dict,  # from `measure`
+) -> tuple:  # rows {row: {metric: number}}, errors (the same)
     "One number, and its standard error (None for a single clip), for each row and metric."
     rows, errors = {}, {}
     for (row, name), of_clip in values.items():
@@ -548,97 +997,175 @@ def pooled(values:dict # from `measure`
         errors.setdefault(row, {})[name] = _number(found.error)
     return rows, errors
 
-def score(model, clips:list, **kw) -> tuple: # rows, errors, reasons
+
+def score(model, clips: list, **kw) -> tuple:  # rows, errors, reasons
     "`measure`, then `pooled`."
     values, reasons = measure(model, clips, **kw)
     return *pooled(values), reasons
 
-def _number(x) -> float|None: "A rounded float that JSON can hold."; return round(float(x), 5) if np.isfinite(x) else None
+
+def _number(x) -> float | None:
+    "A rounded float that JSON can hold."
+    return round(float(x), 5) if np.isfinite(x) else None
 
 # %% ../nbs/17_evaluation.ipynb #5bbf0c6d
-def unseen(entries:list, # of Entry
-           split:str|None="test" # None: any
-          ) -> tuple: # entries, and what was left out
+def unseen(
+    entries: list,  # of Entry
+    split: str | None = "test",  # None: any
+) -> tuple:  # entries, and what was left out
     "The clips of a split whose sentence, and where possible whose speaker, were never trained on."
-    train, mine = [e for e in entries if e.split == "train" != split], [e for e in entries if split in (None, e.split)]
+    train, mine = (
+        [e for e in entries if e.split == "train" != split],
+        [e for e in entries if split in (None, e.split)],
+    )
     texts, speakers = {e.text for e in train if e.text}, {e.speaker for e in train}
-    known_text, known_face = [[e for e in mine if getattr(e, k) in known] for k, known in (("text", texts), ("speaker", speakers))]
-    faces_new = len(known_face) < len(mine) if train else None   # None: the manifest lists no training clips, so nobody can tell
+    known_text, known_face = [
+        [e for e in mine if getattr(e, k) in known]
+        for k, known in (("text", texts), ("speaker", speakers))
+    ]
+    faces_new = (
+        len(known_face) < len(mine) if train else None
+    )  # None: the manifest lists no training clips, so nobody can tell
     kept = [e for e in mine if e not in known_text and not (faces_new and e in known_face)]
-    return kept, dict(of_split=len(mine), sentence_trained_on=len(known_text), face_trained_on=len(known_face), faces_are_new=faces_new, left=len(kept))
+    return kept, dict(
+        of_split=len(mine),
+        sentence_trained_on=len(known_text),
+        face_trained_on=len(known_face),
+        faces_are_new=faces_new,
+        left=len(kept),
+    )
 
 # %% ../nbs/17_evaluation.ipynb #8cf40cb5
 beginning = lambda text: " ".join(text.split()[:4])
 
-def by_beginning(values:dict, # from `measure`
-                 clips:list, known:set # beginnings of the training sentences
-                ) -> dict: # {"trained on" or "new": {"clips": n, metric: {row: [rate, low, high]}}}; None for the limits of a single clip
+
+def by_beginning(
+    values: dict,  # from `measure`
+    clips: list,
+    known: set,  # beginnings of the training sentences
+) -> dict:  # {"trained on" or "new": {"clips": n, metric: {row: [rate, low, high]}}}; None for the limits of a single clip
     "Word error rates of the clips whose first four words were trained on, and of the others."
-    kinds, found = {c.name: "trained on" if beginning(c.text) in known else "new" for c in clips}, {}
+    kinds, found = (
+        {c.name: "trained on" if beginning(c.text) in known else "new" for c in clips},
+        {},
+    )
     for kind in ("trained on", "new"):
         found[kind] = dict(clips=list(kinds.values()).count(kind))
         for (row, name), of_clip in values.items():
             v = [x for clip, x in of_clip.items() if kinds[clip] == kind]
-            if POOLS[name] is ratio and v: found[kind].setdefault(name, {})[row] = [_number(x) for x in bootstrap_interval(np.stack(v), ratio)[:3]]
+            if POOLS[name] is ratio and v:
+                found[kind].setdefault(name, {})[row] = [
+                    _number(x) for x in bootstrap_interval(np.stack(v), ratio)[:3]
+                ]
     return found
 
 # %% ../nbs/17_evaluation.ipynb #1fd120d3
-def by_speaker(values:dict, # from `measure`
-               clips:list
-              ) -> dict: # speaker → dict(clips, rows, errors), empty where there is only one
+def by_speaker(
+    values: dict,  # from `measure`
+    clips: list,
+) -> dict:  # speaker → dict(clips, rows, errors), empty where there is only one
     "The pooled numbers of each speaker who has five clips or more, where there are several speakers."
     found, speakers = {}, {c.speaker for c in clips}
     for speaker in sorted(speakers) if len(speakers) > 1 else ():
         mine = {c.name for c in clips if c.speaker == speaker}
-        if len(mine) < 5: continue
-        rows, errors = pooled({k: part for k, of in values.items() if (part := {n: v for n, v in of.items() if n in mine})})
+        if len(mine) < 5:
+            continue
+        rows, errors = pooled(
+            {
+                k: part
+                for k, of in values.items()
+                if (part := {n: v for n, v in of.items() if n in mine})
+            }
+        )
         found[speaker] = dict(clips=len(mine), rows=rows, errors=errors)
     return found
 
 # %% ../nbs/17_evaluation.ipynb #8b8ae21f
 JUDGES = "librosa pystoi pesq speechmos resemblyzer pocketsphinx jiwer faster-whisper".split()
 
-def test_clips(data, # folder of prepared clips
-               split:str|None="test", # of the manifest; None: any
-               limit:int|None=None # at most so many clips, spread evenly
-              ) -> tuple: # list of Clip, and what was left out
+
+def test_clips(
+    data,  # folder of prepared clips
+    split: str | None = "test",  # of the manifest; None: any
+    limit: int | None = None,  # at most so many clips, spread evenly
+) -> tuple:  # list of Clip, and what was left out
     "The clips that a card is made of."
-    if limit is not None and limit < 1: raise CorpusError(data, f"cannot be judged by {limit} clips", "Give a limit of 1 or more")
-    kept, left_out = unseen(entries := read_manifest(Path(data)/"manifest.jsonl"), split)
+    if limit is not None and limit < 1:
+        raise CorpusError(data, f"cannot be judged by {limit} clips", "Give a limit of 1 or more")
+    kept, left_out = unseen(entries := read_manifest(Path(data) / "manifest.jsonl"), split)
     if not left_out["of_split"]:
-        there = ", ".join(repr(s) for s in sorted({e.split for e in entries if e.split})) or "none at all"
-        raise CorpusError(data, f"has no clip of split {split!r} (splits that it has: {there})", 'Ask for one of these with --split, or give each line of its manifest.jsonl a "split": train, val or test')
+        there = (
+            ", ".join(repr(s) for s in sorted({e.split for e in entries if e.split}))
+            or "none at all"
+        )
+        raise CorpusError(
+            data,
+            f"has no clip of split {split!r} (splits that it has: {there})",
+            'Ask for one of these with --split, or give each line of its manifest.jsonl a "split": train, val or test',
+        )
     names = [e.name for e in kept if e.extra.get("sound", True)]
-    if not names: raise CorpusError(data, f"has no clip of split {split or 'any'!r} that was not trained on", f"Of its {left_out['of_split']} clips, {left_out['sentence_trained_on']} have a sentence of the split train, and the others no sound or a face of it; ask for another with --split")
-    if limit and limit < len(names): names = [names[i] for i in np.linspace(0, len(names) - 1, limit).round().astype(int)]
+    if not names:
+        raise CorpusError(
+            data,
+            f"has no clip of split {split or 'any'!r} that was not trained on",
+            f"Of its {left_out['of_split']} clips, {left_out['sentence_trained_on']} have a sentence of the split train, and the others no sound or a face of it; ask for another with --split",
+        )
+    if limit and limit < len(names):
+        names = [names[i] for i in np.linspace(0, len(names) - 1, limit).round().astype(int)]
     return list(ClipDataset(data, names=set(names))), left_out
+
+
 test_clips.__test__ = False
 
 # %% ../nbs/17_evaluation.ipynb #507eb33c
-def metric_card(model, # FacesToVoices
-                data, # folder of prepared clips
-                split:str|None="test", # of the manifest; None: any
-                limit:int|None=None, # at most so many clips
-                steps:int=EULER_STEPS, guidance:float=1., seed:int=0 # of the flow
-               ) -> dict: # what JSON can hold
+def metric_card(
+    model,  # FacesToVoices
+    data,  # folder of prepared clips
+    split: str | None = "test",  # of the manifest; None: any
+    limit: int | None = None,  # at most so many clips
+    steps: int = EULER_STEPS,
+    guidance: float = 1.0,
+    seed: int = 0,  # of the flow
+) -> dict:  # what JSON can hold
     "Score a model between its bounds; `record` adds what else the numbers depend on."
     seed = whole_seed(seed)
     began, (clips, left_out) = time.time(), test_clips(data, split, limit)
     values, reasons = measure(model, clips, steps=steps, guidance=guidance, seed=seed)
-    known = {beginning(e.text) for e in read_manifest(Path(data)/"manifest.jsonl") if e.split == "train" != split}
+    known = {
+        beginning(e.text)
+        for e in read_manifest(Path(data) / "manifest.jsonl")
+        if e.split == "train" != split
+    }
     rows, errors = pooled(values)
     grammar = grammar_of([c.text for c in clips])
-    wer = f"pocketsphinx, en-us model, grammar of {grammar}, hiss at −65 dB; jiwer, micro-average; uniform guesses make {100*guess_wer(grammar):.1f} %" if grammar else ""
-    seconds_of_speech = round(sum(len(c.wav) for c in clips)/SAMPLE_RATE, 1)
-    return dict(preset=model.preset.name, info=model.info,
-        clips=len(clips), speakers=len({c.speaker for c in clips}), seconds_of_speech=seconds_of_speech,
-        left_out=left_out, steps=steps, guidance=guidance, wer_protocol=wer, rows=rows,
-        errors=errors, reasons=reasons, by_beginning=by_beginning(values, clips, known),
-        by_speaker=by_speaker(values, clips), seconds=round(time.time() - began, 1))
+    wer = (
+        f"pocketsphinx, en-us model, grammar of {grammar}, hiss at −65 dB; jiwer, micro-average; uniform guesses make {100 * guess_wer(grammar):.1f} %"
+        if grammar
+        else ""
+    )
+    seconds_of_speech = round(sum(len(c.wav) for c in clips) / SAMPLE_RATE, 1)
+    return dict(
+        preset=model.preset.name,
+        info=model.info,
+        clips=len(clips),
+        speakers=len({c.speaker for c in clips}),
+        seconds_of_speech=seconds_of_speech,
+        left_out=left_out,
+        steps=steps,
+        guidance=guidance,
+        wer_protocol=wer,
+        rows=rows,
+        errors=errors,
+        reasons=reasons,
+        by_beginning=by_beginning(values, clips, known),
+        by_speaker=by_speaker(values, clips),
+        seconds=round(time.time() - began, 1),
+    )
 
 # %% ../nbs/17_evaluation.ipynb #b07d51e3
-def made_text(card:dict # recorded
-             ) -> str:
+def made_text(
+    card: dict,  # recorded
+) -> str:
     "The command of a record, and those of the folders that it read."
     ways = {name: of["commands"] for name, of in card["data"].items()}
     made = {name: ", then ".join(f"`{line}`" for line in lines) for name, lines in ways.items()}
@@ -646,76 +1173,158 @@ def made_text(card:dict # recorded
     return f"`{card['command']}`{folders}"
 
 # %% ../nbs/17_evaluation.ipynb #62533978
-def score_text(card:dict, row:str, name:str) -> str:
+def score_text(card: dict, row: str, name: str) -> str:
     "A number with its standard error, or nothing."
     value, error = (card[k].get(row, {}).get(name) for k in ("rows", "errors"))
-    if value is None: return ""
+    if value is None:
+        return ""
     scale, digits = (100, 1) if name.startswith("WER") else (1, 0) if "cents" in name else (1, 2)
-    return f"{scale*value:.{digits}f}" + (f" ± {scale*error:.{digits}f}" if error and round(scale*error, digits) else "") + (" %" if scale == 100 else "")
+    return (
+        f"{scale * value:.{digits}f}"
+        + (f" ± {scale * error:.{digits}f}" if error and round(scale * error, digits) else "")
+        + (" %" if scale == 100 else "")
+    )
 
-def show_card(card:dict # from `metric_card`, recorded
-             ) -> str: # Markdown, readable as plain text too
+
+def show_card(
+    card: dict,  # from `metric_card`, recorded
+) -> str:  # Markdown, readable as plain text too
     "The card as a table, with what its numbers depend on below."
     rows, out = [r for r in ROWS if r in card["rows"]], card["left_out"]
-    cells = [[f"{m.name} {m.better}", *(score_text(card, r, m.name) for r in rows)] for m in METRICS]
-    table = markdown_table(["metric", *rows], [c for c in cells if any(c[1:]) or c[0][:-2] in card["reasons"]])
-    faces = {True: "no face was trained on", False: "the faces were trained on", None: "the manifest lists no training clips, so what was trained on is not known"}
-    notes = [f"{card['clips']} clips of {card['speakers']} speakers, {card['seconds_of_speech']} s; of {out['of_split']} in the split, {out['sentence_trained_on']} had a sentence of the training set and were left out; {faces[out['faces_are_new']]}"]
+    cells = [
+        [f"{m.name} {m.better}", *(score_text(card, r, m.name) for r in rows)] for m in METRICS
+    ]
+    table = markdown_table(
+        ["metric", *rows], [c for c in cells if any(c[1:]) or c[0][:-2] in card["reasons"]]
+    )
+    faces = {
+        True: "no face was trained on",
+        False: "the faces were trained on",
+        None: "the manifest lists no training clips, so what was trained on is not known",
+    }
+    notes = [
+        f"{card['clips']} clips of {card['speakers']} speakers, {card['seconds_of_speech']} s; of {out['of_split']} in the split, {out['sentence_trained_on']} had a sentence of the training set and were left out; {faces[out['faces_are_new']]}"
+    ]
     protocol = card["wer_protocol"] or "not measured"
     notes.append(f"± is one standard error over clips; WER: {protocol}")
     how = f"at commit {card['commit']} in {card['seconds']:.0f} s on {card['machine']}"
     notes.append(f"made by {made_text(card)} {how}")
-    because = {reason: ", ".join(n for n, r in card["reasons"].items() if r == reason) for reason in card["reasons"].values()}
-    notes += beginnings_text(card) + [f"blank: {names}, because {reason}" for reason, names in because.items()]
+    because = {
+        reason: ", ".join(n for n, r in card["reasons"].items() if r == reason)
+        for reason in card["reasons"].values()
+    }
+    notes += beginnings_text(card) + [
+        f"blank: {names}, because {reason}" for reason, names in because.items()
+    ]
     return table + "\n\n" + speakers_table(card) + "\n".join(f"- {n}" for n in notes)
 
 # %% ../nbs/17_evaluation.ipynb #35bbc81c
-def speakers_table(card:dict) -> str: # Markdown
+def speakers_table(card: dict) -> str:  # Markdown
     "The synthesised speech of each speaker, where the card tells them apart."
-    if not (speakers := card.get("by_speaker")): return ""
-    cells = [[f"{m.name} {m.better}", *(score_text(of, "synthesised", m.name) for of in speakers.values())] for m in METRICS]
-    return markdown_table(["synthesised", *(f"{who}, {of['clips']} clips" for who, of in speakers.items())], [c for c in cells if any(c[1:])]) + "\n\n"
+    if not (speakers := card.get("by_speaker")):
+        return ""
+    cells = [
+        [
+            f"{m.name} {m.better}",
+            *(score_text(of, "synthesised", m.name) for of in speakers.values()),
+        ]
+        for m in METRICS
+    ]
+    return (
+        markdown_table(
+            ["synthesised", *(f"{who}, {of['clips']} clips" for who, of in speakers.items())],
+            [c for c in cells if any(c[1:])],
+        )
+        + "\n\n"
+    )
 
 # %% ../nbs/17_evaluation.ipynb #03862b9d
-def beginnings_text(card:dict) -> list: # of lines
+def beginnings_text(card: dict) -> list:  # of lines
     "The word error rates of known and of new beginnings, where the card has both."
     kinds = card.get("by_beginning") or {}
-    if not all(kinds.get(kind, {}).get("clips") for kind in ("trained on", "new")): return []
+    if not all(kinds.get(kind, {}).get("clips") for kind in ("trained on", "new")):
+        return []
+
     def rate(kind, name, row):
-        known = [100*x for x in kinds[kind][name][row] if x is not None]
+        known = [100 * x for x in kinds[kind][name][row] if x is not None]
         return ("{:.1f} % [{:.1f}, {:.1f}]" if len(known) == 3 else "{:.1f} %").format(*known)
-    rates = lambda kind, name: f"{name}: " + ", ".join(f"{row} {rate(kind, name, row)}" for row in ("original", "vocoder", "synthesised") if row in kinds[kind][name])
-    words = {"trained on": "clips whose first four words begin a training sentence too", "new": "whose first four words begin none"}
-    return [f"the {kinds[kind]['clips']} {words[kind]}, with 95 % intervals: " + "; ".join(rates(kind, m.name) for m in METRICS if m.name in kinds[kind] and "borrowed" not in m.name) for kind in words]
+
+    rates = lambda kind, name: (
+        f"{name}: "
+        + ", ".join(
+            f"{row} {rate(kind, name, row)}"
+            for row in ("original", "vocoder", "synthesised")
+            if row in kinds[kind][name]
+        )
+    )
+    words = {
+        "trained on": "clips whose first four words begin a training sentence too",
+        "new": "whose first four words begin none",
+    }
+    return [
+        f"the {kinds[kind]['clips']} {words[kind]}, with 95 % intervals: "
+        + "; ".join(
+            rates(kind, m.name)
+            for m in METRICS
+            if m.name in kinds[kind] and "borrowed" not in m.name
+        )
+        for kind in words
+    ]
 
 # %% ../nbs/17_evaluation.ipynb #af2d4b64
-def plot_scores(rows:dict, # name or number → {metric: value}
-                names:list, # metrics, one panel each
-                errors:dict|None=None, # the same shape as rows
-                x:str="", # what the keys are, if they are numbers
-                alt:str="" # text alternative
-               ):
+def plot_scores(
+    rows: dict,  # name or number → {metric: value}
+    names: list,  # metrics, one panel each
+    errors: dict | None = None,  # the same shape as rows
+    x: str = "",  # what the keys are, if they are numbers
+    alt: str = "",  # text alternative
+):
     "One panel for each metric: dots over named rows, or a line over numbers."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    fig, axs = plt.subplots(1, len(names), figsize=(2.6*len(names), 2.6), layout="constrained", squeeze=False)
+
+    fig, axs = plt.subplots(
+        1, len(names), figsize=(2.6 * len(names), 2.6), layout="constrained", squeeze=False
+    )
     for ax, name in zip(axs[0], names):
         keys = [k for k in rows if rows[k].get(name) is not None]
         bars = [((errors or {}).get(k, {}).get(name) or 0) for k in keys]
-        ax.errorbar(keys, [rows[k][name] for k in keys], bars, fmt="o-" if x else "o", color="#0072B2", ecolor="#999999", capsize=3)
-        ax.set(title=name, xlabel=x); ax.spines[["top", "right"]].set_visible(False); ax.grid(axis="y", alpha=.3)
-        if not x: ax.tick_params(axis="x", rotation=60); ax.margins(x=.15)
-    display(fig, metadata={"alt": alt or f"{', '.join(names)} for {', '.join(map(str, rows))}"}); plt.close(fig)
+        ax.errorbar(
+            keys,
+            [rows[k][name] for k in keys],
+            bars,
+            fmt="o-" if x else "o",
+            color="#0072B2",
+            ecolor="#999999",
+            capsize=3,
+        )
+        ax.set(title=name, xlabel=x)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.3)
+        if not x:
+            ax.tick_params(axis="x", rotation=60)
+            ax.margins(x=0.15)
+    display(fig, metadata={"alt": alt or f"{', '.join(names)} for {', '.join(map(str, rows))}"})
+    plt.close(fig)
 
 # %% ../nbs/17_evaluation.ipynb #62eabc9f
 SCALE = {5: "excellent", 4: "good", 3: "fair", 2: "poor", 1: "bad"}
 
-def beeps(n:int) -> torch.Tensor: # (N,) at 16 kHz
-    "Short tones with pauses."
-    tone = .2*torch.sin(2*torch.pi*660*torch.arange(4000)/SAMPLE_RATE)*torch.hann_window(4000)
-    return torch.cat([F.pad(tone, (4000, 4000))]*n)
 
-def level(wav, rms:float=.05) -> torch.Tensor: "The sound at a common loudness (RMS), its peaks cut at full scale."; wav = torch.as_tensor(wav).float(); return (wav*rms/wav.square().mean().sqrt().clamp(min=1e-6)).clamp(-1, 1)
+def beeps(n: int) -> torch.Tensor:  # (N,) at 16 kHz
+    "Short tones with pauses."
+    tone = (
+        0.2
+        * torch.sin(2 * torch.pi * 660 * torch.arange(4000) / SAMPLE_RATE)
+        * torch.hann_window(4000)
+    )
+    return torch.cat([F.pad(tone, (4000, 4000))] * n)
+
+
+def level(wav, rms: float = 0.05) -> torch.Tensor:
+    "The sound at a common loudness (RMS), its peaks cut at full scale."
+    wav = torch.as_tensor(wav).float()
+    return (wav * rms / wav.square().mean().sqrt().clamp(min=1e-6)).clamp(-1, 1)
 
 # %% ../nbs/17_evaluation.ipynb #09b6c495
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Listening test</title>
@@ -739,121 +1348,244 @@ form.onsubmit = event => {{
 """
 
 # %% ../nbs/17_evaluation.ipynb #8de69bc5
-def listening_test(sounds:dict, # system → {clip: (N,) sound at 16 kHz}, the same clips for every system
-                   out, # new folder: `page` to give away, `key.json` to keep
-                   seed:int=0, question:str="How natural does this speech sound?") -> Path: # the page
+def listening_test(
+    sounds: dict,  # system → {clip: (N,) sound at 16 kHz}, the same clips for every system
+    out,  # new folder: `page` to give away, `key.json` to keep
+    seed: int = 0,
+    question: str = "How natural does this speech sound?",
+) -> Path:  # the page
     "Write a blind listening test that needs no server."
-    out, rng, clips = Path(out), np.random.default_rng(seed := whole_seed(seed)), {frozenset(of) for of in sounds.values()}
-    if len(clips) != 1 or not min(map(len, sounds.values())): raise CorpusError(out, "the systems do not all have the same clips", "Give {system: {clip: sound}} with one sound of each clip")
+    out, rng, clips = (
+        Path(out),
+        np.random.default_rng(seed := whole_seed(seed)),
+        {frozenset(of) for of in sounds.values()},
+    )
+    if len(clips) != 1 or not min(map(len, sounds.values())):
+        raise CorpusError(
+            out,
+            "the systems do not all have the same clips",
+            "Give {system: {clip: sound}} with one sound of each clip",
+        )
     check = int(rng.integers(2, 6))
-    asked = [(system, clip, level(wav)) for system, of in sounds.items() for clip, wav in of.items()] + [("", "attention check", level(beeps(check)))]
+    asked = [
+        (system, clip, level(wav)) for system, of in sounds.items() for clip, wav in of.items()
+    ] + [("", "attention check", level(beeps(check)))]
     asked = {f"{n:03d}": asked[i] for n, i in enumerate(rng.permutation(len(asked)), 1)}
-    key = dict(seed=seed, items={n: [system, clip] for n, (system, clip, _) in asked.items() if system}, attention={n: check for n, (system, *_) in asked.items() if not system})
+    key = dict(
+        seed=seed,
+        items={n: [system, clip] for n, (system, clip, _) in asked.items() if system},
+        attention={n: check for n, (system, *_) in asked.items() if not system},
+    )
     key["test"] = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    with atomic_path(out/"key.json") as tmp: tmp.write_text(json.dumps(key, indent=1))
-    for n, (*_, wav) in asked.items(): save_wav(out/"page"/f"{n}.wav", wav)
-    page = PAGE.format(question=html.escape(question), scale=", ".join(f"{n} {word}" for n, word in SCALE.items()), test=json.dumps(key["test"]), items=json.dumps(list(asked)), marks=json.dumps(list(SCALE.items())))
-    with atomic_path(out/"page"/"index.html") as tmp: tmp.write_text(page, encoding="utf-8")
-    return out/"page"/"index.html"
+    with atomic_path(out / "key.json") as tmp:
+        tmp.write_text(json.dumps(key, indent=1))
+    for n, (*_, wav) in asked.items():
+        save_wav(out / "page" / f"{n}.wav", wav)
+    page = PAGE.format(
+        question=html.escape(question),
+        scale=", ".join(f"{n} {word}" for n, word in SCALE.items()),
+        test=json.dumps(key["test"]),
+        items=json.dumps(list(asked)),
+        marks=json.dumps(list(SCALE.items())),
+    )
+    with atomic_path(out / "page" / "index.html") as tmp:
+        tmp.write_text(page, encoding="utf-8")
+    return out / "page" / "index.html"
 
 # %% ../nbs/17_evaluation.ipynb #94a71024
-def read_ratings(path, # CSV that the page saved
-                 key:dict # of the test
-                ) -> tuple: # listener, {item: 1 to 5}
+def read_ratings(
+    path,  # CSV that the page saved
+    key: dict,  # of the test
+) -> tuple:  # listener, {item: 1 to 5}
     "One listener's marks, all of them, or an error."
     try:
-        if Path(path).stat().st_size > 1_000_000: raise ValueError("it is over 1 MB")
-        with open(path, encoding="utf-8-sig", newline="") as f: rows = list(csv.DictReader(f))
+        if Path(path).stat().st_size > 1_000_000:
+            raise ValueError("it is over 1 MB")
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            rows = list(csv.DictReader(f))
         marks, who = {r["item"]: int(r["rating"]) for r in rows}, {r["listener"] for r in rows}
-        if {r["test"] for r in rows} != {key["test"]}: raise ValueError("it is not of this test")
-        if len(who) != 1: raise ValueError("it holds several listeners")
-        if len(rows) != len(marks) or marks.keys() != key["items"].keys() | key["attention"].keys(): raise ValueError("sounds are missing, doubled or unknown")
-        if not set(marks.values()) <= SCALE.keys(): raise ValueError("a mark is not between 1 and 5")
+        if {r["test"] for r in rows} != {key["test"]}:
+            raise ValueError("it is not of this test")
+        if len(who) != 1:
+            raise ValueError("it holds several listeners")
+        if len(rows) != len(marks) or marks.keys() != key["items"].keys() | key["attention"].keys():
+            raise ValueError("sounds are missing, doubled or unknown")
+        if not set(marks.values()) <= SCALE.keys():
+            raise ValueError("a mark is not between 1 and 5")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
-        raise CorpusError(path, f"is not a whole set of marks ({type(e).__name__}: {e})", "Ask the listener for the file as the page saved it") from e
+        raise CorpusError(
+            path,
+            f"is not a whole set of marks ({type(e).__name__}: {e})",
+            "Ask the listener for the file as the page saved it",
+        ) from e
     return *who, marks
 
 # %% ../nbs/17_evaluation.ipynb #1740c5a2
-def read_key(path # key.json of a test
-            ) -> dict:
+def read_key(
+    path,  # key.json of a test
+) -> dict:
     "Which system made which sound."
     try:
         key = json.loads(Path(path).read_text())
-        if not all(isinstance(key[part], kind) for part, kind in dict(test=str, items=dict, attention=dict).items()): raise ValueError("its parts are of the wrong kind")
-    except (OSError, ValueError, KeyError, TypeError) as e: raise CorpusError(path, f"is not the key of a listening test ({type(e).__name__})", "Give the folder that `faces2voices listen page` made") from e
+        if not all(
+            isinstance(key[part], kind)
+            for part, kind in dict(test=str, items=dict, attention=dict).items()
+        ):
+            raise ValueError("its parts are of the wrong kind")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CorpusError(
+            path,
+            f"is not the key of a listening test ({type(e).__name__})",
+            "Give the folder that `faces2voices listen page` made",
+        ) from e
     return key
 
-def opinions(paths:list, # CSV files of the listeners
-             key # key.json of the test
-            ) -> tuple: # {system: Interval}, listeners who failed the attention check
+
+def opinions(
+    paths: list,  # CSV files of the listeners
+    key,  # key.json of the test
+) -> tuple:  # {system: Interval}, listeners who failed the attention check
     "Mean opinion scores by system, of the listeners who listened."
     key, heard, asleep = read_key(key), {}, []
     for path in paths:
         who, marks = read_ratings(path, key)
-        if who in heard or who in asleep: raise CorpusError(path, f"is a second file of listener {who!r}", "Keep one of them")
-        if any(marks[n] != check for n, check in key["attention"].items()): asleep.append(who)
-        else: heard[who] = marks
-    if not heard: raise CorpusError(key["test"], f"no listener passed the attention check, of {len(paths)}")
-    items = {system: [n for n, (s, _) in key["items"].items() if s == system] for system, _ in key["items"].values()}
-    return {system: crossed_interval([[marks[n] for n in ns] for marks in heard.values()]) for system, ns in sorted(items.items())}, asleep
+        if who in heard or who in asleep:
+            raise CorpusError(path, f"is a second file of listener {who!r}", "Keep one of them")
+        if any(marks[n] != check for n, check in key["attention"].items()):
+            asleep.append(who)
+        else:
+            heard[who] = marks
+    if not heard:
+        raise CorpusError(key["test"], f"no listener passed the attention check, of {len(paths)}")
+    items = {
+        system: [n for n, (s, _) in key["items"].items() if s == system]
+        for system, _ in key["items"].values()
+    }
+    return {
+        system: crossed_interval([[marks[n] for n in ns] for marks in heard.values()])
+        for system, ns in sorted(items.items())
+    }, asleep
 
 # %% ../nbs/17_evaluation.ipynb #3c1f51e7
-def mos_card(paths:list, key # as in `opinions`
-            ) -> dict: # what JSON can hold
+def mos_card(
+    paths: list,
+    key,  # as in `opinions`
+) -> dict:  # what JSON can hold
     "Mean opinion scores, and who gave them."
     found, asleep = opinions(paths, key)
     clips = len({clip for _, clip in read_key(key)["items"].values()})
-    return dict(clips=clips, listeners=len(paths) - len(asleep), left_out=asleep, systems={system: dict(mos=o.estimate, low=o.low, high=o.high) for system, o in found.items()})
+    return dict(
+        clips=clips,
+        listeners=len(paths) - len(asleep),
+        left_out=asleep,
+        systems={
+            system: dict(mos=o.estimate, low=o.low, high=o.high) for system, o in found.items()
+        },
+    )
 
-def show_mos(card:dict # from `mos_card`
-            ) -> str: # Markdown
+
+def show_mos(
+    card: dict,  # from `mos_card`
+) -> str:  # Markdown
     "The best first, with what the intervals are made of."
     rows = sorted(card["systems"].items(), key=lambda item: -item[1]["mos"])
-    table = markdown_table(["system", "MOS", "95 % interval"], [[name, f"{o['mos']:.2f}", f"{o['low']:.2f} to {o['high']:.2f}"] for name, o in rows])
-    out = f"; left out, because they miscounted the beeps: {', '.join(card['left_out'])}" if card["left_out"] else ""
+    table = markdown_table(
+        ["system", "MOS", "95 % interval"],
+        [[name, f"{o['mos']:.2f}", f"{o['low']:.2f} to {o['high']:.2f}"] for name, o in rows],
+    )
+    out = (
+        f"; left out, because they miscounted the beeps: {', '.join(card['left_out'])}"
+        if card["left_out"]
+        else ""
+    )
     return f"{table}\n\n- {card['listeners']} listeners, {card['clips']} clips of each system; t intervals over listeners and clips{out}"
 
 # %% ../nbs/17_evaluation.ipynb #afebb9a4
-def sounds_in(folder # of wavs; where there are none, of mp4s
-             ) -> dict: # clip → (N,)
+def sounds_in(
+    folder,  # of wavs; where there are none, of mp4s
+) -> dict:  # clip → (N,)
     "The sounds of a folder by the names of their files."
     paths = sorted(Path(folder).glob("*.wav")) or sorted(Path(folder).glob("*.mp4"))
-    if not paths: raise CorpusError(folder, "holds no .wav and no .mp4", "Give a folder of sounds for each system")
+    if not paths:
+        raise CorpusError(
+            folder, "holds no .wav and no .mp4", "Give a folder of sounds for each system"
+        )
     read = load_audio if paths[0].suffix == ".wav" else film_sound
     return {p.stem: read(p) for p in paths}
 
 # %% ../nbs/17_evaluation.ipynb #eefb77d5
 ASKED = "original", "vocoder", "synthesised"
 
-def sounds_of(model, data, # FacesToVoices; folder of prepared clips
-              split:str="test", limit:int|None=10, # at most so many clips, spread evenly
-              **kw # steps, guidance, seed
-             ) -> dict: # row → {clip: (N,)}
+
+def sounds_of(
+    model,
+    data,  # FacesToVoices; folder of prepared clips
+    split: str = "test",
+    limit: int | None = 10,  # at most so many clips, spread evenly
+    **kw,  # steps, guidance, seed
+) -> dict:  # row → {clip: (N,)}
     "What listeners are asked about: the clips as they are, resynthesised, and as the model speaks them."
     clips, found = test_clips(data, split, limit)[0], {row: {} for row in ASKED}
     for clip in tqdm(clips, desc="speak", unit="clip"):
         for row, take in takes(model, clip, clips, {}, **kw):
-            if row in ASKED: found[row][clip.name] = take.sound.wav
-            if row == ASKED[-1]: break
+            if row in ASKED:
+                found[row][clip.name] = take.sound.wav
+            if row == ASKED[-1]:
+                break
     return found
 
 # %% ../nbs/17_evaluation.ipynb #8a3c517f
-CLAIMS = [ # claim, (row, metric) that should be better, (row, metric) that should be worse
-    ("with other lips, the words are those of the lips", ("wrong lips", "WER of the borrowed lips"), ("wrong lips", "WER")),
-    ("another face costs fewer words than other lips",
-        ("wrong face", "WER"), ("wrong lips", "WER")),
-    ("with another face, the voice is less the clip's own", ("synthesised", "voice similarity"), ("wrong face", "voice similarity")),
-    ("with another face, the voice is more the borrowed one than the clip's own",
-        ("wrong face", "voice similarity to the borrowed face"), ("wrong face", "voice similarity")),
-    ("the same, by Resemblyzer",
-        ("wrong face", "the same to the borrowed face"), ("wrong face", "voice similarity, Resemblyzer")),
-    ("with another face, mean pitch follows the borrowed face", ("wrong face", "mean F0 of the borrowed face, r"), ("wrong face", "mean F0, r"))]
+CLAIMS = [  # claim, (row, metric) that should be better, (row, metric) that should be worse
+    (
+        "with other lips, the words are those of the lips",
+        ("wrong lips", "WER of the borrowed lips"),
+        ("wrong lips", "WER"),
+    ),
+    (
+        "another face costs fewer words than other lips",
+        ("wrong face", "WER"),
+        ("wrong lips", "WER"),
+    ),
+    (
+        "with another face, the voice is less the clip's own",
+        ("synthesised", "voice similarity"),
+        ("wrong face", "voice similarity"),
+    ),
+    (
+        "with another face, the voice is more the borrowed one than the clip's own",
+        ("wrong face", "voice similarity to the borrowed face"),
+        ("wrong face", "voice similarity"),
+    ),
+    (
+        "the same, by Resemblyzer",
+        ("wrong face", "the same to the borrowed face"),
+        ("wrong face", "voice similarity, Resemblyzer"),
+    ),
+    (
+        "with another face, mean pitch follows the borrowed face",
+        ("wrong face", "mean F0 of the borrowed face, r"),
+        ("wrong face", "mean F0, r"),
+    ),
+]
 
-def claims(card:dict) -> list: # of (claim, True, False or None, text of both numbers)
+
+def claims(card: dict) -> list:  # of (claim, True, False or None, text of both numbers)
     "What the swapped rows of a card say about the separation of words and voice."
     found, better = [], {m.name: 1 if m.better == "↑" else -1 for m in METRICS}
     for claim, a, b in CLAIMS:
-        (x, y), (ex, ey) = ([card[k].get(row, {}).get(name) for row, name in (a, b)] for k in ("rows", "errors"))
-        holds = None if x is None or y is None else bool(better[a[1]]*(x - y) > 2*np.hypot(ex or 0, ey or 0))
-        found.append((claim, holds, "" if holds is None else f"{score_text(card, *a)} against {score_text(card, *b)}"))
+        (x, y), (ex, ey) = (
+            [card[k].get(row, {}).get(name) for row, name in (a, b)] for k in ("rows", "errors")
+        )
+        holds = (
+            None
+            if x is None or y is None
+            else bool(better[a[1]] * (x - y) > 2 * np.hypot(ex or 0, ey or 0))
+        )
+        found.append(
+            (
+                claim,
+                holds,
+                "" if holds is None else f"{score_text(card, *a)} against {score_text(card, *b)}",
+            )
+        )
     return found

@@ -23,34 +23,84 @@ import numpy as np
 import torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 from .statistics import holm, paired_difference, ratio, t_interval
-from .core import EULER_STEPS, GRID, TINY, CheckpointError, CorpusError, Preset, atomic_path, markdown_table, seed_everything, whole_seed
+from faces2voices.core import (
+    EULER_STEPS,
+    GRID,
+    TINY,
+    CheckpointError,
+    CorpusError,
+    Preset,
+    atomic_path,
+    markdown_table,
+    seed_everything,
+    whole_seed,
+)
 from .records import commit, machine
 from .audio import MEL, griffin_lim, load_audio, save_wav, vowel
 from .corpora import GRID_GRAMMAR, Clip, ClipDataset, batches, collate, read_manifest
 from .timbre import SpeakerEncoder
 from .hierarchy import Hierarchy, prior_loss, probe, see, show_mus
 from .synthesis import WEIGHTS, FacesToVoices
-from .training import claim, clips_identity, fit, fit_eigenlips, part, shuffled, train_speaker
+from faces2voices.training import (
+    claim,
+    clips_identity,
+    fit,
+    fit_eigenlips,
+    part,
+    shuffled,
+    train_speaker,
+)
 from .vocoder import excitation
 from .evaluation import made_text
-from .evaluation import Sound, correlation, energy_correlation, grammar_of, grid_listener, grid_sentence, listener, loud, mcd, mean_f0, plot_scores, score_text, show_card, stoi, unit_accuracy, word_errors
+from faces2voices.evaluation import (
+    Sound,
+    correlation,
+    energy_correlation,
+    grammar_of,
+    grid_listener,
+    grid_sentence,
+    listener,
+    loud,
+    mcd,
+    mean_f0,
+    plot_scores,
+    score_text,
+    show_card,
+    stoi,
+    unit_accuracy,
+    word_errors,
+)
 
 # %% ../nbs/18_experiments.ipynb #0e16efde
-VARIANTS = dict(whole=(), masked=("masked",), timbre=("timbre",), prosody=("prosody",), hierarchy=("hierarchy",)) # name → `without`
+VARIANTS = dict(
+    whole=(), masked=("masked",), timbre=("timbre",), prosody=("prosody",), hierarchy=("hierarchy",)
+)  # name → `without`
 
 # %% ../nbs/18_experiments.ipynb #e97de274
-JUDGED = {"prior loss": "↓", "error, dB": "↓", "unit accuracy in speech": "↑", "energy, r": "↑", "voice similarity": "↑", "mean F0 in μ, R²": "↑", "mean F0 predicted, r": "↑"}
+JUDGED = {
+    "prior loss": "↓",
+    "error, dB": "↓",
+    "unit accuracy in speech": "↑",
+    "energy, r": "↑",
+    "voice similarity": "↑",
+    "mean F0 in μ, R²": "↑",
+    "mean F0 predicted, r": "↑",
+}
 
 # %% ../nbs/18_experiments.ipynb #0f79e4bb
-def reached(rows:list, # from `ablation`
-            without:str, measure:str) -> list: # a number a seed
+def reached(
+    rows: list,  # from `ablation`
+    without: str,
+    measure: str,
+) -> list:  # a number a seed
     "What the runs of one variant reached."
     return [r[measure] for r in rows if r["without"] == without and r.get(measure) is not None]
 
 # %% ../nbs/18_experiments.ipynb #2b9d6f04
-def changes(rows:list, # from `ablation`
-            measures=JUDGED
-           ) -> dict: # (variant, measure) → Interval, p after Holm's correction over all of them
+def changes(
+    rows: list,  # from `ablation`
+    measures=JUDGED,
+) -> dict:  # (variant, measure) → Interval, p after Holm's correction over all of them
     "What leaving a stage out changes, within each seed."
     whole, found = {r["seed"]: r for r in rows if r["without"] == "whole"}, {}
     for name, k in product(list(VARIANTS)[1:], measures):
@@ -62,151 +112,248 @@ def changes(rows:list, # from `ablation`
     return {key: (d.interval, p) for (key, d), p in zip(found.items(), corrected)}
 
 # %% ../nbs/18_experiments.ipynb #84359962
-def show_ablation(found:dict # recorded by `faces2voices ablate`
-                 ) -> str: # Markdown
+def show_ablation(
+    found: dict,  # recorded by `faces2voices ablate`
+) -> str:  # Markdown
     "The ablation as means and 95 % intervals over the seeds; bold is what differs from the whole."
     rows = found["rows"]
     label = lambda name: "whole" if name == "whole" else f"without {name}"
-    groups, changed = {name: [r for r in rows if r["without"] == name] for name in VARIANTS}, changes(rows)
+    groups, changed = (
+        {name: [r for r in rows if r["without"] == name] for name in VARIANTS},
+        changes(rows),
+    )
+
     def cell(name, k):
-        mark = "**" if changed.get((name, k), (None, 1))[1] < .05 else ""
+        mark = "**" if changed.get((name, k), (None, 1))[1] < 0.05 else ""
         return f"{mark}{t_interval(values)}{mark}" if (values := reached(rows, name, k)) else None
-    body = [[label(name), len(rs), *(cell(name, k) for k in JUDGED), f"{rs[0]['weights']/1e6:.2f}"] for name, rs in groups.items() if rs]
+
+    body = [
+        [label(name), len(rs), *(cell(name, k) for k in JUDGED), f"{rs[0]['weights'] / 1e6:.2f}"]
+        for name, rs in groups.items()
+        if rs
+    ]
     one = rows[0]
-    end = f"\n\n{one['steps']} steps each, {one['clips']} validation clips; " \
-          f"made by `{found['command']}` on {found['machine']}"
+    end = (
+        f"\n\n{one['steps']} steps each, {one['clips']} validation clips; "
+        f"made by `{found['command']}` on {found['machine']}"
+    )
     if changed:
         end += "\n\nBold: differs from the whole within the seeds (paired t test, "
         end += f"p < 0.05 after Holm's correction over the {len(changed)} comparisons)."
-    return markdown_table(["hierarchy", "seeds", *(f"{k} {v}" for k, v in JUDGED.items()), "M weights"], body) + end
+    return (
+        markdown_table(
+            ["hierarchy", "seeds", *(f"{k} {v}" for k, v in JUDGED.items()), "M weights"], body
+        )
+        + end
+    )
 
 # %% ../nbs/18_experiments.ipynb #af897d43
-RESULTS = WEIGHTS.parents[1]/"nbs"/"results" # of a checkout
+RESULTS = WEIGHTS.parents[1] / "nbs" / "results"  # of a checkout
 if not RESULTS.is_dir():
-    RESULTS = WEIGHTS.parent/"results" # of the installed package
+    RESULTS = WEIGHTS.parent / "results"  # of the installed package
 
 # %% ../nbs/18_experiments.ipynb #cd3b2c6a
-def plot_ablation(rows:list # from `ablation`
-                 ):
+def plot_ablation(
+    rows: list,  # from `ablation`
+):
     "What each variant reaches, in four of the measures: a dot a seed, a bar at the mean; the whole hierarchy is the dotted line."
     import matplotlib.pyplot as plt
+
     shown = "voice similarity", "energy, r", "error, dB", "unit accuracy in speech"
     fig, axes = plt.subplots(1, len(shown), figsize=(9, 2.3), sharey=True, layout="constrained")
     for ax, k in zip(axes, shown):
         for y, name in enumerate(VARIANTS):
             values = [r[k] for r in rows if r["without"] == name and r.get(k) is not None]
-            ax.plot(values, [y]*len(values), "o", ms=5, color="#0072B2", alpha=.6)
-            if values: ax.plot(np.mean(values), y, "|", ms=16, color="k")
-            if values and name == "whole": ax.axvline(np.mean(values), color="0.6", lw=1, ls=":")
+            ax.plot(values, [y] * len(values), "o", ms=5, color="#0072B2", alpha=0.6)
+            if values:
+                ax.plot(np.mean(values), y, "|", ms=16, color="k")
+            if values and name == "whole":
+                ax.axvline(np.mean(values), color="0.6", lw=1, ls=":")
         ax.set_title(f"{k} {JUDGED[k]}", fontsize=9)
-        ax.set(yticks=range(len(VARIANTS)), yticklabels=["whole", *(f"without {n}" for n in list(VARIANTS)[1:])], ylim=(len(VARIANTS) - .5, -.5))
+        ax.set(
+            yticks=range(len(VARIANTS)),
+            yticklabels=["whole", *(f"without {n}" for n in list(VARIANTS)[1:])],
+            ylim=(len(VARIANTS) - 0.5, -0.5),
+        )
     return fig
 
 # %% ../nbs/18_experiments.ipynb #476984c9
-def sung(vocoder, mu, # (80, 4T) normalised
-         prosody # what the variant's prosody stage said, or None
-        ) -> torch.Tensor: # (640 T,)
+def sung(
+    vocoder,
+    mu,  # (80, 4T) normalised
+    prosody,  # what the variant's prosody stage said, or None
+) -> torch.Tensor:  # (640 T,)
     "μ through a vocoder, at the predicted pitch or on one note."
-    mel, flat = MEL.denormalize(mu), torch.full((mu.shape[1]//2,), math.log(150))
-    contour = (prosody.log_f0[0], prosody.voiced_logit[0].sigmoid().round()) if prosody else (flat, torch.ones_like(flat))
+    mel, flat = MEL.denormalize(mu), torch.full((mu.shape[1] // 2,), math.log(150))
+    contour = (
+        (prosody.log_f0[0], prosody.voiced_logit[0].sigmoid().round())
+        if prosody
+        else (flat, torch.ones_like(flat))
+    )
     return vocoder(mel[None], excitation(*contour)[None])[0]
 
 # %% ../nbs/18_experiments.ipynb #7405d9c7
 @torch.no_grad()
-def hear_ablation(data, out, # as in `ablation`, after it
-                  steps:int=800, seed:int=0, clip:int=0 # number of the validation clip
-                 ) -> dict: # name → file
+def hear_ablation(
+    data,
+    out,  # as in `ablation`, after it
+    steps: int = 800,
+    seed: int = 0,
+    clip: int = 0,  # number of the validation clip
+) -> dict:  # name → file
     "One validation clip as it was, and as each variant has it."
     _, val, _, preset = targets(data, Path(out), 0)
-    vocoder, b, wavs = FacesToVoices.from_pretrained("talkers", device="cpu").vocoder, collate([val[clip]]), dict(truth=val[clip].wav)
+    vocoder, b, wavs = (
+        FacesToVoices.from_pretrained("talkers", device="cpu").vocoder,
+        collate([val[clip]]),
+        dict(truth=val[clip].wav),
+    )
     for name, without in VARIANTS.items():
         h = Hierarchy(preset, without).eval()
-        h.load_state_dict(torch.load(Path(out)/f"{name}-{steps}-{seed}.ckpt", weights_only=True, map_location="cpu")["learners"][0]["ema"])
-        said = h(*see(b)); wavs[name] = sung(vocoder, said.mu[0], said.prosody)
-    files = {name: Path(out)/f"ablation-{name}.wav" for name in wavs}
-    for name, file in files.items(): save_wav(file, wavs[name], overwrite=True)
+        h.load_state_dict(
+            torch.load(
+                Path(out) / f"{name}-{steps}-{seed}.ckpt", weights_only=True, map_location="cpu"
+            )["learners"][0]["ema"]
+        )
+        said = h(*see(b))
+        wavs[name] = sung(vocoder, said.mu[0], said.prosody)
+    files = {name: Path(out) / f"ablation-{name}.wav" for name in wavs}
+    for name, file in files.items():
+        save_wav(file, wavs[name], overwrite=True)
     return files
 
 # %% ../nbs/18_experiments.ipynb #390453ef
-def preset_for(clip:Clip) -> Preset:
+def preset_for(clip: Clip) -> Preset:
     "The small preset that fits prepared clips: drawn faces without an identity vector, or real ones with."
     base = GRID if len(clip.identity) else TINY
     return replace(base, identity_dim=len(clip.identity), expression_dim=clip.expression.shape[1])
 
 # %% ../nbs/18_experiments.ipynb #4d409630
-def loudness(mel # (80, L) ln mel
-            ) -> torch.Tensor: # (L,)
+def loudness(
+    mel,  # (80, L) ln mel
+) -> torch.Tensor:  # (L,)
     "Log of the summed bands: a loudness that can be had from a mel."
     return torch.logsumexp(mel, 0)
 
 # %% ../nbs/18_experiments.ipynb #024158a1
 @torch.no_grad()
-def judge_mu(hierarchy, clip:Clip, speaker_encoder) -> dict: # name → number
+def judge_mu(hierarchy, clip: Clip, speaker_encoder) -> dict:  # name → number
     "What μ of one clip is worth; the clip carries its targets."
     b, frames = collate([clip]), loud(clip.energy)
     out = hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
     mu, mel = MEL.denormalize(out.mu[0]), MEL.denormalize(b.mel[0])
     speech = frames.repeat_interleave(2)
-    row = {"prior loss": prior_loss(out.mu, b.mel, b.mask.repeat_interleave(4, 1)).item(),
-           "error, dB": 20/np.log(10)*(mu - mel).abs()[:, speech].mean().item(),
-           "energy, r": correlation(loudness(mu).clamp(min=-4), loudness(mel).clamp(min=-4)),
-           "voice similarity": float(speaker_encoder(out.mu)[0] @ clip.voice)}
-    if out.content: row["unit accuracy in speech"] = unit_accuracy(out.content.logits[0].argmax(-1), clip.units, frames)
-    if out.prosody: row["predicted F0"] = out.prosody.log_f0[0][clip.voiced > 0].mean().item()
-    return row | {"true F0": mean_f0((clip.log_f0, clip.voiced)), "mean mel": mu[:, speech].mean(1).tolist()}
+    row = {
+        "prior loss": prior_loss(out.mu, b.mel, b.mask.repeat_interleave(4, 1)).item(),
+        "error, dB": 20 / np.log(10) * (mu - mel).abs()[:, speech].mean().item(),
+        "energy, r": correlation(loudness(mu).clamp(min=-4), loudness(mel).clamp(min=-4)),
+        "voice similarity": float(speaker_encoder(out.mu)[0] @ clip.voice),
+    }
+    if out.content:
+        row["unit accuracy in speech"] = unit_accuracy(
+            out.content.logits[0].argmax(-1), clip.units, frames
+        )
+    if out.prosody:
+        row["predicted F0"] = out.prosody.log_f0[0][clip.voiced > 0].mean().item()
+    return row | {
+        "true F0": mean_f0((clip.log_f0, clip.voiced)),
+        "mean mel": mu[:, speech].mean(1).tolist(),
+    }
 
 # %% ../nbs/18_experiments.ipynb #5f0e3477
-def judge(hierarchy, dataset, speaker_encoder) -> dict: # name → number
+def judge(hierarchy, dataset, speaker_encoder) -> dict:  # name → number
     "Means over the clips, and the two numbers that need all clips at once."
     rows = [judge_mu(hierarchy.cpu().eval(), clip, speaker_encoder) for clip in dataset]
     rows = [r for r in rows if np.isfinite(r["true F0"])]
-    if not rows: raise CorpusError(dataset.folder, "has no voiced speech in its validation clips", "Give others the split val")
+    if not rows:
+        raise CorpusError(
+            dataset.folder,
+            "has no voiced speech in its validation clips",
+            "Give others the split val",
+        )
     column = lambda k: [r.pop(k) for r in rows if k in r]
     true_f0, mean_mel, predicted = column("true F0"), column("mean mel"), column("predicted F0")
     found = {k: float(np.nanmean([r[k] for r in rows])) for k in rows[0]}
-    found["mean F0 in μ, R²"] = probe(np.array(mean_mel), np.array(true_f0)) if len(rows) > 8 else None
+    found["mean F0 in μ, R²"] = (
+        probe(np.array(mean_mel), np.array(true_f0)) if len(rows) > 8 else None
+    )
     found["mean F0 predicted, r"] = correlation(predicted, true_f0) if predicted else None
     return {k: None if v is None or not np.isfinite(v) else round(v, 4) for k, v in found.items()}
 
 # %% ../nbs/18_experiments.ipynb #f9f32f19
-def targets(data, out, seed) -> tuple: # training set, validation set, speaker encoder, preset
+def targets(data, out, seed) -> tuple:  # training set, validation set, speaker encoder, preset
     "The clips with the targets that all variants share."
     train, val = ClipDataset(data, split="train"), ClipDataset(data, split="val")
     for name, ds in (("train", train), ("val", val)):
-        if not len(ds): raise CheckpointError(data, f"holds no clips with sound whose split is `{name}`", f"Prepare a corpus with `faces2voices prepare`, and give lines of its manifest.jsonl the split {name}")
+        if not len(ds):
+            raise CheckpointError(
+                data,
+                f"holds no clips with sound whose split is `{name}`",
+                f"Prepare a corpus with `faces2voices prepare`, and give lines of its manifest.jsonl the split {name}",
+            )
     preset = preset_for(train[0])
-    if not any(train.spoken.values()): preset = replace(preset, words=())      # nothing tells when which word is said
+    if not any(train.spoken.values()):
+        preset = replace(preset, words=())  # nothing tells when which word is said
     claim(out, data=clips_identity(data), preset=preset.to_json())
     model = FacesToVoices(preset.to_json())
-    part(out, "units", model.units, lambda: model.units.fit([train[i].wav for i in shuffled(len(train), min(len(train), 300), seed)(0)], preset.n_units, seed))
-    part(out, "speaker", model.speaker_encoder, lambda: train_speaker(model, train, preset, None, seed))
+    part(
+        out,
+        "units",
+        model.units,
+        lambda: model.units.fit(
+            [train[i].wav for i in shuffled(len(train), min(len(train), 300), seed)(0)],
+            preset.n_units,
+            seed,
+        ),
+    )
+    part(
+        out,
+        "speaker",
+        model.speaker_encoder,
+        lambda: train_speaker(model, train, preset, None, seed),
+    )
     shared = model.units, model.speaker_encoder, preset.words
     return train.add(*shared), val.add(*shared), model.speaker_encoder, preset
 
 # %% ../nbs/18_experiments.ipynb #73f18c82
-def train_variant(name:str, # of VARIANTS
-                  clips:tuple, # what `targets` gave
-                  out:Path, steps:int, seed:int) -> dict: # one row of the ablation
+def train_variant(
+    name: str,  # of VARIANTS
+    clips: tuple,  # what `targets` gave
+    out: Path,
+    steps: int,
+    seed: int,
+) -> dict:  # one row of the ablation
     "Train a hierarchy without one stage, and judge its μ on the validation clips."
     train, val, speaker_encoder, preset = clips
     seed_everything(seed)
     hierarchy = Hierarchy(preset, VARIANTS[name])
     fit_eigenlips(hierarchy, train, seed=seed)
-    log = fit(hierarchy.loss, hierarchy, batches(train, preset.batch["hierarchy"], seed, preset.vary), steps, preset.lr["hierarchy"],
-              name=f"{name}-{steps}-{seed}", run_dir=out, bf16=True, seed=seed)
+    log = fit(
+        hierarchy.loss,
+        hierarchy,
+        batches(train, preset.batch["hierarchy"], seed, preset.vary),
+        steps,
+        preset.lr["hierarchy"],
+        name=f"{name}-{steps}-{seed}",
+        run_dir=out,
+        bf16=True,
+        seed=seed,
+    )
     weights = sum(p.numel() for p in hierarchy.parameters())
     row = dict(clips=len(val), weights=weights, seconds=log[-1]["seconds"])
     return judge(hierarchy, val, speaker_encoder) | row
 
 # %% ../nbs/18_experiments.ipynb #2ca9bc8c
-def ablation(data, # folder of prepared clips with splits train and val
-             out, # folder of the runs
-             steps:int=800, # of each variant
-             seeds=(0,)) -> list: # one row a variant and seed
+def ablation(
+    data,  # folder of prepared clips with splits train and val
+    out,  # folder of the runs
+    steps: int = 800,  # of each variant
+    seeds=(0,),
+) -> list:  # one row a variant and seed
     "Train every variant for the same number of steps from every seed; what stands in `out` is not run again."
     out, seeds = Path(out), [whole_seed(s) for s in seeds]
     out.mkdir(parents=True, exist_ok=True)
-    path, key = out/"rows.json", dict(data=str(data), steps=steps)
+    path, key = out / "rows.json", dict(data=str(data), steps=steps)
     rows, clips = json.loads(path.read_text()) if path.exists() else [], targets(data, out, 0)
     for seed, name in product(seeds, VARIANTS):
         row = dict(without=name, **key, seed=seed)
@@ -219,121 +366,217 @@ def ablation(data, # folder of prepared clips with splits train and val
     return [r for r in rows if key.items() <= r.items() and r["seed"] in seeds]
 
 # %% ../nbs/18_experiments.ipynb #6ed057a6
-GIVEN = {"nothing": (), "the voice": ("speaker",), "pitch and voicing": ("log_f0", "voiced"), "loudness": ("energy",), "all of these": ("speaker", "log_f0", "voiced", "energy"), "the words": ("words",)}
+GIVEN = {
+    "nothing": (),
+    "the voice": ("speaker",),
+    "pitch and voicing": ("log_f0", "voiced"),
+    "loudness": ("energy",),
+    "all of these": ("speaker", "log_f0", "voiced", "energy"),
+    "the words": ("words",),
+}
+
 
 @torch.no_grad()
-def told(hierarchy, batch, truths:tuple) -> float: # mean squared error of normalised mel
+def told(hierarchy, batch, truths: tuple) -> float:  # mean squared error of normalised mel
     "The error of one clip's μ when some truths stand in for the hierarchy's own predictions."
     own = hierarchy(*see(batch))
-    believed = batch._replace(speaker=own.speaker, log_f0=own.prosody.log_f0, voiced=own.prosody.voiced_logit.sigmoid(), energy=own.prosody.energy)
+    believed = batch._replace(
+        speaker=own.speaker,
+        log_f0=own.prosody.log_f0,
+        voiced=own.prosody.voiced_logit.sigmoid(),
+        energy=own.prosody.energy,
+    )
     given = believed._replace(**{k: getattr(batch, k) for k in truths if k != "words"})
-    with words_told(hierarchy, batch) if "words" in truths else nullcontext(): out = hierarchy(*see(batch), given)
+    with words_told(hierarchy, batch) if "words" in truths else nullcontext():
+        out = hierarchy(*see(batch), given)
     return (out.mu - batch.mel).square().mean().item()
+
 
 @contextmanager
 def words_told(hierarchy, batch):
     "The content stage names the true words, with all but certainty."
-    certain = 20*F.one_hot(batch.words.clamp(0), 1 + len(hierarchy.preset.words)).float()
-    hook = hierarchy.content.register_forward_hook(lambda stage, seen, said: said._replace(words=certain))
-    try: yield
-    finally: hook.remove()
+    certain = 20 * F.one_hot(batch.words.clamp(0), 1 + len(hierarchy.preset.words)).float()
+    hook = hierarchy.content.register_forward_hook(
+        lambda stage, seen, said: said._replace(words=certain)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 # %% ../nbs/18_experiments.ipynb #24b7be33
-def teacher_study(name:str, # of a model
-                  data, # folder of prepared clips
-                  split:str="val", limit:int=40) -> dict: # what JSON can hold
+def teacher_study(
+    name: str,  # of a model
+    data,  # folder of prepared clips
+    split: str = "val",
+    limit: int = 40,
+) -> dict:  # what JSON can hold
     "What each truth is worth to a model's μ, on clips that it was not trained on."
     model, ds = FacesToVoices.from_pretrained(name), ClipDataset(data, split=split)
     clips = [ds[i] for i in range(min(limit, len(ds)))]
     seen = [collate([c], model.units, model.speaker_encoder).to(model.device) for c in clips]
     given = {k: truths for k, truths in GIVEN.items() if k != "the words" or model.preset.words}
-    errors = {k: round(float(np.mean([told(model.hierarchy, b, truths) for b in seen])), 4) for k, truths in given.items()}
+    errors = {
+        k: round(float(np.mean([told(model.hierarchy, b, truths) for b in seen])), 4)
+        for k, truths in given.items()
+    }
     share = model.preset.teacher_forcing
     return dict(model=model.preset.name, teacher_forcing=share, clips=len(clips), errors=errors)
 
 # %% ../nbs/18_experiments.ipynb #e1bbf1ba
-def show_teacher(found:list # recorded by `faces2voices study teacher`
-                ) -> str: # Markdown
+def show_teacher(
+    found: list,  # recorded by `faces2voices study teacher`
+) -> str:  # Markdown
     "The error of μ by what was told, a column a model."
-    head = ["the truth that was told", *(f"`{f['model']}`, teacher in {f['teacher_forcing']:.0%} of steps" for f in found)]
-    body = [[k, *(f"{f['errors'][k]:.4f}" if k in f["errors"] else "" for f in found)] for k in GIVEN]
-    return markdown_table(head, body) + "\n\nmade by " + "; ".join(f"`{f['command']}` ({f['clips']} clips, commit {f['commit']})" for f in found) + f" on {found[0]['machine']}"
+    head = [
+        "the truth that was told",
+        *(f"`{f['model']}`, teacher in {f['teacher_forcing']:.0%} of steps" for f in found),
+    ]
+    body = [
+        [k, *(f"{f['errors'][k]:.4f}" if k in f["errors"] else "" for f in found)] for k in GIVEN
+    ]
+    return (
+        markdown_table(head, body)
+        + "\n\nmade by "
+        + "; ".join(f"`{f['command']}` ({f['clips']} clips, commit {f['commit']})" for f in found)
+        + f" on {found[0]['machine']}"
+    )
 
 # %% ../nbs/18_experiments.ipynb #b1d1a31d
 @torch.no_grad()
-def lip_read(model, # FacesToVoices, with a head for GRID's words
-             clip:Clip) -> str:
+def lip_read(
+    model,  # FacesToVoices, with a head for GRID's words
+    clip: Clip,
+) -> str:
     "The likeliest sentence of GRID's grammar, from the lips alone."
     beliefs = model.hierarchy(*see(collate([clip]).to(model.device))).content.words
     return grid_sentence(beliefs[0].log_softmax(-1).cpu())
 
 # %% ../nbs/18_experiments.ipynb #57fa15ef
-def slot_study(name:str, # of a model
-               data, # folder of prepared GRID clips
-               split:str="test", limit:int=55) -> dict: # what JSON can hold
+def slot_study(
+    name: str,  # of a model
+    data,  # folder of prepared GRID clips
+    split: str = "test",
+    limit: int = 55,
+) -> dict:  # what JSON can hold
     "Share of wrong words in each slot of GRID's grammar: of the original and of the model's speech, as two recognisers hear them, and as the model reads the lips."
     model, ds = FacesToVoices.from_pretrained(name), ClipDataset(data, split=split)
-    clips, judges = [ds[i] for i in range(min(limit, len(ds)))], {"CTC": grid_listener(), "pocketsphinx": listener("grid")}
-    sounds = {"original": [c.wav for c in clips], "synthesised": [model.voice(c).wav for c in tqdm(clips, desc="speaking")]}
-    heard = {f"{who}, {what}": [hear(w) for w in wavs] for what, wavs in sounds.items() for who, hear in judges.items()}
-    if model.preset.words: heard["read from the lips"] = [lip_read(model, c) for c in clips]
+    clips, judges = (
+        [ds[i] for i in range(min(limit, len(ds)))],
+        {"CTC": grid_listener(), "pocketsphinx": listener("grid")},
+    )
+    sounds = {
+        "original": [c.wav for c in clips],
+        "synthesised": [model.voice(c).wav for c in tqdm(clips, desc="speaking")],
+    }
+    heard = {
+        f"{who}, {what}": [hear(w) for w in wavs]
+        for what, wavs in sounds.items()
+        for who, hear in judges.items()
+    }
+    if model.preset.words:
+        heard["read from the lips"] = [lip_read(model, c) for c in clips]
     wrong = {k: wrong_by_slot(sentences, [c.text for c in clips]) for k, sentences in heard.items()}
     return dict(model=model.preset.name, clips=len(clips), wrong=wrong)
 
 # %% ../nbs/18_experiments.ipynb #822ba394
-def wrong_by_slot(heard:list, said:list # sentences
-                 ) -> list: # a share for each slot
+def wrong_by_slot(
+    heard: list,
+    said: list,  # sentences
+) -> list:  # a share for each slot
     "A sentence that was not heard as six words counts as all wrong."
-    rows = [[a != b for a, b in zip(h.split(), s.split())] if len(h.split()) == len(s.split()) else [True]*len(s.split()) for h, s in zip(heard, said)]
+    rows = [
+        [a != b for a, b in zip(h.split(), s.split())]
+        if len(h.split()) == len(s.split())
+        else [True] * len(s.split())
+        for h, s in zip(heard, said)
+    ]
     return np.mean(rows, 0).round(4).tolist()
 
 # %% ../nbs/18_experiments.ipynb #4bc8fe06
-def plot_slots(found:dict # of `slot_study`
-              ):
+def plot_slots(
+    found: dict,  # of `slot_study`
+):
     "Bars of wrong words, a group a slot, a panel a recogniser: the original, what the model reads from the lips, and what it speaks."
     import matplotlib.pyplot as plt
+
     names, place = list(GRID_GRAMMAR), np.arange(len(GRID_GRAMMAR))
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
     for ax, judge in zip(axes, ("CTC", "pocketsphinx")):
-        bars = {"original": (f"{judge}, original", "0.6"), "read from the lips": ("read from the lips", "#E69F00"), "synthesised": (f"{judge}, synthesised", "#0072B2")}
+        bars = {
+            "original": (f"{judge}, original", "0.6"),
+            "read from the lips": ("read from the lips", "#E69F00"),
+            "synthesised": (f"{judge}, synthesised", "#0072B2"),
+        }
         bars = {what: bar for what, bar in bars.items() if bar[0] in found["wrong"]}
         for i, (what, (key, color)) in enumerate(bars.items()):
-            ax.bar(place + .27*(i - (len(bars) - 1)/2), 100*np.array(found["wrong"][key]), .27, label=what, color=color)
-        ax.set(title=f"heard by {judge}", xticks=place, ylim=(0, 100)); ax.set_xticklabels(names, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("words wrong, %"); axes[0].legend(frameon=False)
+            ax.bar(
+                place + 0.27 * (i - (len(bars) - 1) / 2),
+                100 * np.array(found["wrong"][key]),
+                0.27,
+                label=what,
+                color=color,
+            )
+        ax.set(title=f"heard by {judge}", xticks=place, ylim=(0, 100))
+        ax.set_xticklabels(names, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("words wrong, %")
+    axes[0].legend(frameon=False)
     return fig
 
 # %% ../nbs/18_experiments.ipynb #2c460ff7
-def of_speaker(data, speaker:str, *splits) -> ClipDataset:
+def of_speaker(data, speaker: str, *splits) -> ClipDataset:
     "One speaker's clips of some splits."
-    entries = read_manifest(Path(data)/"manifest.jsonl")
-    return ClipDataset(data, names={e.name for e in entries if e.speaker == speaker and e.split in splits})
+    entries = read_manifest(Path(data) / "manifest.jsonl")
+    return ClipDataset(
+        data, names={e.name for e in entries if e.speaker == speaker and e.split in splits}
+    )
 
 # %% ../nbs/18_experiments.ipynb #88518101
-def adaptation(data, # prepared clips of both
-               out, # folder of the runs
-               first:str="s1", then:str="s4", # speakers
-               steps:int=1500, more:int=300, # steps on the first speaker's clips, and then on the second's
-               seed:int=0) -> list: # one row a speaker and time
+def adaptation(
+    data,  # prepared clips of both
+    out,  # folder of the runs
+    first: str = "s1",
+    then: str = "s4",  # speakers
+    steps: int = 1500,
+    more: int = 300,  # steps on the first speaker's clips, and then on the second's
+    seed: int = 0,
+) -> list:  # one row a speaker and time
     "μ of two speakers before and after a hierarchy that knows the first is adapted to the second."
     seed = whole_seed(seed)
     out, rows = Path(out), []
     out.mkdir(parents=True, exist_ok=True)
     train, _, voices, preset = targets(data, out, seed)
-    clips = lambda who, *splits: of_speaker(data, who, *splits).add(train.targets["units"], voices, preset.words)
-    seen, held = ({who: clips(who, *splits) for who in (first, then)} for splits in (("train",), ("val", "test")))
+    clips = lambda who, *splits: of_speaker(data, who, *splits).add(
+        train.targets["units"], voices, preset.words
+    )
+    seen, held = (
+        {who: clips(who, *splits) for who in (first, then)}
+        for splits in (("train",), ("val", "test"))
+    )
     seed_everything(seed)
     hierarchy = Hierarchy(preset)
     fit_eigenlips(hierarchy, seen[first], seed=seed)
-    for when, who, n, rate in (("before", first, steps, 1.), ("after", then, more, 1/3)):
-        fit(hierarchy.loss, hierarchy, batches(seen[who], preset.batch["hierarchy"], seed, preset.vary), n, rate*preset.lr["hierarchy"], name=when, run_dir=out, bf16=True, seed=seed)
+    for when, who, n, rate in (("before", first, steps, 1.0), ("after", then, more, 1 / 3)):
+        fit(
+            hierarchy.loss,
+            hierarchy,
+            batches(seen[who], preset.batch["hierarchy"], seed, preset.vary),
+            n,
+            rate * preset.lr["hierarchy"],
+            name=when,
+            run_dir=out,
+            bf16=True,
+            seed=seed,
+        )
         for who, ds in held.items():
             rows.append(dict(when=when, speaker=who, clips=len(ds)) | judge(hierarchy, ds, voices))
     return rows
 
 # %% ../nbs/18_experiments.ipynb #3c36bc29
-def show_adaptation(found:dict # recorded by `faces2voices study adaptation`
-                   ) -> str: # Markdown
+def show_adaptation(
+    found: dict,  # recorded by `faces2voices study adaptation`
+) -> str:  # Markdown
     "Before and after, for both speakers."
     seen = "error, dB", "unit accuracy in speech", "energy, r", "voice similarity"
     head = ["adaptation", "speaker", "clips", *(f"{k} {JUDGED[k]}" for k in seen)]
@@ -344,119 +587,210 @@ def show_adaptation(found:dict # recorded by `faces2voices study adaptation`
 # %% ../nbs/18_experiments.ipynb #d7d8e0b5
 SWEPT = "WER", "ESTOI", "MCD, dB", "energy, r", "DNSMOS OVRL", "seconds"
 
-def swept(said, truth:Sound, text:str, hear) -> tuple: # in the order of SWEPT; errors and words for WER
+
+def swept(
+    said, truth: Sound, text: str, hear
+) -> tuple:  # in the order of SWEPT; errors and words for WER
     "One clip's scores."
     s = Sound(said.wav)
-    return (word_errors(text, hear(said.wav)) if hear else None, stoi(s.wav, truth.wav, True), mcd(s.mel, truth.mel, truth.energy),
-            energy_correlation(s.energy, truth.energy), s.dnsmos["ovrl_mos"], said.seconds)
+    return (
+        word_errors(text, hear(said.wav)) if hear else None,
+        stoi(s.wav, truth.wav, True),
+        mcd(s.mel, truth.mel, truth.energy),
+        energy_correlation(s.energy, truth.energy),
+        s.dnsmos["ovrl_mos"],
+        said.seconds,
+    )
 
 # %% ../nbs/18_experiments.ipynb #8afc2f1b
-def sweep(model, clips:list, # of Clip, with sound
-          settings:dict # name or number → keywords of `model.voice`
-         ) -> dict: # the same keys → {metric: over all clips, "of_clips": {metric: a number a clip; errors and words for WER}}
+def sweep(
+    model,
+    clips: list,  # of Clip, with sound
+    settings: dict,  # name or number → keywords of `model.voice`
+) -> dict:  # the same keys → {metric: over all clips, "of_clips": {metric: a number a clip; errors and words for WER}}
     "Speak the clips under each setting, and measure."
     truths, rows = [Sound(c.wav) for c in clips], {}
     grammar = grammar_of([c.text for c in clips])
     hear = listener(grammar) if grammar else None
-    model.voice(clips[0])                                   # the first call is slow and does not count
+    model.voice(clips[0])  # the first call is slow and does not count
     for key, kw in tqdm(settings.items(), desc="sweep"):
-        words, *scores = zip(*(swept(model.voice(c, **kw), t, c.text, hear) for c, t in zip(clips, truths)))
+        words, *scores = zip(
+            *(swept(model.voice(c, **kw), t, c.text, hear) for c, t in zip(clips, truths))
+        )
         wer = float(ratio(np.array(words))) if hear else None
         rows[key] = dict(zip(SWEPT, [wer, *np.mean(scores, 1).round(4).tolist()]))
         rows[key]["of_clips"] = dict(zip(SWEPT, [words, *np.round(scores, 4).tolist()]))
     return rows
 
 # %% ../nbs/18_experiments.ipynb #eb47c33a
-def flow_study(model, clips, nfes=(0, 1, 2, 4, 10, 30), ws=(.5, 1., 2.), seed:int=0) -> list: # of dicts: steps, guidance and SWEPT
+def flow_study(
+    model, clips, nfes=(0, 1, 2, 4, 10, 30), ws=(0.5, 1.0, 2.0), seed: int = 0
+) -> list:  # of dicts: steps, guidance and SWEPT
     "Scores against the number of Euler steps (0: μ itself) and, for the default number, against the weight of guidance."
     seed = whole_seed(seed)
-    settings = [(n, 1.) for n in nfes] + [(EULER_STEPS, w) for w in ws if w != 1.]
+    settings = [(n, 1.0) for n in nfes] + [(EULER_STEPS, w) for w in ws if w != 1.0]
     found = sweep(model, clips, {s: dict(steps=s[0], guidance=s[1], seed=seed) for s in settings})
     return [dict(steps=n, guidance=w, **scores) for (n, w), scores in found.items()]
 
 # %% ../nbs/18_experiments.ipynb #bdd8b9c5
-def sweep_study(name:str, # of a model
-                   data, # folder of prepared clips
-                   limit:int=10, seed:int=0) -> dict: # what JSON can hold
+def sweep_study(
+    name: str,  # of a model
+    data,  # folder of prepared clips
+    limit: int = 10,
+    seed: int = 0,
+) -> dict:  # what JSON can hold
     "A flow study on the first validation clips."
     seed = whole_seed(seed)
     val = ClipDataset(data, split="val")
-    if not len(val): raise CheckpointError(data, "holds no clips with sound whose split is `val`", "Prepare a corpus with `faces2voices prepare`")
+    if not len(val):
+        raise CheckpointError(
+            data,
+            "holds no clips with sound whose split is `val`",
+            "Prepare a corpus with `faces2voices prepare`",
+        )
     clips = [val[i] for i in range(min(limit, len(val)))]
     rows = flow_study(FacesToVoices.from_pretrained(name), clips, seed=seed)
     return dict(model=Path(name).name, clips=len(clips), rows=rows)
 
 # %% ../nbs/18_experiments.ipynb #5e7c40b2
-def plot_changes(rows:list # of `flow_study`; the first is what the others are compared with
-                ):
+def plot_changes(
+    rows: list,  # of `flow_study`; the first is what the others are compared with
+):
     "What the number of steps changes on the same clips, with 95 % intervals over the clips."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     first, others, said = rows[0]["of_clips"], rows[1:], []
     names = [str(r["steps"]) for r in others]
     fig, axes = plt.subplots(1, len(SWEPT) - 1, figsize=(13, 2.6), layout="constrained")
     for ax, k in zip(axes, SWEPT[1:]):
         seen = [t_interval(np.subtract(r["of_clips"][k], first[k])) for r in others]
-        ax.errorbar(names, [i.estimate for i in seen], [i.high - i.estimate for i in seen],
-                    fmt="o", color="#0072B2", ecolor="#999999", capsize=3)
-        ax.axhline(0, color="k", lw=.8, ls=":")
+        ax.errorbar(
+            names,
+            [i.estimate for i in seen],
+            [i.high - i.estimate for i in seen],
+            fmt="o",
+            color="#0072B2",
+            ecolor="#999999",
+            capsize=3,
+        )
+        ax.axhline(0, color="k", lw=0.8, ls=":")
         ax.set(title=f"change of {k}", xlabel="Euler steps")
         said.append(f"{k} " + ", ".join(f"{i:+.3f}" for i in seen))
-    alt = f"Changes against {rows[0]['steps']} steps at {', '.join(names)} steps. " + "; ".join(said)
+    alt = f"Changes against {rows[0]['steps']} steps at {', '.join(names)} steps. " + "; ".join(
+        said
+    )
     display(fig, metadata={"alt": alt})
     plt.close(fig)
 
 # %% ../nbs/18_experiments.ipynb #8f928ff1
-def show_study(found:dict # of `faces2voices sweep`
-              ) -> str: # Markdown
+def show_study(
+    found: dict,  # of `faces2voices sweep`
+) -> str:  # Markdown
     "A flow study as a table, with its command below."
-    name = lambda r: "μ itself, no flow" if r["steps"] == 0 else f"{r['steps']} step{'s'*(r['steps'] > 1)}" + (f", w = {r['guidance']:g}" if r["guidance"] != 1 else "")
-    number = lambda k, v: None if v is None else f"{100*v:.1f} %" if k == "WER" else f"{v:.2f}" if k in ("MCD, dB", "DNSMOS OVRL", "seconds") else f"{v:.3f}"
+    name = lambda r: (
+        "μ itself, no flow"
+        if r["steps"] == 0
+        else f"{r['steps']} step{'s' * (r['steps'] > 1)}"
+        + (f", w = {r['guidance']:g}" if r["guidance"] != 1 else "")
+    )
+    number = lambda k, v: (
+        None
+        if v is None
+        else f"{100 * v:.1f} %"
+        if k == "WER"
+        else f"{v:.2f}"
+        if k in ("MCD, dB", "DNSMOS OVRL", "seconds")
+        else f"{v:.3f}"
+    )
     body = [[name(r), *(number(k, r[k]) for k in SWEPT)] for r in found["rows"]]
-    return markdown_table([f"`{found['model']}`", *SWEPT], body) + f"\n\n{found['clips']} validation clips; made by `{found['command']}` on {found['machine']}"
+    return (
+        markdown_table([f"`{found['model']}`", *SWEPT], body)
+        + f"\n\n{found['clips']} validation clips; made by `{found['command']}` on {found['machine']}"
+    )
 
 # %% ../nbs/18_experiments.ipynb #6f5c8afc
-def interleaved(jobs:dict, # name → function without arguments
-                repeats:int=5, clock=time.perf_counter # or time.process_time: the processor's seconds, where others keep the machine busy
-               ) -> dict: # name → median seconds
+def interleaved(
+    jobs: dict,  # name → function without arguments
+    repeats: int = 5,
+    clock=time.perf_counter,  # or time.process_time: the processor's seconds, where others keep the machine busy
+) -> dict:  # name → median seconds
     "Time each job in turn, `repeats` rounds after one that does not count; load that comes and goes hits all of them."
     times = {name: [] for name in jobs}
     for i in range(repeats + 1):
         for name, job in jobs.items():
-            began = clock(); job()
-            if i: times[name].append(clock() - began)
+            began = clock()
+            job()
+            if i:
+                times[name].append(clock() - began)
     return {name: statistics.median(t) for name, t in times.items()}
 
-def empty_clip(preset:Preset, seconds:float, wav) -> Clip:
+
+def empty_clip(preset: Preset, seconds: float, wav) -> Clip:
     "A clip of the right shapes whose picture is grey: time does not depend on what is seen."
-    T = len(wav)//640
-    grey, contour = lambda *shape: torch.full(shape, 128, dtype=torch.uint8), torch.zeros(2*T)
-    return Clip("bench", "", "", grey(T, 96, 96), grey(112, 112, 3), torch.zeros(T, preset.expression_dim), torch.zeros(preset.identity_dim), wav, contour, contour, contour)
+    T = len(wav) // 640
+    grey, contour = lambda *shape: torch.full(shape, 128, dtype=torch.uint8), torch.zeros(2 * T)
+    return Clip(
+        "bench",
+        "",
+        "",
+        grey(T, 96, 96),
+        grey(112, 112, 3),
+        torch.zeros(T, preset.expression_dim),
+        torch.zeros(preset.identity_dim),
+        wav,
+        contour,
+        contour,
+        contour,
+    )
 
 # %% ../nbs/18_experiments.ipynb #1fd42cc8
-def speak_mel(model, mel, # (80, L) ln mel
-              hz:float=120. # of the source, where the vocoder is driven by one
-             ) -> torch.Tensor: # (160 L,)
+def speak_mel(
+    model,
+    mel,  # (80, L) ln mel
+    hz: float = 120.0,  # of the source, where the vocoder is driven by one
+) -> torch.Tensor:  # (160 L,)
     "The vocoder alone, its source included."
-    tune = torch.full((mel.shape[1]//2,), float(np.log(hz)))
-    source = excitation(tune, torch.ones_like(tune))[None].to(model.device) if model.vocoder.sourced else None
+    tune = torch.full((mel.shape[1] // 2,), float(np.log(hz)))
+    source = (
+        excitation(tune, torch.ones_like(tune))[None].to(model.device)
+        if model.vocoder.sourced
+        else None
+    )
     return model.vocoder(mel[None].to(model.device), source)[0].cpu()
 
 # %% ../nbs/18_experiments.ipynb #030352a7
-def bench_vocoder(model="talkers", # name of a model, or a FacesToVoices
-                  seconds:float=3., # of speech
-                  repeats:int=5, steps:int=EULER_STEPS) -> str:
+def bench_vocoder(
+    model="talkers",  # name of a model, or a FacesToVoices
+    seconds: float = 3.0,  # of speech
+    repeats: int = 5,
+    steps: int = EULER_STEPS,
+) -> str:
     "Median times of our vocoder and of the whole system beside librosa's Griffin-Lim on the same mel, as text."
-    if not isinstance(model, FacesToVoices): model = FacesToVoices.from_pretrained(model)
-    n = max(1, round(seconds*25))*640
-    wav = vowel(torch.full((n,), 120.)).float()
+    if not isinstance(model, FacesToVoices):
+        model = FacesToVoices.from_pretrained(model)
+    n = max(1, round(seconds * 25)) * 640
+    wav = vowel(torch.full((n,), 120.0)).float()
     mel, clip = MEL(wav), empty_clip(model.preset, seconds, wav)
     with torch.inference_mode():
-        times = interleaved({"Griffin-Lim (librosa, 32 iterations)": lambda: griffin_lim(mel), "our vocoder": lambda: speak_mel(model, mel),
-                             f"whole system, {steps} steps": lambda: model.voice(clip, steps=steps)}, repeats)
+        times = interleaved(
+            {
+                "Griffin-Lim (librosa, 32 iterations)": lambda: griffin_lim(mel),
+                "our vocoder": lambda: speak_mel(model, mel),
+                f"whole system, {steps} steps": lambda: model.voice(clip, steps=steps),
+            },
+            repeats,
+        )
     base = times["Griffin-Lim (librosa, 32 iterations)"]
-    rows = [[name, f"{t:.3f}", f"{t/(n/16000):.3f}", f"{base/t:.2f}"] for name, t in times.items()]
-    return markdown_table(["on one mel", "median, s", "real-time factor", "times as fast as Griffin-Lim"], rows) + f"\n\n{n/16000:.2f} s of sound, {repeats} interleaved rounds after a warm-up, preset {model.preset.name}, {machine()}"
+    rows = [
+        [name, f"{t:.3f}", f"{t / (n / 16000):.3f}", f"{base / t:.2f}"] for name, t in times.items()
+    ]
+    return (
+        markdown_table(
+            ["on one mel", "median, s", "real-time factor", "times as fast as Griffin-Lim"], rows
+        )
+        + f"\n\n{n / 16000:.2f} s of sound, {repeats} interleaved rounds after a warm-up, preset {model.preset.name}, {machine()}"
+    )
 
 # %% ../nbs/18_experiments.ipynb #22cf083a
 import importlib, os
@@ -465,167 +799,316 @@ from .core import PAPER
 from .solvers import euler, time_grid
 
 # %% ../nbs/18_experiments.ipynb #410a5153
-PEERS = {"torchdiffeq": "torchdiffeq", "flow_matching.solver": "flow_matching", "torchdyn.core": "torchdyn (what torchcfm's examples sample with)",
-         "matcha.models.components.decoder": "--no-deps matcha-tts einops diffusers conformer"}
+PEERS = {
+    "torchdiffeq": "torchdiffeq",
+    "flow_matching.solver": "flow_matching",
+    "torchdyn.core": "torchdyn (what torchcfm's examples sample with)",
+    "matcha.models.components.decoder": "--no-deps matcha-tts einops diffusers conformer",
+}
 
-BENCHED = "librosa", "torchdiffeq", "flow_matching", "torchdyn", "matcha-tts" # packages
+BENCHED = "librosa", "torchdiffeq", "flow_matching", "torchdyn", "matcha-tts"  # packages
 
-def peer(module:str):
+
+def peer(module: str):
     "The module of a peer, or None where it is not installed."
-    try: return importlib.import_module(module)
-    except ImportError: return None
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
 
 # %% ../nbs/18_experiments.ipynb #4c311b11
-def solver_jobs(steps:int=10) -> dict: # name → function that returns where it arrives; ours is the first
+def solver_jobs(
+    steps: int = 10,
+) -> dict:  # name → function that returns where it arrives; ours is the first
     "The same field, the same steps, each library's Euler."
     x0, ts = torch.ones(1, 80, 300), time_grid(steps)
+
     class Field(torch.nn.Module):
-        def forward(self, t=None, x=None, *args, **kw): return x*-.5
-    field, jobs = Field(), {"ours": lambda: euler(lambda x, t: x*-.5, x0, ts)[-1]}
-    if diffeq := peer("torchdiffeq"): jobs["torchdiffeq"] = lambda: diffeq.odeint(field, x0, ts, method="euler")[-1]
+        def forward(self, t=None, x=None, *args, **kw):
+            return x * -0.5
+
+    field, jobs = Field(), {"ours": lambda: euler(lambda x, t: x * -0.5, x0, ts)[-1]}
+    if diffeq := peer("torchdiffeq"):
+        jobs["torchdiffeq"] = lambda: diffeq.odeint(field, x0, ts, method="euler")[-1]
     if matching := peer("flow_matching.solver"):
-        jobs["flow_matching"] = lambda: matching.ODESolver(field).sample(x0, step_size=None, method="euler", time_grid=ts)
+        jobs["flow_matching"] = lambda: matching.ODESolver(field).sample(
+            x0, step_size=None, method="euler", time_grid=ts
+        )
     if dyn := peer("torchdyn.core"):
         node = dyn.NeuralODE(field, solver="euler", sensitivity="autograd")
         jobs["torchdyn (torchcfm)"] = lambda: node.trajectory(x0, t_span=ts)[-1]
     return jobs
 
 # %% ../nbs/18_experiments.ipynb #e7094f91
-def decoder_nets() -> dict: # name → field(xt, t, mu, mask); ours is the first
+def decoder_nets() -> dict:  # name → field(xt, t, mu, mask); ours is the first
     "Networks to time; Matcha's and ours share their weights."
     ours, mine = MatchaDecoder().eval(), Decoder(PAPER).eval()
-    nets = {"ours, Matcha's weights": ours, "our Decoder, paper preset": lambda xt, t, mu, mask: mine(xt, t, mu, mask, torch.zeros(len(xt), PAPER.speaker_dim))}
+    nets = {
+        "ours, Matcha's weights": ours,
+        "our Decoder, paper preset": lambda xt, t, mu, mask: mine(
+            xt, t, mu, mask, torch.zeros(len(xt), PAPER.speaker_dim)
+        ),
+    }
     if matcha := peer("matcha.models.components.decoder"):
-        theirs = matcha.Decoder(160, 80, dropout=0., num_heads=2, act_fn="snakebeta").eval()
+        theirs = matcha.Decoder(160, 80, dropout=0.0, num_heads=2, act_fn="snakebeta").eval()
         ours.load_state_dict(from_matcha(theirs.state_dict()))
         nets["Matcha-TTS"] = lambda xt, t, mu, mask: theirs(xt, mask, mu, t)
     return nets
 
 # %% ../nbs/18_experiments.ipynb #8002cc93
-def forward_of(net, args, half:bool=False):
+def forward_of(net, args, half: bool = False):
     "One evaluation, in float32 or under bfloat16 autocast."
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half): return net(*args)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        return net(*args)
 
-def decoder_jobs(frames:int=300) -> dict: # title → jobs
+
+def decoder_jobs(frames: int = 300) -> dict:  # title → jobs
     "Forward in float32 and bfloat16, and a training step on a batch of four."
-    def args(B): return torch.randn(B, 80, frames), torch.rand(B), torch.randn(B, 80, frames), torch.ones(B, 1, frames)
+
+    def args(B):
+        return (
+            torch.randn(B, 80, frames),
+            torch.rand(B),
+            torch.randn(B, 80, frames),
+            torch.ones(B, 1, frames),
+        )
+
     one, four = args(1), args(4)
-    def jobs(run): return {name: (lambda net=net: run(net)) for name, net in decoder_nets().items()}
-    return {"decoder forward, float32": jobs(lambda net: forward_of(net, one)), "decoder forward, bfloat16": jobs(lambda net: forward_of(net, one, half=True)),
-            "decoder forward and backward, batch 4": jobs(lambda net: net(*four).square().mean().backward())}
+
+    def jobs(run):
+        return {name: (lambda net=net: run(net)) for name, net in decoder_nets().items()}
+
+    return {
+        "decoder forward, float32": jobs(lambda net: forward_of(net, one)),
+        "decoder forward, bfloat16": jobs(lambda net: forward_of(net, one, half=True)),
+        "decoder forward and backward, batch 4": jobs(
+            lambda net: net(*four).square().mean().backward()
+        ),
+    }
 
 # %% ../nbs/18_experiments.ipynb #bd253949
 def torchaudio_griffin_lim():
     "torchaudio's way from a mel back to a waveform, 32 iterations."
     from torchaudio import transforms as T
-    unmel = T.InverseMelScale(MEL.n_fft//2 + 1, MEL.n_mels, MEL.sr, norm="slaney", mel_scale="slaney")
-    back = T.GriffinLim(MEL.n_fft, 32, hop_length=MEL.hop, power=1.)
+
+    unmel = T.InverseMelScale(
+        MEL.n_fft // 2 + 1, MEL.n_mels, MEL.sr, norm="slaney", mel_scale="slaney"
+    )
+    back = T.GriffinLim(MEL.n_fft, 32, hop_length=MEL.hop, power=1.0)
     return lambda mel: back(unmel(mel.exp()))
 
-def sound_jobs(model, wav) -> dict: # title → jobs; `ours` first
+
+def sound_jobs(model, wav) -> dict:  # title → jobs; `ours` first
     "From a mel to sound, and from sound to a mel."
     import librosa
-    mel, theirs = MEL(wav), torchaudio_griffin_lim()
-    def librosa_mel(): return librosa.feature.melspectrogram(y=wav.numpy(), sr=MEL.sr, n_fft=MEL.n_fft, hop_length=MEL.hop, n_mels=MEL.n_mels, power=1.)
-    return {"mel → sound": {"our vocoder": lambda: speak_mel(model, mel), "Griffin-Lim, librosa": lambda: griffin_lim(mel), "Griffin-Lim, torchaudio": lambda: theirs(mel)},
-            "sound → mel": {"ours": lambda: MEL(wav), "librosa": librosa_mel}}
 
-def flow_jobs(model, mel) -> dict: # name → job
+    mel, theirs = MEL(wav), torchaudio_griffin_lim()
+
+    def librosa_mel():
+        return librosa.feature.melspectrogram(
+            y=wav.numpy(),
+            sr=MEL.sr,
+            n_fft=MEL.n_fft,
+            hop_length=MEL.hop,
+            n_mels=MEL.n_mels,
+            power=1.0,
+        )
+
+    return {
+        "mel → sound": {
+            "our vocoder": lambda: speak_mel(model, mel),
+            "Griffin-Lim, librosa": lambda: griffin_lim(mel),
+            "Griffin-Lim, torchaudio": lambda: theirs(mel),
+        },
+        "sound → mel": {"ours": lambda: MEL(wav), "librosa": librosa_mel},
+    }
+
+
+def flow_jobs(model, mel) -> dict:  # name → job
     "Decoder and vocoder together, at a few steps and at many."
     mu = torch.zeros(1, *mel.shape)
-    return {f"{n} steps": (lambda n=n: speak_mel(model, MEL.denormalize(model.decoder.sample(mu, steps=n)[0]).clamp(-11.5, 3.))) for n in (2, 10)}
+    return {
+        f"{n} steps": (
+            lambda n=n: speak_mel(
+                model, MEL.denormalize(model.decoder.sample(mu, steps=n)[0]).clamp(-11.5, 3.0)
+            )
+        )
+        for n in (2, 10)
+    }
 
 # %% ../nbs/18_experiments.ipynb #99b29e5f
-def compared(title, times:dict) -> list: # rows of text
+def compared(title, times: dict) -> list:  # rows of text
     "The first job's median beside each other one's."
     (ours, mine), *others = times.items()
-    return [[title, ours, f"{1e3*mine:.3g}", name, f"{1e3*t:.3g}", f"{t/mine:.2f}"] for name, t in others] or [[title, ours, f"{1e3*mine:.3g}", "", "", ""]]
+    return [
+        [title, ours, f"{1e3 * mine:.3g}", name, f"{1e3 * t:.3g}", f"{t / mine:.2f}"]
+        for name, t in others
+    ] or [[title, ours, f"{1e3 * mine:.3g}", "", "", ""]]
+
 
 def absent_peers() -> list:
     "A line for each peer that is not installed, with its cure."
-    return [f"{module} is not installed: pip install {name.split(' (')[0]}" for module, name in PEERS.items() if not peer(module)]
+    return [
+        f"{module} is not installed: pip install {name.split(' (')[0]}"
+        for module, name in PEERS.items()
+        if not peer(module)
+    ]
 
 # %% ../nbs/18_experiments.ipynb #f21630c9
-def flow_times(model, repeats:int, seconds:float, clock) -> dict: # title → {name: seconds}
+def flow_times(model, repeats: int, seconds: float, clock) -> dict:  # title → {name: seconds}
     "Every part of the flow beside its peers."
-    wav = vowel(torch.full((round(seconds*25)*640,), 120.)).float()
-    def timed(jobs, n=repeats): return interleaved(jobs, n, clock)
+    wav = vowel(torch.full((round(seconds * 25) * 640,), 120.0)).float()
+
+    def timed(jobs, n=repeats):
+        return interleaved(jobs, n, clock)
+
     with torch.no_grad():
-        times = {"10 Euler steps, field for nothing": timed(solver_jobs(), 20*repeats)}
-        times |= {k: timed(jobs) for k, jobs in (sound_jobs(model, wav) | {"decoder + vocoder": flow_jobs(model, MEL(wav))}).items()}
-    return times | {k: timed(jobs) for k, jobs in decoder_jobs(int(100*seconds)).items()}
+        times = {"10 Euler steps, field for nothing": timed(solver_jobs(), 20 * repeats)}
+        times |= {
+            k: timed(jobs)
+            for k, jobs in (
+                sound_jobs(model, wav) | {"decoder + vocoder": flow_jobs(model, MEL(wav))}
+            ).items()
+        }
+    return times | {k: timed(jobs) for k, jobs in decoder_jobs(int(100 * seconds)).items()}
 
 # %% ../nbs/18_experiments.ipynb #69554d70
-def bench_flow(model="talkers", # name of a model, or a FacesToVoices
-               repeats:int=7, seconds:float=3., # of sound
-               processor:bool=False # count the processor's seconds, not the wall's
-              ) -> dict: # what JSON can hold
+def bench_flow(
+    model="talkers",  # name of a model, or a FacesToVoices
+    repeats: int = 7,
+    seconds: float = 3.0,  # of sound
+    processor: bool = False,  # count the processor's seconds, not the wall's
+) -> dict:  # what JSON can hold
     "Median times of every part of the flow beside its peers', in one interleaved run."
-    if not isinstance(model, FacesToVoices): model = FacesToVoices.from_pretrained(model)
-    times = flow_times(model, repeats, seconds, time.process_time if processor else time.perf_counter)
-    rtf = {k: t/seconds for k, t in times.pop("decoder + vocoder").items()}
+    if not isinstance(model, FacesToVoices):
+        model = FacesToVoices.from_pretrained(model)
+    times = flow_times(
+        model, repeats, seconds, time.process_time if processor else time.perf_counter
+    )
+    rtf = {k: t / seconds for k, t in times.pop("decoder + vocoder").items()}
     where = f"{seconds:g} s of sound, medians of {repeats} interleaved rounds of {'processor' if processor else 'wall'} time, preset {model.preset.name}, {machine()}, load {os.getloadavg()[0]:.1f}"
     return dict(measured=where, seconds=times, real_time_factor=rtf, absent=absent_peers())
 
-def bench_text(kept:dict # what `bench_flow` found
-              ) -> str:
+
+def bench_text(
+    kept: dict,  # what `bench_flow` found
+) -> str:
     "The numbers as a table, with a line for each peer that was absent."
     rows = [row for title, t in kept["seconds"].items() for row in compared(title, t)]
     speed = ", ".join(f"{k} {v:.3f}" for k, v in kept["real_time_factor"].items())
-    return "\n".join([markdown_table(["part", "ours", "ms", "peer", "ms", "peer/ours"], rows), "", f"Real-time factor of decoder and vocoder: {speed}.", kept["measured"] + ".", *kept["absent"]])
+    return "\n".join(
+        [
+            markdown_table(["part", "ours", "ms", "peer", "ms", "peer/ours"], rows),
+            "",
+            f"Real-time factor of decoder and vocoder: {speed}.",
+            kept["measured"] + ".",
+            *kept["absent"],
+        ]
+    )
 
 # %% ../nbs/18_experiments.ipynb #08864caa
-OTHERS = { # row → (as published, as measured by others on LRS3)
-    "MOS naturalness": ("4.49 (ground truth 4.54, DiffV2S 2.97)", "2.80 (ground truth 3.07)"), "WER": ("", "30.37 % (ground truth 2.29 %)"),
-    "DNSMOS OVRL": ("", "3.22 (ground truth 3.29)"), "UTMOS": ("", "3.99 (ground truth 3.57)"), "LSE-C": ("", "7.08 (ground truth 6.66)"), "LSE-D": ("", "6.66 (ground truth 6.89)"),
-    "MCD, dB": ("", "10.54"), "voice similarity, Resemblyzer": ("", "0.60 (by another encoder)")}
-OURS = "WER, CTC", "STOI", "ESTOI", "PESQ", "unit accuracy in speech", "energy, r", "F0 contour, r", "mean F0, r"
-SWAPPED = {"mean F0 of the borrowed face, r": "wrong face", "WER of the borrowed lips": "wrong lips"} # metric → row of the card
+OTHERS = {  # row → (as published, as measured by others on LRS3)
+    "MOS naturalness": ("4.49 (ground truth 4.54, DiffV2S 2.97)", "2.80 (ground truth 3.07)"),
+    "WER": ("", "30.37 % (ground truth 2.29 %)"),
+    "DNSMOS OVRL": ("", "3.22 (ground truth 3.29)"),
+    "UTMOS": ("", "3.99 (ground truth 3.57)"),
+    "LSE-C": ("", "7.08 (ground truth 6.66)"),
+    "LSE-D": ("", "6.66 (ground truth 6.89)"),
+    "MCD, dB": ("", "10.54"),
+    "voice similarity, Resemblyzer": ("", "0.60 (by another encoder)"),
+}
+OURS = (
+    "WER, CTC",
+    "STOI",
+    "ESTOI",
+    "PESQ",
+    "unit accuracy in speech",
+    "energy, r",
+    "F0 contour, r",
+    "mean F0, r",
+)
+SWAPPED = {
+    "mean F0 of the borrowed face, r": "wrong face",
+    "WER of the borrowed lips": "wrong lips",
+}  # metric → row of the card
 
 # %% ../nbs/18_experiments.ipynb #7df6d292
-def stored_card(name:str # `talkers` or `grid`
-               ) -> dict|None:
+def stored_card(
+    name: str,  # `talkers` or `grid`
+) -> dict | None:
     "The recorded metric card of a packaged model, if there is one. CheckpointError: no results are there at all."
     if not RESULTS.is_dir():
-        raise CheckpointError(RESULTS, "the recorded results are not there",
-                              "Install the package again: its wheel carries them")
-    path = RESULTS/f"{name}.json"
+        raise CheckpointError(
+            RESULTS,
+            "the recorded results are not there",
+            "Install the package again: its wheel carries them",
+        )
+    path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 # %% ../nbs/18_experiments.ipynb #fbd8e0d9
-def _ours(card, metric:str) -> str:
+def _ours(card, metric: str) -> str:
     "Our number, with that of the original sound where the judge could be wrong about it too."
-    if card is None: return ""
+    if card is None:
+        return ""
     value = score_text(card, SWAPPED.get(metric, "synthesised"), metric)
-    bound = score_text(card, "original", metric) if value and metric in ("WER", "WER, CTC", "DNSMOS OVRL") else ""
+    bound = (
+        score_text(card, "original", metric)
+        if value and metric in ("WER", "WER, CTC", "DNSMOS OVRL")
+        else ""
+    )
     return value + (f" (original {bound})" if bound else "")
 
 # %% ../nbs/18_experiments.ipynb #773fbda7
-def ledger() -> list: # of (measure, paper, others, ours on talkers, ours on GRID), all text
+def ledger() -> list:  # of (measure, paper, others, ours on talkers, ours on GRID), all text
     "Every number that is claimed anywhere, each in its column."
     cards = [stored_card(name) for name in ("talkers", "grid")]
     label = lambda m: f"{m} ({SWAPPED[m]})" if m in SWAPPED else m
-    return [(label(m), *OTHERS.get(m, ("", "")), *(_ours(c, m) for c in cards)) for m in (*OTHERS, *OURS, *SWAPPED)]
+    return [
+        (label(m), *OTHERS.get(m, ("", "")), *(_ours(c, m) for c in cards))
+        for m in (*OTHERS, *OURS, *SWAPPED)
+    ]
 
 # %% ../nbs/18_experiments.ipynb #5f63865e
 def ledger_markdown() -> str:
     "The ledger as a table, with the command of each of our columns below."
     head = ["measure", "paper", "measured by others, LRS3", "ours, drawn talkers", "ours, GRID"]
     cards = {name: card for name in ("talkers", "grid") if (card := stored_card(name))}
-    notes = [f"- {name}: {made_text(c)}; {c['clips']} unseen clips; WER by {c['wer_protocol']}"
-             for name, c in cards.items()]
-    return "\n".join([markdown_table(head, ledger()), "", "Blank: not run. Columns are not comparable with each other: other speech, other judges.", *notes])
+    notes = [
+        f"- {name}: {made_text(c)}; {c['clips']} unseen clips; WER by {c['wer_protocol']}"
+        for name, c in cards.items()
+    ]
+    return "\n".join(
+        [
+            markdown_table(head, ledger()),
+            "",
+            "Blank: not run. Columns are not comparable with each other: other speech, other judges.",
+            *notes,
+        ]
+    )
 
 # %% ../nbs/18_experiments.ipynb #fc8925c6
-CREDIT = dict(talkers="Drawn by lesson 03 and spoken by espeak-ng: no person's face or voice is in it.",
-    grid="Speakers s1 and s4 of the [GRID corpus](https://doi.org/10.5281/zenodo.3625687) of Cooke, Barker, Cunningham and Shao (2006), CC BY 4.0.")
+CREDIT = dict(
+    talkers="Drawn by lesson 03 and spoken by espeak-ng: no person's face or voice is in it.",
+    grid="Speakers s1 and s4 of the [GRID corpus](https://doi.org/10.5281/zenodo.3625687) of Cooke, Barker, Cunningham and Shao (2006), CC BY 4.0.",
+)
 
-def model_card(name:str # `talkers` or `grid`
-              ) -> str: # Markdown
+
+def model_card(
+    name: str,  # `talkers` or `grid`
+) -> str:  # Markdown
     "The card of a packaged model: how it was made, from what, what was measured, its limits."
     card = stored_card(name)
     if card is None:
-        raise CheckpointError(RESULTS/f"{name}.json", "no metric card is recorded",
-                              "Make it: faces2voices evaluate DATA --model NAME --out FILE")
-    made, limits = re.split(r"## Data.*?(?=## Use)|(?=## Use)", (WEIGHTS/name/"README.md").read_text(), maxsplit=1, flags=re.S)
+        raise CheckpointError(
+            RESULTS / f"{name}.json",
+            "no metric card is recorded",
+            "Make it: faces2voices evaluate DATA --model NAME --out FILE",
+        )
+    made, limits = re.split(
+        r"## Data.*?(?=## Use)|(?=## Use)",
+        (WEIGHTS / name / "README.md").read_text(),
+        maxsplit=1,
+        flags=re.S,
+    )
     return f"{made}## Data\n\n{CREDIT[name]}\n\n## Measured\n\n{show_card(card)}\n\n{limits}"

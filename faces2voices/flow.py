@@ -14,289 +14,447 @@ import torch
 from torch import nn
 
 # %% ../nbs/11_flow.ipynb #3dbee3f1
-def pad_time(t, # times, (B,) or one for all
-             x # (B, …)
-            ):
+def pad_time(
+    t,  # times, (B,) or one for all
+    x,  # (B, …)
+):
     "Give (B,) times as many trailing axes as `x` has, so that they broadcast over each item."
-    return t.reshape(-1, *[1]*(x.ndim - 1))
+    return t.reshape(-1, *[1] * (x.ndim - 1))
 
-def ot_path(x0, # noise, (B, …)
-            x1, # data, (B, …)
-            t, # time, (B,) in [0, 1]
-            sigma_min:float=1e-4 # noise that is left at t = 1
-           ): # xt, (B, …)
+
+def ot_path(
+    x0,  # noise, (B, …)
+    x1,  # data, (B, …)
+    t,  # time, (B,) in [0, 1]
+    sigma_min: float = 1e-4,  # noise that is left at t = 1
+):  # xt, (B, …)
     "The conditional optimal-transport path (Lipman et al., Eq. 22): noise at t = 0, data at t = 1."
     t = pad_time(t, x1)
-    return (1 - (1 - sigma_min)*t)*x0 + t*x1
+    return (1 - (1 - sigma_min) * t) * x0 + t * x1
 
 # %% ../nbs/11_flow.ipynb #7f2d73e6
-def ot_target(x0, x1, sigma_min:float=1e-4):
+def ot_target(x0, x1, sigma_min: float = 1e-4):
     "The velocity of `ot_path` (Lipman et al., Eq. 23 along the path): constant in time."
-    return x1 - (1 - sigma_min)*x0
+    return x1 - (1 - sigma_min) * x0
 
 # %% ../nbs/11_flow.ipynb #64b90a5e
-def gaussian_field(x, # (B, …)
-                   t, # (B,) or one for all
-                   mean, # of the data, broadcasts with x
-                   std, # of the data, broadcasts with x
-                   sigma_min:float=1e-4
-                  ):
+def gaussian_field(
+    x,  # (B, …)
+    t,  # (B,) or one for all
+    mean,  # of the data, broadcasts with x
+    std,  # of the data, broadcasts with x
+    sigma_min: float = 1e-4,
+):
     "The exact marginal field of `ot_path` when the data are N(mean, std²)."
     t = pad_time(t, x)
-    sigma = 1 - (1 - sigma_min)*t
-    return mean + (t*std**2 - (1 - sigma_min)*sigma)/((t*std)**2 + sigma**2)*(x - t*mean)
+    sigma = 1 - (1 - sigma_min) * t
+    return mean + (t * std**2 - (1 - sigma_min) * sigma) / ((t * std) ** 2 + sigma**2) * (
+        x - t * mean
+    )
 
 # %% ../nbs/11_flow.ipynb #39b4cb3c
-def responsibilities(x, # (B, D)
-                     t, # (B,) or one for all
-                     means, # (K, D)
-                     stds, # (K,)
-                     weights, # (K,), positive
-                     sigma_min:float=1e-4
-                    ): # (B, K), rows sum to one
+def responsibilities(
+    x,  # (B, D)
+    t,  # (B,) or one for all
+    means,  # (K, D)
+    stds,  # (K,)
+    weights,  # (K,), positive
+    sigma_min: float = 1e-4,
+):  # (B, K), rows sum to one
     "Which component of the data a point at `x` is probably bound for."
     t, D = pad_time(t, x), x.shape[1]
-    var = (t*stds)**2 + (1 - (1 - sigma_min)*t)**2
-    gap = (x[:, None] - t[..., None]*means).square().sum(-1)
-    return (weights.log() - gap/(2*var) - D/2*var.log()).softmax(-1)
+    var = (t * stds) ** 2 + (1 - (1 - sigma_min) * t) ** 2
+    gap = (x[:, None] - t[..., None] * means).square().sum(-1)
+    return (weights.log() - gap / (2 * var) - D / 2 * var.log()).softmax(-1)
 
 # %% ../nbs/11_flow.ipynb #4349d039
-def mixture_field(x, # (B, D)
-                  t, # (B,) or one for all
-                  means, stds, weights, # (K, D), (K,), (K,) of the Gaussian mixture that the data are
-                  sigma_min:float=1e-4
-                 ): # v, (B, D)
+def mixture_field(
+    x,  # (B, D)
+    t,  # (B,) or one for all
+    means,
+    stds,
+    weights,  # (K, D), (K,), (K,) of the Gaussian mixture that the data are
+    sigma_min: float = 1e-4,
+):  # v, (B, D)
     "The exact marginal field of `ot_path` when the data are a mixture of Gaussians."
     r = responsibilities(x, t, means, stds, weights, sigma_min)
     each = gaussian_field(x[:, None], t, means, stds[:, None], sigma_min)
-    return (r[..., None]*each).sum(1)
+    return (r[..., None] * each).sum(1)
 
-def mixture_sample(n, means, stds, weights, generator:torch.Generator=None):
+
+def mixture_sample(n, means, stds, weights, generator: torch.Generator = None):
     "Draw (n, D) data from the mixture."
     k = torch.multinomial(weights, n, replacement=True, generator=generator)
-    return means[k] + stds[k, None]*torch.randn(n, means.shape[1], generator=generator)
+    return means[k] + stds[k, None] * torch.randn(n, means.shape[1], generator=generator)
 
 # %% ../nbs/11_flow.ipynb #19157b32
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"   # told apart by every kind of colour vision
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # told apart by every kind of colour vision
+
 
 def _arrows(ax, field, t, lim, streams=False):
     "Arrows (or streamlines) of `field` at time `t`, darker where it is faster, on one axis; arrows over 6 are drawn 6 long."
     from matplotlib.colors import Normalize
+
     g = torch.linspace(-lim, lim, 13)
     x = torch.cartesian_prod(g, g)
-    with torch.no_grad(): v = field(x, torch.full((len(x),), float(t)))
+    with torch.no_grad():
+        v = field(x, torch.full((len(x),), float(t)))
     speed, look = v.norm(dim=1), dict(cmap="cividis_r", norm=Normalize(-4, 7))
     if streams:
         u, w, s = torch.cat([v, speed[:, None]], 1).reshape(13, 13, 3).permute(2, 1, 0).numpy()
-        ax.streamplot(g.numpy(), g.numpy(), u, w, color=s, density=.7, linewidth=.8, arrowsize=.7, **look)
-    else: ax.quiver(*x.T, *(v*(6/speed).clamp(max=1)[:, None]).T, speed, scale=45, width=.009, **look)
-    ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"t = {float(t):.2f}")
+        ax.streamplot(
+            g.numpy(), g.numpy(), u, w, color=s, density=0.7, linewidth=0.8, arrowsize=0.7, **look
+        )
+    else:
+        ax.quiver(
+            *x.T, *(v * (6 / speed).clamp(max=1)[:, None]).T, speed, scale=45, width=0.009, **look
+        )
+    ax.set(
+        xlim=(-lim, lim),
+        ylim=(-lim, lim),
+        aspect="equal",
+        xticks=[],
+        yticks=[],
+        title=f"t = {float(t):.2f}",
+    )
 
 # %% ../nbs/11_flow.ipynb #837a213a
-def _shown(fig, alt:str, picture:bool=False # JPEG: smaller where the figure is made of images
-          ):
+def _shown(
+    fig,
+    alt: str,
+    picture: bool = False,  # JPEG: smaller where the figure is made of images
+):
     "Display a figure with its text alternative, once."
     import io
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
+
     fig.set_dpi(72)
     if picture:
         fig.savefig(file := io.BytesIO(), format="jpeg", dpi=80)
         display(Image(file.getvalue(), format="jpeg", alt=alt))
-    else: display(fig, metadata={"alt": alt})
+    else:
+        display(fig, metadata={"alt": alt})
     plt.close(fig)
 
 # %% ../nbs/11_flow.ipynb #0974b218
-def plot_field(field, # called as field(x (B, 2), t (B,))
-               ts=(0., .25, .5, .75, .99), # one panel each
-               lim:float=3.5, # half the width of a panel
-               title:str="", streams:bool=False # lines along the arrows instead
-              ):
+def plot_field(
+    field,  # called as field(x (B, 2), t (B,))
+    ts=(0.0, 0.25, 0.5, 0.75, 0.99),  # one panel each
+    lim: float = 3.5,  # half the width of a panel
+    title: str = "",
+    streams: bool = False,  # lines along the arrows instead
+):
     "A strip of arrows: how the field changes from noise (left) to data (right)."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(ts), figsize=(2.3*len(ts), 2.6), layout="constrained", squeeze=False)
-    for ax, t in zip(axs[0], ts): _arrows(ax, field, t, lim, streams)
+
+    fig, axs = plt.subplots(
+        1, len(ts), figsize=(2.3 * len(ts), 2.6), layout="constrained", squeeze=False
+    )
+    for ax, t in zip(axs[0], ts):
+        _arrows(ax, field, t, lim, streams)
     fig.suptitle(title)
-    return _shown(fig, f"{title} {'Streamlines' if streams else 'Arrows'} of a two-dimensional field at {len(ts)} times from noise to data.", picture=True)
+    return _shown(
+        fig,
+        f"{title} {'Streamlines' if streams else 'Arrows'} of a two-dimensional field at {len(ts)} times from noise to data.",
+        picture=True,
+    )
 
 # %% ../nbs/11_flow.ipynb #cb48cc36
-def plot_trajectories(trajectory, # (N + 1, B, 2), from noise to data
-                      data=None, # (n, 2), drawn behind
-                      ax=None, title:str="", lim:float=3.5):
+def plot_trajectories(
+    trajectory,  # (N + 1, B, 2), from noise to data
+    data=None,  # (n, 2), drawn behind
+    ax=None,
+    title: str = "",
+    lim: float = 3.5,
+):
     "Curves from noise (orange dots) to where they end (blue dots)."
     import matplotlib.pyplot as plt
+
     fig = None
-    if ax is None: fig, ax = plt.subplots(figsize=(4, 4), layout="constrained")
-    if data is not None: ax.scatter(*data.T, s=2, c="0.75")
-    ax.plot(*trajectory.permute(2, 0, 1), lw=.5, c="0.4", alpha=.6)
-    for x, c in ((trajectory[0], ORANGE), (trajectory[-1], BLUE)): ax.scatter(*x.T, s=6, c=c, zorder=3)
+    if ax is None:
+        fig, ax = plt.subplots(figsize=(4, 4), layout="constrained")
+    if data is not None:
+        ax.scatter(*data.T, s=2, c="0.75")
+    ax.plot(*trajectory.permute(2, 0, 1), lw=0.5, c="0.4", alpha=0.6)
+    for x, c in ((trajectory[0], ORANGE), (trajectory[-1], BLUE)):
+        ax.scatter(*x.T, s=6, c=c, zorder=3)
     ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=title)
-    if fig: _shown(fig, f"{title} Curves of {trajectory.shape[1]} points from noise to data.")
+    if fig:
+        _shown(fig, f"{title} Curves of {trajectory.shape[1]} points from noise to data.")
 
 # %% ../nbs/11_flow.ipynb #5420fdb4
 def _cloud(ax, x, data, t, lim=3.5):
     "A cloud on its way, on one axis."
-    ax.scatter(*data.T, s=1, c="0.8"); ax.scatter(*x.T, s=5, c=BLUE)
-    ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"t = {t:.2f}")
+    ax.scatter(*data.T, s=1, c="0.8")
+    ax.scatter(*x.T, s=5, c=BLUE)
+    ax.set(
+        xlim=(-lim, lim),
+        ylim=(-lim, lim),
+        aspect="equal",
+        xticks=[],
+        yticks=[],
+        title=f"t = {t:.2f}",
+    )
 
-def plot_flow(trajectory, data, # (N + 1, B, 2) uniform in time, (n, 2)
-              panels:int=5):
+
+def plot_flow(
+    trajectory,
+    data,  # (N + 1, B, 2) uniform in time, (n, 2)
+    panels: int = 5,
+):
     "The cloud at a few times between noise and data."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, panels, figsize=(2.2*panels, 2.5), layout="constrained")
-    for ax, t in zip(axs, torch.linspace(0, 1, panels).tolist()): _cloud(ax, trajectory[round(t*(len(trajectory) - 1))], data, t)
-    _shown(fig, f"A cloud of {trajectory.shape[1]} points at {panels} times: round at first, then drawn to the data.", picture=True)
+
+    fig, axs = plt.subplots(1, panels, figsize=(2.2 * panels, 2.5), layout="constrained")
+    for ax, t in zip(axs, torch.linspace(0, 1, panels).tolist()):
+        _cloud(ax, trajectory[round(t * (len(trajectory) - 1))], data, t)
+    _shown(
+        fig,
+        f"A cloud of {trajectory.shape[1]} points at {panels} times: round at first, then drawn to the data.",
+        picture=True,
+    )
 
 # %% ../nbs/11_flow.ipynb #bd0ae148
-def animate_flow(trajectory, data, # (N + 1, B, 2) uniform in time, (n, 2)
-                 frames:int=16):
+def animate_flow(
+    trajectory,
+    data,  # (N + 1, B, 2) uniform in time, (n, 2)
+    frames: int = 16,
+):
     "The cloud on its way, as a small moving picture."
     import os, tempfile
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
     from matplotlib.animation import FuncAnimation, PillowWriter
+
     fig, ax = plt.subplots(figsize=(2.6, 2.8), dpi=72, layout="constrained")
-    def draw(i): ax.clear(); _cloud(ax, trajectory[round(i/(frames - 1)*(len(trajectory) - 1))], data, i/(frames - 1))
+
+    def draw(i):
+        ax.clear()
+        _cloud(
+            ax, trajectory[round(i / (frames - 1) * (len(trajectory) - 1))], data, i / (frames - 1)
+        )
+
     with tempfile.TemporaryDirectory() as folder:
-        FuncAnimation(fig, draw, frames).save(path := os.path.join(folder, "flow.gif"), PillowWriter(fps=8))
+        FuncAnimation(fig, draw, frames).save(
+            path := os.path.join(folder, "flow.gif"), PillowWriter(fps=8)
+        )
         plt.close(fig)
-        display(Image(path, format="gif", alt=f"{trajectory.shape[1]} points move from a round cloud of noise to the data."))
+        display(
+            Image(
+                path,
+                format="gif",
+                alt=f"{trajectory.shape[1]} points move from a round cloud of noise to the data.",
+            )
+        )
 
 # %% ../nbs/11_flow.ipynb #f170e51f
-def plot_lines(left, right, # (N + 1, B) each: x over time
-               titles=("", "")):
+def plot_lines(
+    left,
+    right,  # (N + 1, B) each: x over time
+    titles=("", ""),
+):
     "Two panels of one-dimensional curves over time, coloured by the side of zero on which they end."
     import matplotlib.pyplot as plt
+
     fig, axs = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
     for ax, lines, title in zip(axs, (left, right), titles):
-        for line in lines.T: ax.plot(torch.linspace(0, 1, len(line)), line, lw=.7, c=ORANGE if line[-1] > 0 else BLUE, alpha=.7)
+        for line in lines.T:
+            ax.plot(
+                torch.linspace(0, 1, len(line)),
+                line,
+                lw=0.7,
+                c=ORANGE if line[-1] > 0 else BLUE,
+                alpha=0.7,
+            )
         ax.set(xlabel="t (noise → data)", title=title)
     axs[0].set_ylabel("x")
-    _shown(fig, f"Left: {titles[0]}. Right: {titles[1]}. Curves over time, orange where they end above zero and blue where below.")
+    _shown(
+        fig,
+        f"Left: {titles[0]}. Right: {titles[1]}. Curves over time, orange where they end above zero and blue where below.",
+    )
 
 # %% ../nbs/11_flow.ipynb #32a4aeec
-def cfm_loss(field, # called as field(xt, t), t (B,); conditions are closed over
-             x1, # data, (B, C, L) or (B, C)
-             mask, # (B, 1, L) or (B, 1), one where there is data
-             sigma_min:float=1e-4,
-             generator:torch.Generator=None # on the device of x1
-            ) -> torch.Tensor: # scalar
+def cfm_loss(
+    field,  # called as field(xt, t), t (B,); conditions are closed over
+    x1,  # data, (B, C, L) or (B, C)
+    mask,  # (B, 1, L) or (B, 1), one where there is data
+    sigma_min: float = 1e-4,
+    generator: torch.Generator = None,  # on the device of x1
+) -> torch.Tensor:  # scalar
     "Conditional flow matching: masked mean squared error between the field and the velocity of the path."
     t = torch.rand(len(x1), generator=generator, device=x1.device)
     x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
     v = field(ot_path(x0, x1, t, sigma_min), t)
-    return ((v - ot_target(x0, x1, sigma_min)).square()*mask).sum()/(mask.sum()*x1.shape[1])
+    return ((v - ot_target(x0, x1, sigma_min)).square() * mask).sum() / (mask.sum() * x1.shape[1])
 
 # %% ../nbs/11_flow.ipynb #14c41eca
 class ToyField(nn.Module):
     "A small network for a field in a few dimensions: called as field(x (B, D), t)."
-    def __init__(self, dim:int=2, # D
-                 width:int=128, extra:int=0 # size of a condition, if there is one
-                ):
+
+    def __init__(
+        self,
+        dim: int = 2,  # D
+        width: int = 128,
+        extra: int = 0,  # size of a condition, if there is one
+    ):
         super().__init__()
         sizes = [dim + 1 + extra, width, width, width]
-        self.body = nn.Sequential(*[m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.SiLU())])
+        self.body = nn.Sequential(
+            *[m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.SiLU())]
+        )
         self.out = nn.Linear(width, dim)
+
     def forward(self, x, t, *condition):
         t = pad_time(t, x).expand(len(x), 1)
         return self.out(self.body(torch.cat([x, t, *condition], 1)))
 
 # %% ../nbs/11_flow.ipynb #187c1a4f
-def fit_toy(field, # a `ToyField`
-            draw, # draw(n) gives (n, D) data
-            steps:int=2000, batch:int=512, lr:float=3e-3
-           ) -> list: # the loss at each step
+def fit_toy(
+    field,  # a `ToyField`
+    draw,  # draw(n) gives (n, D) data
+    steps: int = 2000,
+    batch: int = 512,
+    lr: float = 3e-3,
+) -> list:  # the loss at each step
     "The whole of flow-matching training, in ten lines."
     opt = torch.optim.Adam(field.parameters(), lr)
     schedule, losses = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), []
     for _ in range(steps):
         loss = cfm_loss(field, draw(batch), torch.ones(batch, 1))
-        opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
         losses.append(loss.item())
     return losses
 
 # %% ../nbs/11_flow.ipynb #f97a4fe6
 @torch.no_grad()
-def field_error(field, exact, # two fields
-                data, # (n, D)
-                generator:torch.Generator=None
-               ) -> float:
+def field_error(
+    field,
+    exact,  # two fields
+    data,  # (n, D)
+    generator: torch.Generator = None,
+) -> float:
     "Root-mean-square difference of two fields at the places the path visits."
     t = torch.rand(len(data), generator=generator)
     xt = ot_path(torch.randn(data.shape, generator=generator), data, t)
     return (field(xt, t) - exact(xt, t)).square().mean().sqrt().item()
 
 # %% ../nbs/11_flow.ipynb #b8d2e62a
-def plot_truth(exact, learned, # two fields
-               trajectory, # (N + 1, B, 2) of the learned one
-               data, # (n, 2)
-               t:float=.6):
+def plot_truth(
+    exact,
+    learned,  # two fields
+    trajectory,  # (N + 1, B, 2) of the learned one
+    data,  # (n, 2)
+    t: float = 0.6,
+):
     "Three panels: the exact field, the learned field, and where the learned one leads."
     import matplotlib.pyplot as plt
+
     fig, axs = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
     for ax, field, name in zip(axs, (exact, learned), ("exact", "learned")):
         _arrows(ax, field, t, 3.5)
         ax.set_title(f"{name} field, t = {t}")
     plot_trajectories(trajectory, data, axs[2], "learned trajectories")
-    _shown(fig, "Arrows of the exact field, arrows of the learned field, and trajectories of the learned field ending on the data.", picture=True)
+    _shown(
+        fig,
+        "Arrows of the exact field, arrows of the learned field, and trajectories of the learned field ending on the data.",
+        picture=True,
+    )
 
 # %% ../nbs/11_flow.ipynb #ade5414c
-def plot_loss(losses, # name: one number a step
-              title:str="",
-              floor:float=None # the part that no network can remove
-             ):
+def plot_loss(
+    losses,  # name: one number a step
+    title: str = "",
+    floor: float = None,  # the part that no network can remove
+):
     "Loss curves, each smoothed over 20 steps, over the floor."
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for (name, loss), c in zip(losses.items(), (BLUE, GREEN, "0.3")):
-        ax.plot(loss, lw=.4, c=c, alpha=.4); ax.plot(range(19, len(loss)), torch.tensor(loss).unfold(0, 20, 1).mean(-1), c=c, label=name)
-    if floor is not None: ax.axhline(floor, c=ORANGE, ls="--", label="floor: E Var[u | x_t]")
-    ax.set(xlabel="step", ylabel="loss", ylim=(0, None), title=title); ax.legend()
-    _shown(fig, f"{title}. Loss curves ending at " + ", ".join(f"{l[-1]:.2f} ({n})" for n, l in losses.items()))
+        ax.plot(loss, lw=0.4, c=c, alpha=0.4)
+        ax.plot(range(19, len(loss)), torch.tensor(loss).unfold(0, 20, 1).mean(-1), c=c, label=name)
+    if floor is not None:
+        ax.axhline(floor, c=ORANGE, ls="--", label="floor: E Var[u | x_t]")
+    ax.set(xlabel="step", ylabel="loss", ylim=(0, None), title=title)
+    ax.legend()
+    _shown(
+        fig,
+        f"{title}. Loss curves ending at "
+        + ", ".join(f"{l[-1]:.2f} ({n})" for n, l in losses.items()),
+    )
 
 # %% ../nbs/11_flow.ipynb #52462755
-def fit_pairs(field, draw, # draw() gives x0 (B, D), x1 (B, D) and a condition (B, C)
-              steps:int=600, lr:float=3e-3):
+def fit_pairs(
+    field,
+    draw,  # draw() gives x0 (B, D), x1 (B, D) and a condition (B, C)
+    steps: int = 600,
+    lr: float = 3e-3,
+):
     "Flow matching on given pairs, with a condition."
     opt = torch.optim.Adam(field.parameters(), lr)
     for _ in range(steps):
         x0, x1, c = draw()
         t = torch.rand(len(x1))
         loss = (field(ot_path(x0, x1, t), t, c) - ot_target(x0, x1)).square().mean()
-        opt.zero_grad(); loss.backward(); opt.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
     return field
 
 # %% ../nbs/11_flow.ipynb #448cd71a
-def detour(trajectory # (N + 1, B, D)
-          ) -> float:
+def detour(
+    trajectory,  # (N + 1, B, D)
+) -> float:
     "By which fraction the ways of all points together are longer than the straight lines between their ends."
-    return (trajectory.diff(dim=0).norm(dim=-1).sum()/(trajectory[-1] - trajectory[0]).norm(dim=-1).sum()).item() - 1
+    return (
+        trajectory.diff(dim=0).norm(dim=-1).sum()
+        / (trajectory[-1] - trajectory[0]).norm(dim=-1).sum()
+    ).item() - 1
 
 # %% ../nbs/11_flow.ipynb #49468fd2
-def plot_roads(trips, # name: (N + 1, B, 2)
-               data, # (n, 2)
-               lim:float=3.5):
+def plot_roads(
+    trips,  # name: (N + 1, B, 2)
+    data,  # (n, 2)
+    lim: float = 3.5,
+):
     "One panel for each way to build the path: the detour of all points, and the trajectories of 80 of them."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(trips), figsize=(3.4*len(trips), 3.6), layout="constrained")
-    for ax, (name, trip) in zip(axs, trips.items()): plot_trajectories(trip[:, :80], data, ax, f"{name}: detour {detour(trip):.1%}", lim)
-    _shown(fig, "Trajectories from noise (orange) to data (blue): " + ", ".join(f"{k} with a detour of {detour(v):.1%}" for k, v in trips.items()), picture=True)
+
+    fig, axs = plt.subplots(1, len(trips), figsize=(3.4 * len(trips), 3.6), layout="constrained")
+    for ax, (name, trip) in zip(axs, trips.items()):
+        plot_trajectories(trip[:, :80], data, ax, f"{name}: detour {detour(trip):.1%}", lim)
+    _shown(
+        fig,
+        "Trajectories from noise (orange) to data (blue): "
+        + ", ".join(f"{k} with a detour of {detour(v):.1%}" for k, v in trips.items()),
+        picture=True,
+    )
 
 # %% ../nbs/11_flow.ipynb #3bfcf4e6
-def distance_to_blobs(x, # (B, D)
-                      means, stds # (K, D), (K,)
-                     ) -> float:
+def distance_to_blobs(
+    x,  # (B, D)
+    means,
+    stds,  # (K, D), (K,)
+) -> float:
     "Mean distance to the nearest component, in its own standard deviations."
-    return (torch.cdist(x, means)/stds).min(1).values.mean().item()
+    return (torch.cdist(x, means) / stds).min(1).values.mean().item()
 
 # %% ../nbs/11_flow.ipynb #57d0afe8
-def field_explorer(field, # called as field(x (B, 2), t (B,))
-                   lim:float=3.5):
+def field_explorer(
+    field,  # called as field(x (B, 2), t (B,))
+    lim: float = 3.5,
+):
     "A slider over time for the arrows of a field."
     import matplotlib.pyplot as plt
     from ipywidgets import FloatSlider, interact
+
     def show(t):
         fig, ax = plt.subplots(figsize=(4, 4), layout="constrained")
         _arrows(ax, field, t, lim)
         _shown(fig, f"Arrows of the field at t = {t:.2f}.")
-    return interact(show, t=FloatSlider(0., min=0., max=.99, step=.01))
+
+    return interact(show, t=FloatSlider(0.0, min=0.0, max=0.99, step=0.01))

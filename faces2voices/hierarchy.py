@@ -28,81 +28,114 @@ from .timbre import FaceEncoder, FiLM, TimbreEncoder, timbre_loss
 from .prosody import ConvNorm, ExpressionEncoder, Prosody, ProsodyEncoder, prosody_loss
 
 # %% ../nbs/10_hierarchy.ipynb #8c73e1c8
-def fixed(seed:int, *shape) -> torch.Tensor:
+def fixed(seed: int, *shape) -> torch.Tensor:
     "Random numbers that are always the same: the laws of the made world."
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/10_hierarchy.ipynb #731fac59
-def smooth(x, # (n, c, 6, 6)
-           side:int): # (n, c, side, side)
+def smooth(
+    x,  # (n, c, 6, 6)
+    side: int,
+):  # (n, c, side, side)
     "Small patterns as soft pictures."
     return F.interpolate(x, (side, side), mode="bilinear")
 
 # %% ../nbs/10_hierarchy.ipynb #2534ea12
-def made_factors(preset, # Preset
-                 batch:int, frames:int, # B, T
-                 seed:int) -> tuple: # units (B, 2T), who (B, 2), how (B, 2T)
+def made_factors(
+    preset,  # Preset
+    batch: int,
+    frames: int,  # B, T
+    seed: int,
+) -> tuple:  # units (B, 2T), who (B, 2), how (B, 2T)
     "What, who and how of some clips: a unit lasts 80 ms, a voice is two numbers, the expression is a wave."
     g = torch.Generator().manual_seed(seed)
-    units = torch.randint(preset.n_units, (batch, frames//2 + 1), generator=g).repeat_interleave(4, 1)[:, :2*frames]
+    units = torch.randint(preset.n_units, (batch, frames // 2 + 1), generator=g).repeat_interleave(
+        4, 1
+    )[:, : 2 * frames]
     who, (speed, start) = torch.randn(batch, 2, generator=g), torch.rand(2, batch, 1, generator=g)
-    how = torch.sin(2*torch.pi*start + torch.arange(2*frames)*(.1 + .2*speed))
+    how = torch.sin(2 * torch.pi * start + torch.arange(2 * frames) * (0.1 + 0.2 * speed))
     return units, who, how - how.mean(1, keepdim=True)
 
 # %% ../nbs/10_hierarchy.ipynb #a99a722b
-def made_pictures(preset, units, who, how) -> tuple: # lips (B, 1, T, 88, 88), face (B, 3, 112, 112), expression (B, T, E)
+def made_pictures(
+    preset, units, who, how
+) -> tuple:  # lips (B, 1, T, 88, 88), face (B, 3, 112, 112), expression (B, T, E)
     "What a camera would see: a picture for each unit, two pictures mixed into a face, a wave in the expression."
     lips = smooth(fixed(0, preset.n_units, 1, 6, 6), 88)[units[:, ::2]].transpose(1, 2)
     face = torch.einsum("bk,kchw->bchw", who, smooth(fixed(1, 2, 3, 6, 6), 112)).tanh()
-    return lips, face, .5 + .3*how[:, ::2, None]*fixed(2, preset.expression_dim).sign()
+    return lips, face, 0.5 + 0.3 * how[:, ::2, None] * fixed(2, preset.expression_dim).sign()
 
 # %% ../nbs/10_hierarchy.ipynb #19639fc8
-def made_sound(preset, units, who, how) -> tuple: # mel (B, 80, 4T), log_f0 and voiced (B, 2T)
+def made_sound(preset, units, who, how) -> tuple:  # mel (B, 80, 4T), log_f0 and voiced (B, 2T)
     "What a microphone would hear: a spectrum for each unit, tilted by the voice, lifted by the wave, with the pitch as a ridge."
-    log_f0, voiced = 5 + .3*who[:, :1] + .2*how, (units % 4 != 0).float()
-    spectra, bins = F.interpolate(fixed(3, preset.n_units, 1, 10), 80, mode="linear")[:, 0], torch.linspace(-1, 1, 80)
-    ridge = (-(bins - (log_f0[..., None] - 5))**2/.02).exp()*voiced[..., None]
-    mel = spectra[units] + .5*who[:, 1, None, None]*bins + .3*how[..., None] + ridge
+    log_f0, voiced = 5 + 0.3 * who[:, :1] + 0.2 * how, (units % 4 != 0).float()
+    spectra, bins = (
+        F.interpolate(fixed(3, preset.n_units, 1, 10), 80, mode="linear")[:, 0],
+        torch.linspace(-1, 1, 80),
+    )
+    ridge = (-((bins - (log_f0[..., None] - 5)) ** 2) / 0.02).exp() * voiced[..., None]
+    mel = spectra[units] + 0.5 * who[:, 1, None, None] * bins + 0.3 * how[..., None] + ridge
     return mel.repeat_interleave(2, 1).transpose(1, 2), log_f0, voiced
 
 # %% ../nbs/10_hierarchy.ipynb #909cb8ef
-def made_batch(preset, # Preset
-               batch:int=8, frames:int=16, # B, T
-               seed:int=0 # of the clips; the world is always the same
-              ) -> Batch:
+def made_batch(
+    preset,  # Preset
+    batch: int = 8,
+    frames: int = 16,  # B, T
+    seed: int = 0,  # of the clips; the world is always the same
+) -> Batch:
     "Clips of a made-up world in which what, who and how are independent and known."
     units, who, how = factors = made_factors(preset, batch, frames, seed)
     lips, face, expression = made_pictures(preset, *factors)
     mel, log_f0, voiced = made_sound(preset, *factors)
-    vector = lambda seed, dim: F.normalize(F.pad(who, (0, 1), value=1.) @ fixed(seed, 3, dim), dim=-1)
-    return Batch([f"made{i}" for i in range(batch)], lips, face, expression, vector(4, preset.identity_dim), mel, units,
-                 vector(5, preset.speaker_dim), log_f0, voiced, -4 + how, torch.ones(batch, frames, dtype=torch.bool))
+    vector = lambda seed, dim: F.normalize(
+        F.pad(who, (0, 1), value=1.0) @ fixed(seed, 3, dim), dim=-1
+    )
+    return Batch(
+        [f"made{i}" for i in range(batch)],
+        lips,
+        face,
+        expression,
+        vector(4, preset.identity_dim),
+        mel,
+        units,
+        vector(5, preset.speaker_dim),
+        log_f0,
+        voiced,
+        -4 + how,
+        torch.ones(batch, frames, dtype=torch.bool),
+    )
 
 # %% ../nbs/10_hierarchy.ipynb #a58fbf58
 class MuHead(nn.Module):
     "Features at 50 Hz → μ at 100 Hz: residual convolutions, ×2 by repetition, one more, a linear layer to 80 bins."
-    def __init__(self, dim:int, dropout:float=.1):
+
+    def __init__(self, dim: int, dropout: float = 0.1):
         super().__init__()
         self.slow = nn.ModuleList([ConvNorm(dim, dim, 5, dropout) for _ in range(2)])
         self.fast = ConvNorm(dim, dim, 5, dropout)
         self.out = nn.Linear(dim, 80)
 
-    def forward(self, hidden, # (B, 2T, dim)
-                mask          # (B, T) bool
-               ): # (B, 80, 4T), zero at padding
+    def forward(
+        self,
+        hidden,  # (B, 2T, dim)
+        mask,  # (B, T) bool
+    ):  # (B, 80, 4T), zero at padding
         "A first guess of the normalised mel spectrogram."
         mask2, mask4 = mask.repeat_interleave(2, 1), mask.repeat_interleave(4, 1)
-        for layer in self.slow: hidden = hidden + layer(hidden, mask2)
+        for layer in self.slow:
+            hidden = hidden + layer(hidden, mask2)
         h = hidden.repeat_interleave(2, 1)
         return (self.out(h + self.fast(h, mask4)) * mask4[..., None]).transpose(1, 2)
 
 # %% ../nbs/10_hierarchy.ipynb #9e8aede8
-def prior_loss(mu, # (B, 80, L)
-               x1, # (B, 80, L) normalised mel
-               mask # (B, L) bool
-              ): # scalar
+def prior_loss(
+    mu,  # (B, 80, L)
+    x1,  # (B, 80, L) normalised mel
+    mask,  # (B, L) bool
+):  # scalar
     "−ln N(x₁; μ, I), mean over the bins and the frames that are not padding (Matcha-TTS)."
-    nll = .5 * ((x1 - mu)**2 + math.log(2*math.pi))
+    nll = 0.5 * ((x1 - mu) ** 2 + math.log(2 * math.pi))
     return (nll * mask[:, None]).sum() / (mask.sum() * mu.shape[1])
 
 # %% ../nbs/10_hierarchy.ipynb #8ba14021
@@ -111,149 +144,210 @@ def prior_loss(mu, # (B, 80, L)
 def third_octaves() -> torch.Tensor:
     "(15, 80): which mel bins make up each third of an octave from 150 Hz on, with the width that Slaney's filters were divided by."
     import librosa
-    edges = librosa.mel_frequencies(MEL.n_mels + 2, fmin=MEL.fmin, fmax=MEL.fmax)
-    octaves = torch.from_numpy(edges[1:-1]/150).log2()
-    return (torch.arange(15)[:, None] == (3*octaves).round()) * torch.from_numpy(edges[2:] - edges[:-2]).float()/2
 
-def envelopes(mel # (80, L) normalised
-             ): # (15, L)
+    edges = librosa.mel_frequencies(MEL.n_mels + 2, fmin=MEL.fmin, fmax=MEL.fmax)
+    octaves = torch.from_numpy(edges[1:-1] / 150).log2()
+    return (
+        (torch.arange(15)[:, None] == (3 * octaves).round())
+        * torch.from_numpy(edges[2:] - edges[:-2]).float()
+        / 2
+    )
+
+
+def envelopes(
+    mel,  # (80, L) normalised
+):  # (15, L)
     "Third-octave envelopes of a mel spectrogram."
-    return (third_octaves().to(mel.device) @ (2*MEL.denormalize(mel)).exp() + 1e-10).sqrt()
+    return (third_octaves().to(mel.device) @ (2 * MEL.denormalize(mel)).exp() + 1e-10).sqrt()
 
 # %% ../nbs/10_hierarchy.ipynb #7304998f
-def _unit(x, dim): "Without its mean along `dim`, and of length 1."; return F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=1e-6)
+def _unit(x, dim):
+    "Without its mean along `dim`, and of length 1."
+    return F.normalize(x - x.mean(dim, keepdim=True), dim=dim, eps=1e-6)
 
-def envelope_match(mel, truth # (80, L) normalised mel
-                  ): # scalar in [-1, 1]
+
+def envelope_match(
+    mel,
+    truth,  # (80, L) normalised mel
+):  # scalar in [-1, 1]
     "ESTOI of mel spectrograms (Jensen & Taal 2016): mean correlation of third-octave envelopes, where the truth is within 40 dB of its loudest frame."
     a, b = envelopes(mel), envelopes(truth)
-    loud = b.norm(dim=0) > b.norm(dim=0).max()/100
+    loud = b.norm(dim=0) > b.norm(dim=0).max() / 100
     frames = min(38, int(loud.sum()))
     a, b = (_unit(_unit(x[:, loud].unfold(1, frames, 4), 2), 0) for x in (a, b))
-    return (a*b).sum(0).mean()
+    return (a * b).sum(0).mean()
 
-def envelope_loss(mu, x1, # (B, 80, L) normalised mel
-                  mask # (B, L) bool
-                 ): # scalar in [0, 2]
+
+def envelope_loss(
+    mu,
+    x1,  # (B, 80, L) normalised mel
+    mask,  # (B, L) bool
+):  # scalar in [0, 2]
     "1 − `envelope_match`, mean over the clips; in float32 whatever the autocast."
     with torch.autocast(mu.device.type, enabled=False):
-        return 1 - torch.stack([envelope_match(m[:, k].float(), x[:, k].float()) for m, x, k in zip(mu, x1, mask)]).mean()
+        return (
+            1
+            - torch.stack(
+                [envelope_match(m[:, k].float(), x[:, k].float()) for m, x, k in zip(mu, x1, mask)]
+            ).mean()
+        )
 
 # %% ../nbs/10_hierarchy.ipynb #4d1dac5c
 class PlainContent(ContentEncoder):
     "The content stage without Masked ConvBlocks: units are predicted from the plain path alone."
-    def __init__(self, in_dim:int, preset):
+
+    def __init__(self, in_dim: int, preset):
         super().__init__(in_dim, preset)
         del self.masked, self.masked_head
 
     def forward(self, features, mask):
         mask = mask.repeat_interleave(2, 1)
         x = self.upsample(features.mT) * mask[:, None]
-        for block in self.blocks: x = block(x, mask)
+        for block in self.blocks:
+            x = block(x, mask)
         return Content(x.mT, self.head(x.mT), None, self.named(features))
 
 # %% ../nbs/10_hierarchy.ipynb #b52b5910
 class FlatEncoder(nn.Module):
     "No hierarchy: lips, face and expression side by side, mixed by one linear layer."
-    def __init__(self, preset, # Preset
-                 lip_dim:int   # of the lip encoder
-                ):
+
+    def __init__(
+        self,
+        preset,  # Preset
+        lip_dim: int,  # of the lip encoder
+    ):
         super().__init__()
-        self.face = FaceEncoder(preset.dim) if preset.identity_dim == 0 else nn.Linear(preset.identity_dim, preset.dim)
+        self.face = (
+            FaceEncoder(preset.dim)
+            if preset.identity_dim == 0
+            else nn.Linear(preset.identity_dim, preset.dim)
+        )
         self.expression = ExpressionEncoder(preset.expression_dim, preset.dim, preset.dropout)
-        self.mix = nn.Linear(lip_dim + 2*preset.dim, preset.dim)
+        self.mix = nn.Linear(lip_dim + 2 * preset.dim, preset.dim)
         self.from_face = preset.identity_dim == 0
 
-    def forward(self, lips, # (B, T, lip_dim) features of the lips
-                face, identity, expression, mask): # (B, 2T, dim)
+    def forward(
+        self,
+        lips,  # (B, T, lip_dim) features of the lips
+        face,
+        identity,
+        expression,
+        mask,
+    ):  # (B, 2T, dim)
         "Everything at once."
         who = self.face(face if self.from_face else identity)[:, None].expand(-1, lips.shape[1], -1)
-        return self.mix(torch.cat([lips, who, self.expression(expression, mask)], -1)).repeat_interleave(2, 1)
+        return self.mix(
+            torch.cat([lips, who, self.expression(expression, mask)], -1)
+        ).repeat_interleave(2, 1)
 
 # %% ../nbs/10_hierarchy.ipynb #d97dcadf
-STAGES = "masked", "timbre", "prosody", "hierarchy" # what `without` may name
+STAGES = "masked", "timbre", "prosody", "hierarchy"  # what `without` may name
 
 # %% ../nbs/10_hierarchy.ipynb #762e1b06
 class Mu(NamedTuple):
     "What the hierarchy hands on, and what each stage believed; a stage that was taken out leaves None (a speaker of zeros)."
-    mu: torch.Tensor      # (B, 80, 4T) normalised ln mel
-    speaker: torch.Tensor # (B, 256), as seen in the face
-    content: Content|None
-    prosody: Prosody|None
+
+    mu: torch.Tensor  # (B, 80, 4T) normalised ln mel
+    speaker: torch.Tensor  # (B, 256), as seen in the face
+    content: Content | None
+    prosody: Prosody | None
 
 # %% ../nbs/10_hierarchy.ipynb #25fa41b5
 class Hierarchy(nn.Module):
     "Lips → content → speaker → prosody → μ."
-    def __init__(self, preset, # Preset
-                 without=()    # stages to leave out: any of `STAGES`
-                ):
+
+    def __init__(
+        self,
+        preset,  # Preset
+        without=(),  # stages to leave out: any of `STAGES`
+    ):
         super().__init__()
-        if unknown := set(without) - set(STAGES): raise ValueError(f"unknown stages {sorted(unknown)}; choose from {STAGES}")
+        if unknown := set(without) - set(STAGES):
+            raise ValueError(f"unknown stages {sorted(unknown)}; choose from {STAGES}")
         self.preset, self.without, self.flat = preset, tuple(without), "hierarchy" in without
         self.lips = make_lip_encoder(preset)
         self.to_mu = MuHead(preset.dim, preset.dropout)
-        if self.flat: self.encoder = FlatEncoder(preset, self.lips.dim)
-        else: self._build_stages(preset)
+        if self.flat:
+            self.encoder = FlatEncoder(preset, self.lips.dim)
+        else:
+            self._build_stages(preset)
 
     def _build_stages(self, preset):
-        self.content = (PlainContent if "masked" in self.without else ContentEncoder)(self.lips.dim, preset)
+        self.content = (PlainContent if "masked" in self.without else ContentEncoder)(
+            self.lips.dim, preset
+        )
         self.from_units = nn.Linear(preset.n_units, preset.dim, bias=False)
-        self.from_words = nn.Linear(1 + len(preset.words), preset.dim, bias=False) if preset.words else None
+        self.from_words = (
+            nn.Linear(1 + len(preset.words), preset.dim, bias=False) if preset.words else None
+        )
         self.timbre = None if "timbre" in self.without else TimbreEncoder(preset)
         self.film = None if "timbre" in self.without else FiLM(preset.dim, preset.speaker_dim)
         self.prosody = None if "prosody" in self.without else ProsodyEncoder(preset)
 
 # %% ../nbs/10_hierarchy.ipynb #b5a70392
 @patch
-def _fed_speaker(self:Hierarchy, predicted, teacher):
+def _fed_speaker(self: Hierarchy, predicted, teacher):
     "The teacher's speaker where there is one; while training, a coin for each clip decides between it and the predicted."
-    if teacher is None: return predicted
-    if not self.training: return teacher.speaker
-    coin = torch.rand(len(predicted), 1, device=predicted.device) < .5
+    if teacher is None:
+        return predicted
+    if not self.training:
+        return teacher.speaker
+    coin = torch.rand(len(predicted), 1, device=predicted.device) < 0.5
     return torch.where(coin, teacher.speaker, predicted)
 
 # %% ../nbs/10_hierarchy.ipynb #a8204f62
 @patch
-def from_content(self:Hierarchy, content): # → (B, 2T, dim)
+def from_content(self: Hierarchy, content):  # → (B, 2T, dim)
     "The content features, and linear maps of the softmax over units and, where there is a head for them, over words."
     hidden = content.hidden + self.from_units(content.logits.softmax(-1))
     return hidden if content.words is None else hidden + self.from_words(content.words.softmax(-1))
 
+
 @patch
-def add_content(self:Hierarchy, seen, mask): # → Content, (B, 2T, dim)
+def add_content(self: Hierarchy, seen, mask):  # → Content, (B, 2T, dim)
     "What: the content, and the features that go on."
     content = self.content(seen, mask)
     return content, self.from_content(content)
 
 # %% ../nbs/10_hierarchy.ipynb #537ab5ac
 @patch
-def add_timbre(self:Hierarchy, hidden, face, identity, teacher=None): # → speaker, the speaker that is fed, (B, 2T, dim)
+def add_timbre(
+    self: Hierarchy, hidden, face, identity, teacher=None
+):  # → speaker, the speaker that is fed, (B, 2T, dim)
     "Who: the voice seen in the face, and the features modulated by the one that is fed."
-    if self.timbre is None: nobody = hidden.new_zeros(len(hidden), self.preset.speaker_dim); return nobody, nobody, hidden
+    if self.timbre is None:
+        nobody = hidden.new_zeros(len(hidden), self.preset.speaker_dim)
+        return nobody, nobody, hidden
     speaker = self.timbre(face, identity)
     fed = self._fed_speaker(speaker, teacher)
     return speaker, fed, self.film(hidden, fed)
 
 # %% ../nbs/10_hierarchy.ipynb #0ff84c19
 @patch
-def add_prosody(self:Hierarchy, hidden, speaker, expression, mask, teacher=None): # → Prosody, (B, 2T, dim)
+def add_prosody(
+    self: Hierarchy, hidden, speaker, expression, mask, teacher=None
+):  # → Prosody, (B, 2T, dim)
     "How: the contours, and the features with their embedding added."
-    if self.prosody is None: return None, hidden
+    if self.prosody is None:
+        return None, hidden
     prosody = self.prosody(hidden, speaker, expression, mask, teacher)
     return prosody, hidden + prosody.embedding
 
 # %% ../nbs/10_hierarchy.ipynb #340cd335
 @patch
-def forward(self:Hierarchy, lips, # (B, 1, T, 88, 88)
-            face,       # (B, 3, 112, 112)
-            identity,   # (B, D)
-            expression, # (B, T, E)
-            mask,       # (B, T) bool
-            teacher=None # a Batch: its speaker, pitch, voicing and energy are fed in place of the predicted ones
-           ) -> Mu:
+def forward(
+    self: Hierarchy,
+    lips,  # (B, 1, T, 88, 88)
+    face,  # (B, 3, 112, 112)
+    identity,  # (B, D)
+    expression,  # (B, T, E)
+    mask,  # (B, T) bool
+    teacher=None,  # a Batch: its speaker, pitch, voicing and energy are fed in place of the predicted ones
+) -> Mu:
     "From what a camera sees to a first guess of the mel spectrogram."
     seen = self.lips(lips, mask)
-    if self.flat: return self._flat(seen, face, identity, expression, mask)
+    if self.flat:
+        return self._flat(seen, face, identity, expression, mask)
     content, hidden = self.add_content(seen, mask)
     speaker, fed, hidden = self.add_timbre(hidden, face, identity, teacher)
     prosody, hidden = self.add_prosody(hidden, fed, expression, mask, teacher)
@@ -261,21 +355,39 @@ def forward(self:Hierarchy, lips, # (B, 1, T, 88, 88)
 
 # %% ../nbs/10_hierarchy.ipynb #9dc35769
 @patch
-def _flat(self:Hierarchy, seen, *others):
+def _flat(self: Hierarchy, seen, *others):
     "μ of the flat encoder, which believes nothing on the way."
-    return Mu(self.to_mu(self.encoder(seen, *others), others[-1]), seen.new_zeros(len(seen), self.preset.speaker_dim), None, None)
+    return Mu(
+        self.to_mu(self.encoder(seen, *others), others[-1]),
+        seen.new_zeros(len(seen), self.preset.speaker_dim),
+        None,
+        None,
+    )
 
 # %% ../nbs/10_hierarchy.ipynb #9577658a
-def see(batch:Batch) -> tuple: "All of a batch that a camera gives, in the order of `forward`."; return batch.lips, batch.face, batch.identity, batch.expression, batch.mask
+def see(batch: Batch) -> tuple:
+    "All of a batch that a camera gives, in the order of `forward`."
+    return batch.lips, batch.face, batch.identity, batch.expression, batch.mask
 
 # %% ../nbs/10_hierarchy.ipynb #365fc244
-WEIGHTS = dict(ce=1., speaker=1., pitch=1., voicing=.5, energy=.5) # of the losses; the others are the preset's
+WEIGHTS = dict(
+    ce=1.0, speaker=1.0, pitch=1.0, voicing=0.5, energy=0.5
+)  # of the losses; the others are the preset's
 
-def weights_of(preset) -> dict: "The weight of every loss."; return WEIGHTS | dict(masked_ce=preset.masked_weight, words=preset.word_weight, prior=preset.prior_weight, envelope=preset.envelope_weight)
+
+def weights_of(preset) -> dict:
+    "The weight of every loss."
+    return WEIGHTS | dict(
+        masked_ce=preset.masked_weight,
+        words=preset.word_weight,
+        prior=preset.prior_weight,
+        envelope=preset.envelope_weight,
+    )
 
 # %% ../nbs/10_hierarchy.ipynb #7a8428a1
 class HierarchyLoss(NamedTuple):
     "The weighted total and its unweighted terms; zero where there is no such stage."
+
     total: torch.Tensor
     ce: torch.Tensor
     masked_ce: torch.Tensor
@@ -290,219 +402,380 @@ class HierarchyLoss(NamedTuple):
 # %% ../nbs/10_hierarchy.ipynb #dac12139
 def content_terms(content, batch, preset) -> dict:
     "`ce` and, where there is a masked path, `masked_ce`; `words` where there is a head for them."
-    known = dict(words=word_loss(content.words, batch.words)) if content.words is not None and batch.words is not None else {}
-    if content.masked_logits is not None: return known | dict(zip(("ce", "masked_ce"), content_loss(content, batch.units, preset)))
-    return known | dict(ce=content_loss(content._replace(masked_logits=content.logits), batch.units, preset)[0])
+    known = (
+        dict(words=word_loss(content.words, batch.words))
+        if content.words is not None and batch.words is not None
+        else {}
+    )
+    if content.masked_logits is not None:
+        return known | dict(zip(("ce", "masked_ce"), content_loss(content, batch.units, preset)))
+    return known | dict(
+        ce=content_loss(content._replace(masked_logits=content.logits), batch.units, preset)[0]
+    )
 
 # %% ../nbs/10_hierarchy.ipynb #2344bb20
 @patch
-def loss(self:Hierarchy, batch, # Batch
-         teacher_forcing:bool|None=None # feed the true speaker, pitch, voicing and energy; None: in the preset's share of calls
-        ) -> HierarchyLoss:
+def loss(
+    self: Hierarchy,
+    batch,  # Batch
+    teacher_forcing: bool
+    | None = None,  # feed the true speaker, pitch, voicing and energy; None: in the preset's share of calls
+) -> HierarchyLoss:
     "Every stage against its own acoustic counterpart, and μ against the mel spectrogram."
-    if teacher_forcing is None: teacher_forcing = self.preset.teacher_forcing == 1 or torch.rand(()) < self.preset.teacher_forcing
+    if teacher_forcing is None:
+        teacher_forcing = (
+            self.preset.teacher_forcing == 1 or torch.rand(()) < self.preset.teacher_forcing
+        )
     out = self(*see(batch), batch if teacher_forcing else None)
-    terms, mask4 = {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]}, batch.mask.repeat_interleave(4, 1)
+    terms, mask4 = (
+        {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]},
+        batch.mask.repeat_interleave(4, 1),
+    )
     terms["prior"] = prior_loss(out.mu, batch.mel, mask4)
-    if self.preset.envelope_weight: terms["envelope"] = envelope_loss(out.mu, batch.mel, mask4)
-    if out.content is not None: terms |= content_terms(out.content, batch, self.preset)
-    if not self.flat and self.timbre is not None: terms["speaker"] = timbre_loss(out.speaker, batch.speaker)
-    if out.prosody is not None: terms |= prosody_loss(out.prosody, batch)._asdict()
+    if self.preset.envelope_weight:
+        terms["envelope"] = envelope_loss(out.mu, batch.mel, mask4)
+    if out.content is not None:
+        terms |= content_terms(out.content, batch, self.preset)
+    if not self.flat and self.timbre is not None:
+        terms["speaker"] = timbre_loss(out.speaker, batch.speaker)
+    if out.prosody is not None:
+        terms |= prosody_loss(out.prosody, batch)._asdict()
     weights = weights_of(self.preset)
-    return HierarchyLoss(sum(weights[k]*v for k, v in terms.items()), **terms)
+    return HierarchyLoss(sum(weights[k] * v for k, v in terms.items()), **terms)
 
 # %% ../nbs/10_hierarchy.ipynb #0ba62552
-def show_mus(**rows # name = (80, L) normalised mel
-            ):
+def show_mus(
+    **rows,  # name = (80, L) normalised mel
+):
     "Mel spectrograms below one another, on one colour scale."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    fig, axs = plt.subplots(len(rows), 1, figsize=(8, 1.3*len(rows)), sharex=True, layout="constrained", squeeze=False)
+
+    fig, axs = plt.subplots(
+        len(rows), 1, figsize=(8, 1.3 * len(rows)), sharex=True, layout="constrained", squeeze=False
+    )
     for ax, (name, mel) in zip(axs[:, 0], rows.items()):
-        ax.imshow(mel, origin="lower", aspect="auto", vmin=-2.5, vmax=2.5, extent=(0, mel.shape[1]/100, 0, 80), interpolation="nearest")
-        ax.set(ylabel="bin"); ax.set_title(name.replace("_", " "), fontsize=9, loc="left")
+        ax.imshow(
+            mel,
+            origin="lower",
+            aspect="auto",
+            vmin=-2.5,
+            vmax=2.5,
+            extent=(0, mel.shape[1] / 100, 0, 80),
+            interpolation="nearest",
+        )
+        ax.set(ylabel="bin")
+        ax.set_title(name.replace("_", " "), fontsize=9, loc="left")
     ax.set_xlabel("seconds")
-    display(fig, metadata={"alt": "Mel spectrograms below one another: " + ", ".join(rows).replace("_", " ")}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": "Mel spectrograms below one another: " + ", ".join(rows).replace("_", " ")
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/10_hierarchy.ipynb #d5711302
-def probe(features, # (N, D) array
-          target,   # (N,) ints: classes; floats: a quantity
-          seed:int=0, # of the split
-          groups=None # (N,) a group is held out as a whole; None: every row is its own
-         ) -> float:
+def probe(
+    features,  # (N, D) array
+    target,  # (N,) ints: classes; floats: a quantity
+    seed: int = 0,  # of the split
+    groups=None,  # (N,) a group is held out as a whole; None: every row is its own
+) -> float:
     "How much of `target` a straight line can read from `features`: accuracy (classes) or R² (a quantity) on a held-out third."
     from sklearn.linear_model import LogisticRegression, RidgeCV
     from sklearn.model_selection import GroupShuffleSplit
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     import numpy as np
+
     x, y = np.asarray(features), np.asarray(target)
-    line = RidgeCV(np.logspace(-2, 4, 7)) if y.dtype.kind == "f" else LogisticRegression(max_iter=500)
-    split = GroupShuffleSplit(1, test_size=1/3, random_state=seed).split(x, groups=range(len(x)) if groups is None else groups)
+    line = (
+        RidgeCV(np.logspace(-2, 4, 7)) if y.dtype.kind == "f" else LogisticRegression(max_iter=500)
+    )
+    split = GroupShuffleSplit(1, test_size=1 / 3, random_state=seed).split(
+        x, groups=range(len(x)) if groups is None else groups
+    )
     fit, test = next(split)
     return float(make_pipeline(StandardScaler(), line).fit(x[fit], y[fit]).score(x[test], y[test]))
 
 # %% ../nbs/10_hierarchy.ipynb #57da8aae
 @torch.no_grad()
-def after_each_stage(model, batch) -> dict: # name → (B, 2T, D)
+def after_each_stage(model, batch) -> dict:  # name → (B, 2T, D)
     "The features after each stage, and μ, all at 50 Hz."
     seen = model.lips(batch.lips, batch.mask)
     _, what = model.add_content(seen, batch.mask)
     _, speaker, who = model.add_timbre(what, batch.face, batch.identity)
     _, how = model.add_prosody(who, speaker, batch.expression, batch.mask)
     mu = model.to_mu(how, batch.mask).unflatten(2, (-1, 2)).mean(-1).transpose(1, 2)
-    return {"lips": seen.repeat_interleave(2, 1), "content": what, "timbre": who, "prosody": how, "μ": mu}
+    return {
+        "lips": seen.repeat_interleave(2, 1),
+        "content": what,
+        "timbre": who,
+        "prosody": how,
+        "μ": mu,
+    }
 
 # %% ../nbs/10_hierarchy.ipynb #d843bf30
-def unseen_entries(data, # folder of prepared clips
-                   *splits # `val`, `test`
-                  ) -> list: # of Entry
+def unseen_entries(
+    data,  # folder of prepared clips
+    *splits,  # `val`, `test`
+) -> list:  # of Entry
     "The clips of some splits whose speaker and sentence do not occur in the training split."
-    entries = read_manifest(Path(data)/"manifest.jsonl")
-    voices, texts = ({getattr(e, k) for e in entries if e.split == "train"} for k in ("speaker", "text"))
-    found = [e for e in entries if e.split in splits and e.speaker not in voices and e.text not in texts]
-    if not found: raise CorpusError(data, f"has no unseen clip in the splits {', '.join(splits)}", "Prepare a corpus whose manifest names splits, with people of their own in each")
+    entries = read_manifest(Path(data) / "manifest.jsonl")
+    voices, texts = (
+        {getattr(e, k) for e in entries if e.split == "train"} for k in ("speaker", "text")
+    )
+    found = [
+        e for e in entries if e.split in splits and e.speaker not in voices and e.text not in texts
+    ]
+    if not found:
+        raise CorpusError(
+            data,
+            f"has no unseen clip in the splits {', '.join(splits)}",
+            "Prepare a corpus whose manifest names splits, with people of their own in each",
+        )
     return found
 
 # %% ../nbs/10_hierarchy.ipynb #5f2c2981
 @torch.no_grad()
-def clip_scores(out:Mu, batch:Batch, # of one clip, with its units
-                phones:torch.Tensor, # (2T,) -1 where there is none
-                reader # from `phone_reader`
-               ) -> torch.Tensor: # (6,) phonemes right from predicted and from true units, units right, phonemes there, r of F0, r of energy
+def clip_scores(
+    out: Mu,
+    batch: Batch,  # of one clip, with its units
+    phones: torch.Tensor,  # (2T,) -1 where there is none
+    reader,  # from `phone_reader`
+) -> torch.Tensor:  # (6,) phonemes right from predicted and from true units, units right, phonemes there, r of F0, r of energy
     "Counts over the frames that have a phoneme, and two correlations over voiced frames."
-    said, true, spoken, voiced = out.content.logits[0].argmax(-1), batch.units[0], phones >= 0, batch.voiced[0] > 0
+    said, true, spoken, voiced = (
+        out.content.logits[0].argmax(-1),
+        batch.units[0],
+        phones >= 0,
+        batch.voiced[0] > 0,
+    )
     right = lambda units: (read_phones(reader, units) == phones)[spoken].sum()
     r = lambda a, b: torch.corrcoef(torch.stack([a[0], b[0]])[:, voiced])[0, 1]
-    return torch.stack([right(said), right(true), (said == true)[spoken].sum(), spoken.sum(),
-                        r(out.prosody.log_f0, batch.log_f0), r(out.prosody.energy, batch.energy)])
+    return torch.stack(
+        [
+            right(said),
+            right(true),
+            (said == true)[spoken].sum(),
+            spoken.sum(),
+            r(out.prosody.log_f0, batch.log_f0),
+            r(out.prosody.energy, batch.energy),
+        ]
+    )
 
 # %% ../nbs/10_hierarchy.ipynb #7274fbcd
-FIGURES = { # name → (statistic, its columns of `clip_scores`)
+FIGURES = {  # name → (statistic, its columns of `clip_scores`)
     "phonemes, share of true units": (ratio, [0, 1]),
     "phonemes, predicted units": (ratio, [0, 3]),
     "phonemes, true units": (ratio, [1, 3]),
     "units right": (ratio, [2, 3]),
     "F0 contour, r": (mean, [4]),
-    "energy, r": (mean, [5])}
+    "energy, r": (mean, [5]),
+}
 
-def figures(scores:torch.Tensor # (clips, 6) from `clip_scores`
-           ) -> dict: # name → Interval
+
+def figures(
+    scores: torch.Tensor,  # (clips, 6) from `clip_scores`
+) -> dict:  # name → Interval
     "What the scores of all clips come to, and how far that would move with other clips."
-    return {k: bootstrap_interval(scores[:, columns], statistic)
-            for k, (statistic, columns) in FIGURES.items()}
+    return {
+        k: bootstrap_interval(scores[:, columns], statistic)
+        for k, (statistic, columns) in FIGURES.items()
+    }
 
 # %% ../nbs/10_hierarchy.ipynb #eba59a0b
 class Observed(NamedTuple):
     "Some frames of one clip, and what a probe may be asked about them."
-    features: dict         # name → (n, D), as each stage leaves them
-    means: dict            # name → (D,), over all frames that have a phoneme
-    phone: torch.Tensor    # (n,)
-    movement: torch.Tensor # (n,) log F0 less the mean of the clip
-    voiced: torch.Tensor   # (n,) bool
-    level: float           # mean log F0 of the clip
-    speaker: int           # who
-    take: int              # first, second, … clip of this speaker
+
+    features: dict  # name → (n, D), as each stage leaves them
+    means: dict  # name → (D,), over all frames that have a phoneme
+    phone: torch.Tensor  # (n,)
+    movement: torch.Tensor  # (n,) log F0 less the mean of the clip
+    voiced: torch.Tensor  # (n,) bool
+    level: float  # mean log F0 of the clip
+    speaker: int  # who
+    take: int  # first, second, … clip of this speaker
 
 # %% ../nbs/10_hierarchy.ipynb #c1d35e58
-def observed(hierarchy:Hierarchy, batch:Batch, phones, speaker:int, take:int, every:int=10) -> Observed:
+def observed(
+    hierarchy: Hierarchy, batch: Batch, phones, speaker: int, take: int, every: int = 10
+) -> Observed:
     "Every tenth frame of those that have a phoneme."
     spoken, voiced, stages = phones >= 0, batch.voiced[0] > 0, after_each_stage(hierarchy, batch)
     at, level = spoken.nonzero()[::every, 0], batch.log_f0[0][voiced].mean()
-    return Observed({k: h[0, at] for k, h in stages.items()}, {k: h[0, spoken].mean(0) for k, h in stages.items()},
-                    phones[at], batch.log_f0[0][at] - level, voiced[at], level.item(), speaker, take)
+    return Observed(
+        {k: h[0, at] for k, h in stages.items()},
+        {k: h[0, spoken].mean(0) for k, h in stages.items()},
+        phones[at],
+        batch.log_f0[0][at] - level,
+        voiced[at],
+        level.item(),
+        speaker,
+        take,
+    )
 
 # %% ../nbs/10_hierarchy.ipynb #25428f60
-PROBES = {"phoneme": "accuracy", "person": "accuracy", "pitch of the voice": "R²", "pitch movement": "R²"}
+PROBES = {
+    "phoneme": "accuracy",
+    "person": "accuracy",
+    "pitch of the voice": "R²",
+    "pitch movement": "R²",
+}
 
 # %% ../nbs/10_hierarchy.ipynb #8450e876
-def questions(clips:list, # of Observed
-              stage:str) -> dict: # of PROBES: (features, target, groups)
+def questions(
+    clips: list,  # of Observed
+    stage: str,
+) -> dict:  # of PROBES: (features, target, groups)
     "What the probes are asked at one stage; speakers are held out as a whole, but for the question who it is, where a take is."
     join = lambda f: torch.cat([f(c) for c in clips])
     each = lambda f, **kw: torch.tensor([f(c) for c in clips], **kw)
     frames, means = join(lambda c: c.features[stage]), torch.stack([c.means[stage] for c in clips])
     speaker, voiced = each(lambda c: c.speaker), join(lambda c: c.voiced)
     whose = speaker.repeat_interleave(each(lambda c: len(c.phone)))
-    return {"phoneme": (frames, join(lambda c: c.phone), whose), "person": (means, speaker, each(lambda c: c.take)),
-            "pitch of the voice": (means, each(lambda c: c.level), speaker),
-            "pitch movement": (frames[voiced], join(lambda c: c.movement)[voiced], whose[voiced])}
+    return {
+        "phoneme": (frames, join(lambda c: c.phone), whose),
+        "person": (means, speaker, each(lambda c: c.take)),
+        "pitch of the voice": (means, each(lambda c: c.level), speaker),
+        "pitch movement": (frames[voiced], join(lambda c: c.movement)[voiced], whose[voiced]),
+    }
 
 # %% ../nbs/10_hierarchy.ipynb #62767e4d
-def probe_stages(clips:list, # of Observed
-                 splits:int=3) -> list: # of dicts: stage, what is asked, mean and deviation over splits
+def probe_stages(
+    clips: list,  # of Observed
+    splits: int = 3,
+) -> list:  # of dicts: stage, what is asked, mean and deviation over splits
     "All questions at all stages."
-    asked = ((stage, name, torch.tensor([probe(x, y, seed, groups) for seed in range(splits)]))
-             for stage in clips[0].features for name, (x, y, groups) in questions(clips, stage).items())
-    return [dict(stage=stage, probe=name, mean=round(v.mean().item(), 4), deviation=round(v.std().item(), 4)) for stage, name, v in asked]
+    asked = (
+        (stage, name, torch.tensor([probe(x, y, seed, groups) for seed in range(splits)]))
+        for stage in clips[0].features
+        for name, (x, y, groups) in questions(clips, stage).items()
+    )
+    return [
+        dict(
+            stage=stage,
+            probe=name,
+            mean=round(v.mean().item(), 4),
+            deviation=round(v.std().item(), 4),
+        )
+        for stage, name, v in asked
+    ]
 
 # %% ../nbs/10_hierarchy.ipynb #74ae30cb
 @torch.no_grad()
-def known(model, # FacesToVoices
-          data, # folder of prepared clips
-          entry, # one of them, whose manifest line gives `phones`
-          names:list # of all phones
-         ) -> tuple: # Batch of one, phones (2T,)
+def known(
+    model,  # FacesToVoices
+    data,  # folder of prepared clips
+    entry,  # one of them, whose manifest line gives `phones`
+    names: list,  # of all phones
+) -> tuple:  # Batch of one, phones (2T,)
     "A clip with its units, and the phone of every 20 ms."
-    if "phones" not in entry.extra: raise CorpusError(data, f"does not say when the phones of {entry.name} are spoken", "Use talkers: `faces2voices talkers` writes their phones")
-    batch = collate([load_clip(Path(data)/f"{entry.name}.npz")], model.units)
+    if "phones" not in entry.extra:
+        raise CorpusError(
+            data,
+            f"does not say when the phones of {entry.name} are spoken",
+            "Use talkers: `faces2voices talkers` writes their phones",
+        )
+    batch = collate([load_clip(Path(data) / f"{entry.name}.npz")], model.units)
     return batch, phone_labels(entry.extra["phones"], batch.units.shape[1], names)
 
 # %% ../nbs/10_hierarchy.ipynb #93a26339
-def learn_phones(model, data, names:list,
-                 lessons:int # clips to learn from
-                ): # a classifier for `read_phones`
+def learn_phones(
+    model,
+    data,
+    names: list,
+    lessons: int,  # clips to learn from
+):  # a classifier for `read_phones`
     "The phoneme classifier, from true units of training clips."
-    entries = [e for e in read_manifest(Path(data)/"manifest.jsonl") if e.split == "train"]
-    clips = [known(model, data, e, names) for e in entries[::max(1, len(entries)//lessons)]]
+    entries = [e for e in read_manifest(Path(data) / "manifest.jsonl") if e.split == "train"]
+    clips = [known(model, data, e, names) for e in entries[:: max(1, len(entries) // lessons)]]
     return phone_reader([batch.units[0] for batch, _ in clips], [phones for _, phones in clips])
 
 # %% ../nbs/10_hierarchy.ipynb #3d9e6d23
 @torch.no_grad()
-def judge_stages(model, # FacesToVoices, on the CPU
-                 data, # folder of prepared clips whose manifest gives `phones`
-                 splits:tuple=("val", "test"),
-                 lessons:int=300 # training clips that the phoneme classifier learns from
-                ) -> dict: # what JSON can hold
+def judge_stages(
+    model,  # FacesToVoices, on the CPU
+    data,  # folder of prepared clips whose manifest gives `phones`
+    splits: tuple = ("val", "test"),
+    lessons: int = 300,  # training clips that the phoneme classifier learns from
+) -> dict:  # what JSON can hold
     "What each stage knows of unseen people and sentences."
     entries = unseen_entries(data, *splits)
-    names = sorted({p for e in read_manifest(Path(data)/"manifest.jsonl") for p, *_ in e.extra.get("phones", [])})
-    speakers, reader, scores, clips = sorted({e.speaker for e in entries}), learn_phones(model, data, names, lessons), [], []
+    names = sorted(
+        {
+            p
+            for e in read_manifest(Path(data) / "manifest.jsonl")
+            for p, *_ in e.extra.get("phones", [])
+        }
+    )
+    speakers, reader, scores, clips = (
+        sorted({e.speaker for e in entries}),
+        learn_phones(model, data, names, lessons),
+        [],
+        [],
+    )
     for e in entries:
         batch, phones = known(model, data, e, names)
         who = speakers.index(e.speaker)
         scores.append(clip_scores(model.hierarchy(*see(batch)), batch, phones, reader))
-        clips.append(observed(model.hierarchy, batch, phones, who, take=sum(c.speaker == who for c in clips)))
+        clips.append(
+            observed(model.hierarchy, batch, phones, who, take=sum(c.speaker == who for c in clips))
+        )
     found = figures(torch.stack(scores))
-    return dict(preset=model.preset.name, clips=len(clips), speakers=len(speakers),
-                figures={k: round(i.estimate, 4) for k, i in found.items()},
-                errors={k: round(i.error, 4) for k, i in found.items() if np.isfinite(i.error)}, probes=probe_stages(clips))
+    return dict(
+        preset=model.preset.name,
+        clips=len(clips),
+        speakers=len(speakers),
+        figures={k: round(i.estimate, 4) for k, i in found.items()},
+        errors={k: round(i.error, 4) for k, i in found.items() if np.isfinite(i.error)},
+        probes=probe_stages(clips),
+    )
 
 # %% ../nbs/10_hierarchy.ipynb #82c5d45c
-BARS = {"phonemes, share of true units": .8, "F0 contour, r": .8, "energy, r": .85} # what we set out to reach
+BARS = {
+    "phonemes, share of true units": 0.8,
+    "F0 contour, r": 0.8,
+    "energy, r": 0.85,
+}  # what we set out to reach
 
 # %% ../nbs/10_hierarchy.ipynb #09da001d
-def show_figures(record:dict # from `judge_stages`
-                ): # a pandas table
+def show_figures(
+    record: dict,  # from `judge_stages`
+):  # a pandas table
     "The figures with their standard errors, and the bars."
     import pandas as pd
+
     errors, rows = record["errors"], {}
     for k, v in record["figures"].items():
         rows[k] = [f"{v:.3f}", f"{errors.get(k, np.nan):.3f}", f"≥ {BARS[k]}" if k in BARS else ""]
     return pd.DataFrame(rows, ["measured", "standard error", "bar"]).T
 
 # %% ../nbs/10_hierarchy.ipynb #01b44eb9
-def show_probes(record:dict # from `judge_stages`
-               ):
+def show_probes(
+    record: dict,  # from `judge_stages`
+):
     "What a straight line reads from the features after each stage; the stage that should bring it is shaded."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     brings = {"phoneme": 1, "person": 2, "pitch of the voice": 2, "pitch movement": 3}
     fig, axes = plt.subplots(1, len(PROBES), figsize=(9, 2.8), sharey=True, layout="constrained")
     for ax, (name, measure) in zip(axes, PROBES.items()):
         rows = [r for r in record["probes"] if r["probe"] == name]
-        ax.axvspan(brings[name] - .4, brings[name] + .4, color="#F0E442", alpha=.35, lw=0)
-        ax.errorbar([r["stage"] for r in rows], [r["mean"] for r in rows], [r["deviation"] for r in rows], fmt="o-", color="#0072B2", capsize=3)
-        ax.set(title=f"{name}\n({measure})", ylim=(-.05, 1.03)); ax.tick_params(axis="x", rotation=60); ax.grid(axis="y", alpha=.3)
+        ax.axvspan(brings[name] - 0.4, brings[name] + 0.4, color="#F0E442", alpha=0.35, lw=0)
+        ax.errorbar(
+            [r["stage"] for r in rows],
+            [r["mean"] for r in rows],
+            [r["deviation"] for r in rows],
+            fmt="o-",
+            color="#0072B2",
+            capsize=3,
+        )
+        ax.set(title=f"{name}\n({measure})", ylim=(-0.05, 1.03))
+        ax.tick_params(axis="x", rotation=60)
+        ax.grid(axis="y", alpha=0.3)
     found = "; ".join(f"{r['probe']} after {r['stage']}: {r['mean']:.2f}" for r in record["probes"])
-    display(fig, metadata={"alt": f"Four probes after each stage. {found}"}); plt.close(fig)
+    display(fig, metadata={"alt": f"Four probes after each stage. {found}"})
+    plt.close(fig)

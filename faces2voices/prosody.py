@@ -15,48 +15,85 @@ from fastcore.basics import patch
 from .timbre import masked_mean
 
 # %% ../nbs/09_prosody.ipynb #36a426f3
-def show_contours(log_f0, voiced, energy, # (2T,) ln Hz; (2T,) in [0, 1]; (2T,) ln RMS
-                  true=None, # the same three, drawn in grey below
-                  expression=None, # (T,) a line at 25 fps, drawn in its own panel
-                  title:str=""):
+def show_contours(
+    log_f0,
+    voiced,
+    energy,  # (2T,) ln Hz; (2T,) in [0, 1]; (2T,) ln RMS
+    true=None,  # the same three, drawn in grey below
+    expression=None,  # (T,) a line at 25 fps, drawn in its own panel
+    title: str = "",
+):
     "Pitch where voiced, and energy, over time; predicted over true."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    fig, axs = plt.subplots(2 + (expression is not None), 1, figsize=(8, 3.6), dpi=80, sharex=True, layout="constrained")
-    for contours, colour, name in ((true, "0.65", "true"), ((log_f0, voiced, energy), "#0072B2" if true is None else "#D55E00", "predicted")):
-        if contours is not None: _draw_contours(axs, *contours, color=colour, lw=2, label=name)
-    if expression is not None: axs[2].plot(torch.arange(len(expression))/25, expression, color="#009E73"); axs[2].set_ylabel("expression")
-    axs[0].set(ylabel="F0 (Hz)", title=title); axs[1].set_ylabel("energy (ln)"); axs[-1].set_xlabel("seconds")
-    if true is not None: axs[0].legend(frameon=False, ncol=2, fontsize=8)
-    display(fig, metadata={"alt": f"Pitch and energy over time{'' if true is None else ', predicted over true'}{'' if expression is None else ', and the line of the brows'}. {title}"}); plt.close(fig)
+
+    fig, axs = plt.subplots(
+        2 + (expression is not None), 1, figsize=(8, 3.6), dpi=80, sharex=True, layout="constrained"
+    )
+    for contours, colour, name in (
+        (true, "0.65", "true"),
+        ((log_f0, voiced, energy), "#0072B2" if true is None else "#D55E00", "predicted"),
+    ):
+        if contours is not None:
+            _draw_contours(axs, *contours, color=colour, lw=2, label=name)
+    if expression is not None:
+        axs[2].plot(torch.arange(len(expression)) / 25, expression, color="#009E73")
+        axs[2].set_ylabel("expression")
+    axs[0].set(ylabel="F0 (Hz)", title=title)
+    axs[1].set_ylabel("energy (ln)")
+    axs[-1].set_xlabel("seconds")
+    if true is not None:
+        axs[0].legend(frameon=False, ncol=2, fontsize=8)
+    display(
+        fig,
+        metadata={
+            "alt": f"Pitch and energy over time{'' if true is None else ', predicted over true'}{'' if expression is None else ', and the line of the brows'}. {title}"
+        },
+    )
+    plt.close(fig)
+
 
 def _draw_contours(axs, log_f0, voiced, energy, **style):
-    seconds = torch.arange(len(log_f0))/50
-    axs[0].plot(seconds, torch.where(voiced > .5, log_f0.exp(), torch.nan), **style)
+    seconds = torch.arange(len(log_f0)) / 50
+    axs[0].plot(seconds, torch.where(voiced > 0.5, log_f0.exp(), torch.nan), **style)
     axs[1].plot(seconds, energy, **style)
 
 # %% ../nbs/09_prosody.ipynb #5c381508
-def normalize_pitch(log_f0): "ln Hz → about [−2, 2]: 5 is 148 Hz, 0.5 about nine semitones."; return (log_f0 - 5) / .5
+def normalize_pitch(log_f0):
+    "ln Hz → about [−2, 2]: 5 is 148 Hz, 0.5 about nine semitones."
+    return (log_f0 - 5) / 0.5
 
-def denormalize_pitch(x): "Inverse of `normalize_pitch`."; return x * .5 + 5
 
-def normalize_energy(energy): "ln RMS → about [−2, 2]."; return (energy + 4) / 2
+def denormalize_pitch(x):
+    "Inverse of `normalize_pitch`."
+    return x * 0.5 + 5
 
-def denormalize_energy(x): "Inverse of `normalize_energy`."; return x * 2 - 4
+
+def normalize_energy(energy):
+    "ln RMS → about [−2, 2]."
+    return (energy + 4) / 2
+
+
+def denormalize_energy(x):
+    "Inverse of `normalize_energy`."
+    return x * 2 - 4
 
 # %% ../nbs/09_prosody.ipynb #1df51fa9
 class ConvNorm(nn.Module):
     "Masked 1-D convolution → ReLU → layer norm → dropout, on (B, T, C)."
-    def __init__(self, in_dim:int, out_dim:int, kernel:int=3, dropout:float=.1):
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int = 3, dropout: float = 0.1):
         super().__init__()
-        self.conv = nn.Conv1d(in_dim, out_dim, kernel, padding=kernel//2)
+        self.conv = nn.Conv1d(in_dim, out_dim, kernel, padding=kernel // 2)
         self.norm, self.drop = nn.LayerNorm(out_dim), nn.Dropout(dropout)
 
 # %% ../nbs/09_prosody.ipynb #a456f80e
 @patch
-def forward(self:ConvNorm, h, # (B, T, in_dim)
-            mask     # (B, T) bool
-           ): # (B, T, out_dim)
+def forward(
+    self: ConvNorm,
+    h,  # (B, T, in_dim)
+    mask,  # (B, T) bool
+):  # (B, T, out_dim)
     "Padding is zeroed on the way in, so that it never reaches a real frame."
     h = self.conv((h * mask[..., None]).transpose(1, 2)).transpose(1, 2)
     return self.drop(self.norm(F.relu(h)))
@@ -64,200 +101,297 @@ def forward(self:ConvNorm, h, # (B, T, in_dim)
 # %% ../nbs/09_prosody.ipynb #ffa1753d
 class VariancePredictor(nn.Module):
     "FastSpeech 2's predictor: two conv–ReLU–norm layers and a linear output, one number a frame."
-    def __init__(self, dim:int, width:int=128, dropout:float=.1):
+
+    def __init__(self, dim: int, width: int = 128, dropout: float = 0.1):
         super().__init__()
-        self.layers = nn.ModuleList([ConvNorm(dim, width, 3, dropout), ConvNorm(width, width, 3, dropout)])
+        self.layers = nn.ModuleList(
+            [ConvNorm(dim, width, 3, dropout), ConvNorm(width, width, 3, dropout)]
+        )
         self.out = nn.Linear(width, 1)
 
 # %% ../nbs/09_prosody.ipynb #4b2629bf
 @patch
-def forward(self:VariancePredictor, h, # (B, T, dim)
-            mask     # (B, T) bool
-           ): # (B, T)
+def forward(
+    self: VariancePredictor,
+    h,  # (B, T, dim)
+    mask,  # (B, T) bool
+):  # (B, T)
     "The predicted contour."
-    for layer in self.layers: h = layer(h, mask)
+    for layer in self.layers:
+        h = layer(h, mask)
     return self.out(h)[..., 0]
 
 # %% ../nbs/09_prosody.ipynb #ef0539b9
-STRIP = 24, 48 # pixels of the strip of brows and eyes, E = 1152
+STRIP = 24, 48  # pixels of the strip of brows and eyes, E = 1152
+
 
 class StripEncoder(nn.Module):
     "A small CNN on each frame's strip of brows and eyes."
-    def __init__(self, dim:int):
+
+    def __init__(self, dim: int):
         super().__init__()
-        widths = (1, 16, 32, 32)                                      # 24×48 → 12×24 → 6×12 → 3×6
-        self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.ReLU()) for i, o in zip(widths, widths[1:])])
-        self.out = nn.Linear(32*3*6, dim)
+        widths = (1, 16, 32, 32)  # 24×48 → 12×24 → 6×12 → 3×6
+        self.convs = nn.Sequential(
+            *[
+                nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.ReLU())
+                for i, o in zip(widths, widths[1:])
+            ]
+        )
+        self.out = nn.Linear(32 * 3 * 6, dim)
 
 # %% ../nbs/09_prosody.ipynb #a1948afd
 @patch
-def forward(self:StripEncoder, strip # (B, T, 1152) grey, mean zero
-           ): # (B, T, dim)
+def forward(
+    self: StripEncoder,
+    strip,  # (B, T, 1152) grey, mean zero
+):  # (B, T, dim)
     "Features of each frame."
     B, T, _ = strip.shape
-    return self.out(self.convs(8*strip.reshape(B*T, 1, *STRIP)).flatten(1)).reshape(B, T, -1)
+    return self.out(self.convs(8 * strip.reshape(B * T, 1, *STRIP)).flatten(1)).reshape(B, T, -1)
 
 # %% ../nbs/09_prosody.ipynb #87257b43
 class ExpressionEncoder(nn.Module):
     "Expression → features at 25 Hz: a CNN on the strip (E = 1152) or a linear layer on blendshapes, then two temporal convolutions."
-    def __init__(self, expression_dim:int, # E
-                 dim:int,                  # of the features
-                 dropout:float=.1):
+
+    def __init__(
+        self,
+        expression_dim: int,  # E
+        dim: int,  # of the features
+        dropout: float = 0.1,
+    ):
         super().__init__()
-        self.frame = StripEncoder(dim) if expression_dim == STRIP[0]*STRIP[1] else nn.Linear(expression_dim, dim)
+        self.frame = (
+            StripEncoder(dim)
+            if expression_dim == STRIP[0] * STRIP[1]
+            else nn.Linear(expression_dim, dim)
+        )
         self.time = nn.ModuleList([ConvNorm(dim, dim, 5, dropout), ConvNorm(dim, dim, 5, dropout)])
 
 # %% ../nbs/09_prosody.ipynb #60a73afe
 @patch
-def forward(self:ExpressionEncoder, expression, # (B, T, E)
-            mask              # (B, T) bool
-           ): # (B, T, dim)
+def forward(
+    self: ExpressionEncoder,
+    expression,  # (B, T, E)
+    mask,  # (B, T) bool
+):  # (B, T, dim)
     "Each frame's expression in the light of its neighbours'."
     h = self.frame(expression)
-    for layer in self.time: h = layer(h, mask)
+    for layer in self.time:
+        h = layer(h, mask)
     return h
 
 # %% ../nbs/09_prosody.ipynb #19071cc4
-def movement(x,     # (B, T, C)
-             weight # (B, T) bool, or floats in [0, 1]
-            ): # (B, T, C)
+def movement(
+    x,  # (B, T, C)
+    weight,  # (B, T) bool, or floats in [0, 1]
+):  # (B, T, C)
     "`x` less its weighted mean over time."
     return x - masked_mean(x, weight)[:, None]
 
 # %% ../nbs/09_prosody.ipynb #0a8a8e91
 class Prosody(NamedTuple):
     "How it is said: three contours at 50 Hz, and what the decoder is told of them."
-    log_f0: torch.Tensor       # (B, 2T) ln Hz
-    voiced_logit: torch.Tensor # (B, 2T)
-    energy: torch.Tensor       # (B, 2T) ln RMS
+
+    log_f0: torch.Tensor  # (B, 2T) ln Hz
+    voiced_logit: torch.Tensor  # (B, 2T)
+    energy: torch.Tensor  # (B, 2T) ln RMS
     embedding: torch.Tensor
 
 # %% ../nbs/09_prosody.ipynb #2a6aa929
 class ProsodyEncoder(nn.Module):
     "Stage 3: fused features and expression → pitch, voicing, energy → an embedding of them."
-    def __init__(self, preset # Preset
-                ):
+
+    def __init__(
+        self,
+        preset,  # Preset
+    ):
         super().__init__()
         dim = preset.dim
         self.expression = ExpressionEncoder(preset.expression_dim, dim, preset.dropout)
-        self.pitch, self.voiced, self.energy = (VariancePredictor(dim, dropout=preset.dropout) for _ in range(3))
+        self.pitch, self.voiced, self.energy = (
+            VariancePredictor(dim, dropout=preset.dropout) for _ in range(3)
+        )
         self.level = nn.Linear(preset.speaker_dim, 1)
         self.embed = nn.Conv1d(3, dim, 5, padding=2)
 
 # %% ../nbs/09_prosody.ipynb #15c50f3e
 @patch
-def forward(self:ProsodyEncoder, hidden, # (B, 2T, dim) content fused with the speaker
-            speaker,      # (B, speaker_dim) sets the level of the pitch
-            expression,   # (B, T, E)
-            mask,         # (B, T) bool
-            teacher=None  # has log_f0, voiced, energy (B, 2T): the true contours, embedded in place of the predicted
-           ) -> Prosody:
+def forward(
+    self: ProsodyEncoder,
+    hidden,  # (B, 2T, dim) content fused with the speaker
+    speaker,  # (B, speaker_dim) sets the level of the pitch
+    expression,  # (B, T, E)
+    mask,  # (B, T) bool
+    teacher=None,  # has log_f0, voiced, energy (B, 2T): the true contours, embedded in place of the predicted
+) -> Prosody:
     "Predict the three contours; embed them, or the teacher's."
     mask2 = mask.repeat_interleave(2, 1)
     h = hidden + self.expression(movement(expression, mask), mask).repeat_interleave(2, 1)
-    contour, voiced_logit, energy = self.pitch(h, mask2), self.voiced(h, mask2), self.energy(h, mask2)
+    contour, voiced_logit, energy = (
+        self.pitch(h, mask2),
+        self.voiced(h, mask2),
+        self.energy(h, mask2),
+    )
     voiced = voiced_logit.sigmoid()
-    pitch = self.level(speaker) + movement(contour[..., None], mask2*voiced.detach())[..., 0]
+    pitch = self.level(speaker) + movement(contour[..., None], mask2 * voiced.detach())[..., 0]
     contours = pitch, voiced, energy
-    if teacher is not None: contours = normalize_pitch(teacher.log_f0), teacher.voiced, normalize_energy(teacher.energy)
-    return Prosody(denormalize_pitch(pitch), voiced_logit, denormalize_energy(energy), self.embed_contours(*contours, mask2))
+    if teacher is not None:
+        contours = normalize_pitch(teacher.log_f0), teacher.voiced, normalize_energy(teacher.energy)
+    return Prosody(
+        denormalize_pitch(pitch),
+        voiced_logit,
+        denormalize_energy(energy),
+        self.embed_contours(*contours, mask2),
+    )
 
 # %% ../nbs/09_prosody.ipynb #01476397
 @patch
-def embed_contours(self:ProsodyEncoder, pitch, # (B, 2T) normalised
-                   voiced,      # (B, 2T) in [0, 1]
-                   energy,      # (B, 2T) normalised
-                   mask         # (B, 2T) bool
-                  ): # (B, 2T, dim)
+def embed_contours(
+    self: ProsodyEncoder,
+    pitch,  # (B, 2T) normalised
+    voiced,  # (B, 2T) in [0, 1]
+    energy,  # (B, 2T) normalised
+    mask,  # (B, 2T) bool
+):  # (B, 2T, dim)
     "Pitch counts only where there is voice."
-    x = torch.stack([pitch*voiced, voiced, energy], 1) * mask[:, None]
+    x = torch.stack([pitch * voiced, voiced, energy], 1) * mask[:, None]
     return self.embed(x).transpose(1, 2)
 
 # %% ../nbs/09_prosody.ipynb #7b8f13d4
 class ProsodyLoss(NamedTuple):
     "One number a contour."
+
     pitch: torch.Tensor
     voicing: torch.Tensor
     energy: torch.Tensor
 
 # %% ../nbs/09_prosody.ipynb #736d8740
-def prosody_loss(prosody, # Prosody
-                 batch    # has log_f0, voiced, energy (B, 2T) and mask (B, T)
-                ) -> ProsodyLoss:
+def prosody_loss(
+    prosody,  # Prosody
+    batch,  # has log_f0, voiced, energy (B, 2T) and mask (B, T)
+) -> ProsodyLoss:
     "Smooth L1 on the voiced frames' pitch, binary cross-entropy on voicing, L1 on energy; padding never counts."
     mask = batch.mask.repeat_interleave(2, 1).to(prosody.energy.dtype)
     mean = lambda x, m: (x * m).sum() / m.sum().clamp(min=1)
-    pitch = F.smooth_l1_loss(normalize_pitch(prosody.log_f0), normalize_pitch(batch.log_f0), beta=.25, reduction="none")
-    voicing = F.binary_cross_entropy_with_logits(prosody.voiced_logit, batch.voiced, reduction="none")
+    pitch = F.smooth_l1_loss(
+        normalize_pitch(prosody.log_f0), normalize_pitch(batch.log_f0), beta=0.25, reduction="none"
+    )
+    voicing = F.binary_cross_entropy_with_logits(
+        prosody.voiced_logit, batch.voiced, reduction="none"
+    )
     energy = (normalize_energy(prosody.energy) - normalize_energy(batch.energy)).abs()
-    return ProsodyLoss(mean(pitch, mask*batch.voiced), mean(voicing, mask), mean(energy, mask))
+    return ProsodyLoss(mean(pitch, mask * batch.voiced), mean(voicing, mask), mean(energy, mask))
 
 # %% ../nbs/09_prosody.ipynb #df9f1da7
-def correlate(a, b, # (…, L)
-              weight # (…, L) bool, or floats in [0, 1]: the frames that count
-             ): # (…,)
+def correlate(
+    a,
+    b,  # (…, L)
+    weight,  # (…, L) bool, or floats in [0, 1]: the frames that count
+):  # (…,)
     "Weighted correlation over time."
-    centred = lambda x: x - (x*weight).sum(-1, keepdim=True)/weight.sum(-1, keepdim=True)
+    centred = lambda x: x - (x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
     a, b = centred(a), centred(b)
-    dot = lambda x, y: (weight*x*y).sum(-1)
-    return dot(a, b)/(dot(a, a)*dot(b, b)).sqrt().clamp(min=1e-12)
+    dot = lambda x, y: (weight * x * y).sum(-1)
+    return dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp(min=1e-12)
 
 # %% ../nbs/09_prosody.ipynb #ee9e67b7
-def bend(log_f0, voiced, # (L,) ln Hz at 50 Hz; (L,) in [0, 1]
-         shift:float=0., # semitones
-         range:float=1., # factor on the movement
-         tilt:float=0.   # semitones a second; nothing in the middle
-        ): # (L,) ln Hz
+def bend(
+    log_f0,
+    voiced,  # (L,) ln Hz at 50 Hz; (L,) in [0, 1]
+    shift: float = 0.0,  # semitones
+    range: float = 1.0,  # factor on the movement
+    tilt: float = 0.0,  # semitones a second; nothing in the middle
+):  # (L,) ln Hz
     "A contour that is moved, stretched about its mean and tilted."
-    t = torch.arange(len(log_f0))/50
-    mean = (log_f0*voiced).sum()/voiced.sum().clamp(min=1)
-    return mean + range*(log_f0 - mean) + math.log(2)/12*(shift + tilt*(t - t.mean()))
+    t = torch.arange(len(log_f0)) / 50
+    mean = (log_f0 * voiced).sum() / voiced.sum().clamp(min=1)
+    return mean + range * (log_f0 - mean) + math.log(2) / 12 * (shift + tilt * (t - t.mean()))
 
 # %% ../nbs/09_prosody.ipynb #29adcb02
-def contours_png(voiced, # (L,) in [0, 1]
-                 **contours # name = (L,) ln Hz
-                ) -> bytes:
+def contours_png(
+    voiced,  # (L,) in [0, 1]
+    **contours,  # name = (L,) ln Hz
+) -> bytes:
     "A picture of pitch contours where voiced."
     import io
     from matplotlib.figure import Figure
+
     fig, file = Figure(figsize=(6, 2.2), dpi=80, layout="constrained"), io.BytesIO()
     ax = fig.subplots()
     for (name, x), colour in zip(contours.items(), ["0.6", "#D55E00", "#0072B2", "#009E73"]):
-        ax.plot(torch.arange(len(x))/50, torch.where(voiced > .5, x.exp(), torch.nan), lw=2, color=colour, label=name.replace("_", " "))
-    ax.set(xlabel="seconds", ylabel="F0 (Hz)"); ax.legend(frameon=False, fontsize=8, ncol=4)
+        ax.plot(
+            torch.arange(len(x)) / 50,
+            torch.where(voiced > 0.5, x.exp(), torch.nan),
+            lw=2,
+            color=colour,
+            label=name.replace("_", " "),
+        )
+    ax.set(xlabel="seconds", ylabel="F0 (Hz)")
+    ax.legend(frameon=False, fontsize=8, ncol=4)
     fig.savefig(file)
     return file.getvalue()
 
 # %% ../nbs/09_prosody.ipynb #57c47cfe
-def bend_widget(log_f0, voiced, # (L,) as in `bend`
-                speak # (L,) ln Hz → (N,) sound at 16 kHz
-               ):
+def bend_widget(
+    log_f0,
+    voiced,  # (L,) as in `bend`
+    speak,  # (L,) ln Hz → (N,) sound at 16 kHz
+):
     "Sliders for shift, range and tilt, the bent contour over the old one, and its sound."
     import io, soundfile
     import ipywidgets as W
-    slider = lambda name, value, low, high, step: W.FloatSlider(value, min=low, max=high, step=step, description=name, continuous_update=False)
-    dials = [slider("shift", 0., -6, 6, 1), slider("range", 1., 0, 2.5, .25), slider("tilt", 0., -12, 12, 2)]
-    picture, sound = W.Image(format="png", width=480), W.Audio(format="wav", autoplay=False, loop=False)
+
+    slider = lambda name, value, low, high, step: W.FloatSlider(
+        value, min=low, max=high, step=step, description=name, continuous_update=False
+    )
+    dials = [
+        slider("shift", 0.0, -6, 6, 1),
+        slider("range", 1.0, 0, 2.5, 0.25),
+        slider("tilt", 0.0, -12, 12, 2),
+    ]
+    picture, sound = (
+        W.Image(format="png", width=480),
+        W.Audio(format="wav", autoplay=False, loop=False),
+    )
+
     def follow(change=None):
         bent, pcm = bend(log_f0, voiced, **{d.description: d.value for d in dials}), io.BytesIO()
         soundfile.write(pcm, speak(bent).clamp(-1, 1).numpy(), 16000, format="WAV")
-        sound.autoplay, sound.value, picture.value = change is not None, pcm.getvalue(), contours_png(voiced, before=log_f0, bent=bent)
-    for d in dials: d.observe(follow, "value")
+        sound.autoplay, sound.value, picture.value = (
+            change is not None,
+            pcm.getvalue(),
+            contours_png(voiced, before=log_f0, bent=bent),
+        )
+
+    for d in dials:
+        d.observe(follow, "value")
     follow()
     return W.HBox([W.VBox([*dials, sound]), picture])
 
 # %% ../nbs/09_prosody.ipynb #55db74ea
-def show_blendshapes(blendshapes, names, # (T, 52) and what they are called
-                     line, # (T,) what they might follow
-                     n:int=4 # how many
-                    ):
+def show_blendshapes(
+    blendshapes,
+    names,  # (T, 52) and what they are called
+    line,  # (T,) what they might follow
+    n: int = 4,  # how many
+):
     "The blendshapes that follow a line best, up or down, under the line."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     follow = correlate(blendshapes.T, line, torch.ones_like(line))
     fig, axs = plt.subplots(n + 1, 1, figsize=(8, 4), dpi=80, sharex=True, layout="constrained")
-    axs[0].plot(torch.arange(len(line))/25, line, color="0.5", lw=2); axs[0].set_title("the true line of the brows", fontsize=9, loc="left")
+    axs[0].plot(torch.arange(len(line)) / 25, line, color="0.5", lw=2)
+    axs[0].set_title("the true line of the brows", fontsize=9, loc="left")
     for ax, i in zip(axs[1:], follow.abs().argsort(descending=True)):
-        ax.plot(torch.arange(len(line))/25, blendshapes[:, i], color="#0072B2"); ax.set_title(f"{names[i]}, r = {follow[i]:.2f}", fontsize=9, loc="left"); ax.set(ylim=(-.05, 1.05), yticks=[0, 1])
+        ax.plot(torch.arange(len(line)) / 25, blendshapes[:, i], color="#0072B2")
+        ax.set_title(f"{names[i]}, r = {follow[i]:.2f}", fontsize=9, loc="left")
+        ax.set(ylim=(-0.05, 1.05), yticks=[0, 1])
     axs[-1].set_xlabel("seconds")
-    display(fig, metadata={"alt": f"The true line of the brows, and below it the {n} blendshapes that follow it best"}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": f"The true line of the brows, and below it the {n} blendshapes that follow it best"
+        },
+    )
+    plt.close(fig)

@@ -19,15 +19,17 @@ def commit() -> str:
 
     Outside of a checkout: the package's version."""
     folder = Path(faces2voices.__file__).parent
+
     def git(*words):
         try:
             return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True)
-        except FileNotFoundError:                    # no git on this machine
+        except FileNotFoundError:  # no git on this machine
             return subprocess.CompletedProcess(words, 1)
+
     if git("ls-files", "--error-unmatch", "__init__.py").returncode:
         return f"version {faces2voices.__version__}"
     changed = git("diff", "--quiet", "HEAD", "--", ".").returncode
-    return git("rev-parse", "--short", "HEAD").stdout.strip() + "+"*bool(changed)
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + "+" * bool(changed)
 
 # %% ../nbs/engine/00_records.ipynb #bc0a939b
 def machine() -> str:
@@ -37,7 +39,7 @@ def machine() -> str:
     return f"{system}, {os.cpu_count()} CPUs, {threads} torch threads, {gpu}"
 
 # %% ../nbs/engine/00_records.ipynb #1fe5f48b
-def tool_version(name:str) -> str:
+def tool_version(name: str) -> str:
     "Version of a package, or nothing."
     try:
         return version(name)
@@ -45,8 +47,9 @@ def tool_version(name:str) -> str:
         return ""
 
 # %% ../nbs/engine/00_records.ipynb #8bf27ffb
-def versions(*tools:str # packages beside the three that everything here depends on
-            ) -> dict: # name → version
+def versions(
+    *tools: str,  # packages beside the three that everything here depends on
+) -> dict:  # name → version
     "Versions of Python and of packages; those that are absent are left out."
     found = {name: tool_version(name) for name in ("torch", "torchaudio", "numpy", *tools)}
     return dict(python=platform.python_version()) | {name: v for name, v in found.items() if v}
@@ -54,13 +57,15 @@ def versions(*tools:str # packages beside the three that everything here depends
 # %% ../nbs/engine/00_records.ipynb #1138fdb4
 MADE = "made.json"
 
-def commands_of(folder # or the manifest in it
-               ) -> list: # of text, in their order
+
+def commands_of(
+    folder,  # or the manifest in it
+) -> list:  # of text, in their order
     """The commands that made a folder of clips, as far as they were noted.
 
     CorpusError: its note cannot be read."""
     folder = Path(folder)
-    path = (folder.parent if folder.is_file() else folder)/MADE
+    path = (folder.parent if folder.is_file() else folder) / MADE
     if not path.is_file():
         return []
     try:
@@ -69,37 +74,47 @@ def commands_of(folder # or the manifest in it
         raise CorpusError(path, f"is no note of commands ({type(e).__name__})", "Remove it") from e
 
 # %% ../nbs/engine/00_records.ipynb #10d65aa3
-def note_making(folder, # that was filled
-                command:str,
-                source=None # folder, or the manifest in it, that the command read
-               ):
+def note_making(
+    folder,  # that was filled
+    command: str,
+    source=None,  # folder, or the manifest in it, that the command read
+):
     "Write down, inside of a folder of clips, by which commands it came to be."
     before = commands_of(source) if source else []
     known = [line for line in commands_of(folder) if line not in before]
-    lines = before + known + [command]*(command not in known)
-    with atomic_path(Path(folder)/MADE, overwrite=True) as tmp:
+    lines = before + known + [command] * (command not in known)
+    with atomic_path(Path(folder) / MADE, overwrite=True) as tmp:
         tmp.write_text(json.dumps(dict(commands=lines), indent=1))
 
 # %% ../nbs/engine/00_records.ipynb #e2c2af0b
-def data_of(*folders) -> dict: # folder → dict(clips, commands)
+def data_of(*folders) -> dict:  # folder → dict(clips, commands)
     "What was measured on: each folder as it was named, its clips, and the commands that made it."
+
     def clips(folder):
-        manifest = Path(folder)/"manifest.jsonl"
+        manifest = Path(folder) / "manifest.jsonl"
         return sum(1 for line in manifest.open()) if manifest.is_file() else None
+
     return {str(f): dict(clips=clips(f), commands=commands_of(f)) for f in folders}
 
 # %% ../nbs/engine/00_records.ipynb #35719d2e
-def record(found:dict, # what was measured
-           command:str, # that makes it again
-           seed, # whole number, or a list of them
-           data:dict, # from `data_of`; empty where nothing is read
-           tools:tuple=(), # packages that the numbers depend on, beside torch, torchaudio and numpy
-           out=None, # .json to write
-           overwrite:bool=False # may it replace a file that is there?
-          ) -> dict: # what JSON can hold
+def record(
+    found: dict,  # what was measured
+    command: str,  # that makes it again
+    seed,  # whole number, or a list of them
+    data: dict,  # from `data_of`; empty where nothing is read
+    tools: tuple = (),  # packages that the numbers depend on, beside torch, torchaudio and numpy
+    out=None,  # .json to write
+    overwrite: bool = False,  # may it replace a file that is there?
+) -> dict:  # what JSON can hold
     "Stamp what was found with all that it depends on, and write it down."
-    stamp = dict(command=command, seed=seed, commit=commit(), machine=machine(),
-                 versions=versions(*tools), data=data)
+    stamp = dict(
+        command=command,
+        seed=seed,
+        commit=commit(),
+        machine=machine(),
+        versions=versions(*tools),
+        data=data,
+    )
     if taken := stamp.keys() & found.keys():
         raise ValueError(f"fields of the stamp: {', '.join(sorted(taken))}")
     kept = stamp | found

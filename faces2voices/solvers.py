@@ -12,13 +12,15 @@ import torch
 from .flow import BLUE, GREEN, ORANGE, _arrows, _shown, mixture_field, plot_trajectories
 
 # %% ../nbs/12_solvers.ipynb #3d180dc3
-def euler(field, # called as field(x, t), t one number
-          x0, # where to start, (B, …)
-          ts # times to stop at, (N + 1,), from 0 to 1
-         ): # trajectory, (N + 1, B, …)
+def euler(
+    field,  # called as field(x, t), t one number
+    x0,  # where to start, (B, …)
+    ts,  # times to stop at, (N + 1,), from 0 to 1
+):  # trajectory, (N + 1, B, …)
     "First order, one call of the field a step."
     xs = [x0]
-    for t, dt in zip(ts, ts.diff()): xs.append(xs[-1] + dt*field(xs[-1], t))
+    for t, dt in zip(ts, ts.diff()):
+        xs.append(xs[-1] + dt * field(xs[-1], t))
     return torch.stack(xs)
 
 # %% ../nbs/12_solvers.ipynb #409526ad
@@ -26,8 +28,8 @@ def midpoint(field, x0, ts):
     "Second order, two calls a step: the velocity half-way along a trial step."
     xs = [x0]
     for t, dt in zip(ts, ts.diff()):
-        half = xs[-1] + dt/2*field(xs[-1], t)
-        xs.append(xs[-1] + dt*field(half, t + dt/2))
+        half = xs[-1] + dt / 2 * field(xs[-1], t)
+        xs.append(xs[-1] + dt * field(half, t + dt / 2))
     return torch.stack(xs)
 
 # %% ../nbs/12_solvers.ipynb #383487f1
@@ -36,7 +38,7 @@ def heun(field, x0, ts):
     xs = [x0]
     for t, dt in zip(ts, ts.diff()):
         k1 = field(xs[-1], t)
-        xs.append(xs[-1] + dt/2*(k1 + field(xs[-1] + dt*k1, t + dt)))
+        xs.append(xs[-1] + dt / 2 * (k1 + field(xs[-1] + dt * k1, t + dt)))
     return torch.stack(xs)
 
 # %% ../nbs/12_solvers.ipynb #48635eb2
@@ -45,92 +47,158 @@ def rk4(field, x0, ts):
     xs = [x0]
     for t, dt in zip(ts, ts.diff()):
         x, k1 = xs[-1], field(xs[-1], t)
-        k2 = field(x + dt/2*k1, t + dt/2)
-        k3 = field(x + dt/2*k2, t + dt/2)
-        k4 = field(x + dt*k3, t + dt)
-        xs.append(x + dt/6*(k1 + 2*k2 + 2*k3 + k4))
+        k2 = field(x + dt / 2 * k1, t + dt / 2)
+        k3 = field(x + dt / 2 * k2, t + dt / 2)
+        k4 = field(x + dt * k3, t + dt)
+        xs.append(x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
     return torch.stack(xs)
 
 # %% ../nbs/12_solvers.ipynb #0f7520e4
-SOLVERS = dict(euler=(euler, 1), midpoint=(midpoint, 2), heun=(heun, 2), rk4=(rk4, 4))   # name: solver, NFE a step
+SOLVERS = dict(
+    euler=(euler, 1), midpoint=(midpoint, 2), heun=(heun, 2), rk4=(rk4, 4)
+)  # name: solver, NFE a step
 
 # %% ../nbs/12_solvers.ipynb #f1068504
-def plot_walks(trajectories, # name: (N + 1, B, 2)
-               title:str="", lim:float=None):
+def plot_walks(
+    trajectories,  # name: (N + 1, B, 2)
+    title: str = "",
+    lim: float = None,
+):
     "One panel for each solver: its curve with its stops, the first orange."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(trajectories), figsize=(2.6*len(trajectories), 2.8), layout="constrained", sharex=True, sharey=True, squeeze=False)
+
+    fig, axs = plt.subplots(
+        1,
+        len(trajectories),
+        figsize=(2.6 * len(trajectories), 2.8),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
     for ax, (name, xs) in zip(axs[0], trajectories.items()):
-        ax.plot(*xs.permute(2, 0, 1), "o-", ms=3, lw=.8, c=BLUE)
-        ax.plot(*xs[0].T, "o", c=ORANGE); ax.set(title=f"{name}, {len(xs) - 1} steps", aspect="equal")
-        if lim: ax.set(xlim=(-lim, lim), ylim=(-lim, lim))
+        ax.plot(*xs.permute(2, 0, 1), "o-", ms=3, lw=0.8, c=BLUE)
+        ax.plot(*xs[0].T, "o", c=ORANGE)
+        ax.set(title=f"{name}, {len(xs) - 1} steps", aspect="equal")
+        if lim:
+            ax.set(xlim=(-lim, lim), ylim=(-lim, lim))
     fig.suptitle(title)
     _shown(fig, f"{title} One panel for each of {', '.join(trajectories)}.")
 
 # %% ../nbs/12_solvers.ipynb #215ab085
-def plot_errors(errors, # name: (NFE list, error list)
-                title:str=""):
+def plot_errors(
+    errors,  # name: (NFE list, error list)
+    title: str = "",
+):
     "Error against NFE, both logarithmic."
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
-    for (name, (nfe, err)), marker, c in zip(errors.items(), "osD^vP", (BLUE, ORANGE, GREEN, "0.3", "#CC79A7", "#56B4E9")):
+    for (name, (nfe, err)), marker, c in zip(
+        errors.items(), "osD^vP", (BLUE, ORANGE, GREEN, "0.3", "#CC79A7", "#56B4E9")
+    ):
         ax.loglog(nfe, err, marker=marker, c=c, label=name)
     ticks = sorted({n for nfe, _ in errors.values() for n in nfe})
-    ax.set_xticks(ticks, ticks); ax.minorticks_off(); ax.grid(lw=.3)
-    ax.set(xlabel="calls of the field (NFE)", ylabel="error at t = 1", title=title); ax.legend()
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.grid(lw=0.3)
+    ax.set(xlabel="calls of the field (NFE)", ylabel="error at t = 1", title=title)
+    ax.legend()
     _shown(fig, f"{title} Error falls with NFE for {', '.join(errors)}.")
 
 # %% ../nbs/12_solvers.ipynb #0cc62f23
-def time_grid(steps:int, # number of steps, N
-              sway:float=0. # 0: uniform; −1: small steps near the noise; above 0: small steps near the data
-             ) -> torch.Tensor: # (N + 1,), from 0 to 1
+def time_grid(
+    steps: int,  # number of steps, N
+    sway: float = 0.0,  # 0: uniform; −1: small steps near the noise; above 0: small steps near the data
+) -> torch.Tensor:  # (N + 1,), from 0 to 1
     "Where the solver stops between noise and data: t = s + sway (cos(πs/2) − 1 + s)."
     s = torch.linspace(0, 1, steps + 1)
-    return s + sway*(torch.cos(math.pi/2*s) - 1 + s)
+    return s + sway * (torch.cos(math.pi / 2 * s) - 1 + s)
 
 # %% ../nbs/12_solvers.ipynb #e699f8ec
-def guide(v_cond, # velocity with the condition
-          v_uncond, # velocity without it
-          w:float # guidance: 0 ignores the condition, 1 is plain, above 1 exaggerates
-         ):
+def guide(
+    v_cond,  # velocity with the condition
+    v_uncond,  # velocity without it
+    w: float,  # guidance: 0 ignores the condition, 1 is plain, above 1 exaggerates
+):
     "Classifier-free guidance of one velocity."
-    return v_uncond + w*(v_cond - v_uncond)
+    return v_uncond + w * (v_cond - v_uncond)
 
-def guided(field_cond, field_uncond, # two fields
-           w:float): # a field
+
+def guided(
+    field_cond,
+    field_uncond,  # two fields
+    w: float,
+):  # a field
     "The guided field of two fields."
     return lambda x, t: guide(field_cond(x, t), field_uncond(x, t), w)
 
 # %% ../nbs/12_solvers.ipynb #8662fb26
-def plot_guidance(results, # w: (B, 2)
-                  data, # (n, 2), drawn behind
-                  lim:float=3.5):
+def plot_guidance(
+    results,  # w: (B, 2)
+    data,  # (n, 2), drawn behind
+    lim: float = 3.5,
+):
     "One panel for each strength of guidance."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(results), figsize=(2.5*len(results), 2.8), layout="constrained", squeeze=False)
+
+    fig, axs = plt.subplots(
+        1, len(results), figsize=(2.5 * len(results), 2.8), layout="constrained", squeeze=False
+    )
     for ax, (w, x) in zip(axs[0], results.items()):
-        ax.scatter(*data.T, s=2, c="0.8"); ax.scatter(*x.T, s=4, c=BLUE)
-        ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xticks=[], yticks=[], title=f"w = {w:g}")
-    _shown(fig, f"Samples (blue) over the data (grey) for guidance {', '.join(f'{w:g}' for w in results)}.")
+        ax.scatter(*data.T, s=2, c="0.8")
+        ax.scatter(*x.T, s=4, c=BLUE)
+        ax.set(
+            xlim=(-lim, lim),
+            ylim=(-lim, lim),
+            aspect="equal",
+            xticks=[],
+            yticks=[],
+            title=f"w = {w:g}",
+        )
+    _shown(
+        fig,
+        f"Samples (blue) over the data (grey) for guidance {', '.join(f'{w:g}' for w in results)}.",
+    )
 
 # %% ../nbs/12_solvers.ipynb #691bee25
-def race(field, # called as field(x, t)
-         x0, # where all start, (B, D)
-         nfe:int=8 # calls of the field that each may spend, a multiple of 4
-        ): # where they should end, (B, D); name: (trajectory (N + 1, B, D), root-mean-square error at its end)
+def race(
+    field,  # called as field(x, t)
+    x0,  # where all start, (B, D)
+    nfe: int = 8,  # calls of the field that each may spend, a multiple of 4
+):  # where they should end, (B, D); name: (trajectory (N + 1, B, D), root-mean-square error at its end)
     "Every solver from the same start at the same price, judged by two hundred steps of `rk4`."
-    if nfe < 4 or nfe % 4: raise ValueError(f"{nfe} calls are not a whole number of steps for every solver: a multiple of 4 is")
+    if nfe < 4 or nfe % 4:
+        raise ValueError(
+            f"{nfe} calls are not a whole number of steps for every solver: a multiple of 4 is"
+        )
     end = rk4(field, x0, time_grid(200))[-1]
-    ways = {name: solve(field, x0, time_grid(nfe//cost)) for name, (solve, cost) in SOLVERS.items()}
-    return end, {name: (way, (way[-1] - end).square().mean().sqrt().item()) for name, way in ways.items()}
+    ways = {
+        name: solve(field, x0, time_grid(nfe // cost)) for name, (solve, cost) in SOLVERS.items()
+    }
+    return end, {
+        name: (way, (way[-1] - end).square().mean().sqrt().item()) for name, way in ways.items()
+    }
 
 # %% ../nbs/12_solvers.ipynb #e0d30c1a
-def plot_race(blobs, # means (K, 2), stds (K,), weights (K,); guidance asks for the first
-              nfe:int=8, guidance:float=0., sigma_min:float=1e-4, t:float=.5): # a figure
+def plot_race(
+    blobs,  # means (K, 2), stds (K,), weights (K,); guidance asks for the first
+    nfe: int = 8,
+    guidance: float = 0.0,
+    sigma_min: float = 1e-4,
+    t: float = 0.5,
+):  # a figure
     "Arrows of the guided field at one time; then what each solver makes of it for the same number of calls, and a green line from each end to the true one."
     import matplotlib.pyplot as plt
-    fields = [lambda x, t, b=b: mixture_field(x, t, *b, sigma_min) for b in ([z[:1] for z in blobs], blobs)]
-    field, noise = guided(*fields, guidance), torch.randn(60, 2, generator=torch.Generator().manual_seed(1))
+
+    fields = [
+        lambda x, t, b=b: mixture_field(x, t, *b, sigma_min)
+        for b in ([z[:1] for z in blobs], blobs)
+    ]
+    field, noise = (
+        guided(*fields, guidance),
+        torch.randn(60, 2, generator=torch.Generator().manual_seed(1)),
+    )
     fig, (left, *tracks) = plt.subplots(1, 5, figsize=(12, 2.8), layout="constrained")
     _arrows(left, field, t, 3.5)
     end, ways = race(field, noise, nfe)
@@ -145,7 +213,21 @@ def plot_race(blobs, # means (K, 2), stds (K,), weights (K,); guidance asks for 
 def solver_race(blobs):
     "Sliders for the number of calls, guidance, σ_min and time over `plot_race`."
     from ipywidgets import FloatLogSlider, FloatSlider, IntSlider, interact
-    def show(**dials): _shown(plot_race(blobs, **dials), "Arrows of a field, and the ways and end errors of four solvers, for " + ", ".join(f"{k} {v:g}" for k, v in dials.items()) + ".", picture=True)
+
+    def show(**dials):
+        _shown(
+            plot_race(blobs, **dials),
+            "Arrows of a field, and the ways and end errors of four solvers, for "
+            + ", ".join(f"{k} {v:g}" for k, v in dials.items())
+            + ".",
+            picture=True,
+        )
+
     late = dict(continuous_update=False)
-    return interact(show, nfe=IntSlider(8, min=4, max=64, step=4, **late), guidance=FloatSlider(0., min=0, max=5, step=.25, **late),
-        sigma_min=FloatLogSlider(1e-4, min=-4, max=-.3, **late), t=FloatSlider(.5, min=0, max=.99, step=.01, **late))
+    return interact(
+        show,
+        nfe=IntSlider(8, min=4, max=64, step=4, **late),
+        guidance=FloatSlider(0.0, min=0, max=5, step=0.25, **late),
+        sigma_min=FloatLogSlider(1e-4, min=-4, max=-0.3, **late),
+        t=FloatSlider(0.5, min=0, max=0.99, step=0.01, **late),
+    )

@@ -14,11 +14,12 @@ import numpy as np
 # %% ../nbs/engine/00_statistics.ipynb #8890c257
 class Interval(NamedTuple):
     "An estimate and its 95 % interval; NaN where there is too little to say."
+
     estimate: float
     low: float
     high: float
-    error: float # one standard error
-    n: int       # clips, seeds or marks behind it
+    error: float  # one standard error
+    n: int  # clips, seeds or marks behind it
 
     def __format__(self, spec):
         "`0.37 ± 0.02`, or `0.37 (0.33 to 0.38)` where the two sides differ as shown."
@@ -33,27 +34,32 @@ class Interval(NamedTuple):
         return format(self)
 
 # %% ../nbs/engine/00_statistics.ipynb #6d24891a
-def mean(v # (..., n, 1)
-        ): # (...)
+def mean(
+    v,  # (..., n, 1)
+):  # (...)
     "The mean of what was measured on each clip."
     return v[..., 0].mean(-1)
 
-def ratio(v # (..., n, 2)
-         ): # (...)
+
+def ratio(
+    v,  # (..., n, 2)
+):  # (...)
     "Sum of the first column over that of the second: errors and words give the word error rate."
     with np.errstate(divide="ignore", invalid="ignore"):
-        return v[..., 0].sum(-1)/v[..., 1].sum(-1)
+        return v[..., 0].sum(-1) / v[..., 1].sum(-1)
 
-def pearson(v # (..., n, 2)
-           ): # (...)
+
+def pearson(
+    v,  # (..., n, 2)
+):  # (...)
     "Correlation of the two columns; NaN for fewer than 3 rows, or where a column does not vary."
     v = v - v.mean(-2, keepdims=True)
     spread = np.sqrt((v**2).sum(-2))
-    varies = (v.shape[-2] > 2) & (spread > 1e-8*np.sqrt(v.shape[-2])).all(-1)
-    return np.where(varies, v.prod(-1).sum(-1)/np.where(varies, spread.prod(-1), 1), np.nan)
+    varies = (v.shape[-2] > 2) & (spread > 1e-8 * np.sqrt(v.shape[-2])).all(-1)
+    return np.where(varies, v.prod(-1).sum(-1) / np.where(varies, spread.prod(-1), 1), np.nan)
 
 # %% ../nbs/engine/00_statistics.ipynb #6909d736
-def _whole_rows(values): # (n, k) float
+def _whole_rows(values):  # (n, k) float
     "The rows without NaN or infinity."
     values = np.asarray(values, float)
     values = values[:, None] if values.ndim == 1 else values
@@ -62,71 +68,85 @@ def _whole_rows(values): # (n, k) float
 # %% ../nbs/engine/00_statistics.ipynb #bddb6da4
 RESAMPLES = 2000
 
-def bootstrap_interval(values, # (n,) or (n, k), a row a clip; without the rows that hold NaN
-                       statistic:Callable=mean # (..., n, k) → (...)
-                      ) -> Interval: # NaN for fewer than two rows
+
+def bootstrap_interval(
+    values,  # (n,) or (n, k), a row a clip; without the rows that hold NaN
+    statistic: Callable = mean,  # (..., n, k) → (...)
+) -> Interval:  # NaN for fewer than two rows
     "How far a number over clips would move with other clips. Too narrow for fewer than ten clips."
     from scipy.stats import bootstrap
+
     values = _whole_rows(values)
     n, estimate = len(values), float(statistic(values)) if len(values) else np.nan
     if n < 2 or not np.isfinite(estimate):
         return Interval(estimate, np.nan, np.nan, np.nan, n)
+
     def of_rows(at, axis):
         return statistic(values[at])
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = bootstrap((np.arange(n),), of_rows, n_resamples=RESAMPLES, vectorized=True, rng=0)
     again = found.bootstrap_distribution[np.isfinite(found.bootstrap_distribution)]
     limits = found.confidence_interval
-    if not np.isfinite(limits).all(): # nothing varies, or some resamples have no such number
+    if not np.isfinite(limits).all():  # nothing varies, or some resamples have no such number
         limits = np.percentile(again, [2.5, 97.5])
     return Interval(estimate, *map(float, limits), float(again.std()), n)
 
 # %% ../nbs/engine/00_statistics.ipynb #bec00e3b
-def t_interval(values # (n,): one number a seed
-              ) -> Interval: # NaN for fewer than two
+def t_interval(
+    values,  # (n,): one number a seed
+) -> Interval:  # NaN for fewer than two
     "The mean of a few values, by Student's t; those that are NaN are left out, and not counted."
     from scipy.stats import sem, t
+
     values = _whole_rows(values)[:, 0]
     n, estimate = len(values), float(values.mean()) if len(values) else np.nan
     if n < 2:
         return Interval(estimate, np.nan, np.nan, np.nan, n)
     error = float(sem(values))
-    half = float(t.ppf(.975, n - 1))*error
+    half = float(t.ppf(0.975, n - 1)) * error
     return Interval(estimate, estimate - half, estimate + half, error, n)
 
 # %% ../nbs/engine/00_statistics.ipynb #36c751a5
-def crossed_interval(table # (rows, columns), all cells known
-                    ) -> Interval: # NaN for a single cell; ValueError where a cell is NaN
+def crossed_interval(
+    table,  # (rows, columns), all cells known
+) -> Interval:  # NaN for a single cell; ValueError where a cell is NaN
     "The mean of a table whose rows and columns could all have been others: a t interval."
     from scipy.stats import t
+
     table = np.asarray(table, float)
     if not np.isfinite(table).all():
         raise ValueError("a cell of the table is not a number")
     (r, c), estimate = table.shape, table.mean()
     rows, columns = table.mean(1, keepdims=True) - estimate, table.mean(0) - estimate
-    free = np.maximum([r - 1, c - 1, (r - 1)*(c - 1)], 1)
+    free = np.maximum([r - 1, c - 1, (r - 1) * (c - 1)], 1)
     rest = table - estimate - rows - columns
-    squares = np.array([c*(rows**2).sum(), r*(columns**2).sum(), (rest**2).sum()])/free
+    squares = np.array([c * (rows**2).sum(), r * (columns**2).sum(), (rest**2).sum()]) / free
     sign = np.append(squares[:2] > squares[2], 0)
     sign[2] = 1 - sign.sum()
-    parts = sign*squares
-    degrees = parts.sum()**2/(parts**2/free).sum() if parts.any() else 1
-    error = (parts.sum()/table.size)**.5 if table.size > 1 else np.nan
-    half = t.ppf(.975, max(degrees, 1))*error
+    parts = sign * squares
+    degrees = parts.sum() ** 2 / (parts**2 / free).sum() if parts.any() else 1
+    error = (parts.sum() / table.size) ** 0.5 if table.size > 1 else np.nan
+    half = t.ppf(0.975, max(degrees, 1)) * error
     return Interval(*map(float, (estimate, estimate - half, estimate + half, error)), table.size)
 
 # %% ../nbs/engine/00_statistics.ipynb #a3e58636
 class Difference(NamedTuple):
     "A mean difference, and the chance of one so large if there were none."
+
     interval: Interval
     p: float
 
-def paired_difference(a, b, # (n,) each: of the same clips, or of the same seeds
-                      over:str="clips" # or "seeds"; pairs with NaN are left out
-                     ) -> Difference: # p is NaN for fewer than two pairs
+
+def paired_difference(
+    a,
+    b,  # (n,) each: of the same clips, or of the same seeds
+    over: str = "clips",  # or "seeds"; pairs with NaN are left out
+) -> Difference:  # p is NaN for fewer than two pairs
     "What `a` has more than `b`: bootstrap and sign flips over clips, Student's t over seeds."
     from scipy.stats import permutation_test, ttest_1samp
+
     if over not in ("clips", "seeds"):
         raise ValueError(f"over clips or over seeds, not over {over}")
     d = _whole_rows(np.subtract(a, b))[:, 0]
@@ -137,19 +157,20 @@ def paired_difference(a, b, # (n,) each: of the same clips, or of the same seeds
         kind = dict(permutation_type="samples", vectorized=True, rng=0)
         flipped = permutation_test((d,), np.mean, **kind)
         return Difference(interval, float(flipped.pvalue))
-    if not np.ptp(d): # always the same: no chance in it
+    if not np.ptp(d):  # always the same: no chance in it
         return Difference(interval, float(not d.any()))
     return Difference(interval, float(ttest_1samp(d, 0).pvalue))
 
 # %% ../nbs/engine/00_statistics.ipynb #dd253f91
-def holm(p_values # (m,), none NaN
-        ): # (m,)
+def holm(
+    p_values,  # (m,), none NaN
+):  # (m,)
     "Adjusted p-values of m comparisons (Holm 1979); those under .05 hold together."
     p = np.asarray(p_values, float)
     if np.isnan(p).any():
         raise ValueError("a p-value is NaN: leave out what was not compared")
     order = p.argsort()
-    steps = p[order]*np.arange(len(p), 0, -1)
+    steps = p[order] * np.arange(len(p), 0, -1)
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
     return adjusted

@@ -29,9 +29,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/15_synthesis.ipynb #e7b225be
-from .core import EULER_STEPS, TEMPERATURE, FPS, MELS_PER_FRAME, CheckpointError, F2VError, MediaError, NoFaceError, Preset, atomic_path, pick_device, test_same, whole_seed
+from faces2voices.core import (
+    EULER_STEPS,
+    TEMPERATURE,
+    FPS,
+    MELS_PER_FRAME,
+    CheckpointError,
+    F2VError,
+    MediaError,
+    NoFaceError,
+    Preset,
+    atomic_path,
+    pick_device,
+    test_same,
+    whole_seed,
+)
 from .audio import MEL, load_audio, open_wav, pitch, save_wav, show_speech
-from .video import MAX_PIXELS, Both, Crops, FaceBackend, Film, Looked, Track, Video, align_face, best_face, crop_in_parts, crops_figure, dub as dub_video, face_pack, make_backend, track_face
+from faces2voices.video import (
+    MAX_PIXELS,
+    Both,
+    Crops,
+    FaceBackend,
+    Film,
+    Looked,
+    Track,
+    Video,
+    align_face,
+    best_face,
+    crop_in_parts,
+    crops_figure,
+    dub as dub_video,
+    face_pack,
+    make_backend,
+    track_face,
+)
 from .video import _sound_and_note
 from .talkers import Locator, LocatorBackend
 from .corpora import Clip, collate
@@ -46,129 +77,238 @@ from .vocoder import STRETCH, make_vocoder, noise, sing
 # %% ../nbs/15_synthesis.ipynb #ecd5e3a8
 class Speech:
     "The speech of a clip, or of a part of a film, and what was decided on the way to it."
+
     sr = 16000
-    def __init__(self, wav, # (640 T,) in [−1, 1]
-                 mel, # (80, 4T) ln mel, from the flow
-                 units, # (2T,) most likely content unit
-                 log_f0, voiced, energy, # (2T,) each; predicted
-                 speaker, # (256,) the voice, unit norm
-                 source="", # the clip's path
-                 looked=None, # what the model looked at: `video.Looked`; of a long film, its first window
-                 truth=None, # (80, 4T) ln mel of the clip's own sound, where it has one
-                 backend:str="", # who found the face
-                 seconds:float=0., # time that synthesis took
-                 doubt=None, # (2T,) how unsure the reader is: 0 of one thing, 1 of everything alike
-                 notes=() # what a listener should know: see `doubts`
-                ):
-        self.wav, self.mel, self.units, self.log_f0, self.voiced, self.energy, self.speaker = wav, mel, units, log_f0, voiced, energy, speaker
-        self.source, self.looked, self.truth, self.backend, self.seconds = source, looked, truth, backend, seconds
+
+    def __init__(
+        self,
+        wav,  # (640 T,) in [−1, 1]
+        mel,  # (80, 4T) ln mel, from the flow
+        units,  # (2T,) most likely content unit
+        log_f0,
+        voiced,
+        energy,  # (2T,) each; predicted
+        speaker,  # (256,) the voice, unit norm
+        source="",  # the clip's path
+        looked=None,  # what the model looked at: `video.Looked`; of a long film, its first window
+        truth=None,  # (80, 4T) ln mel of the clip's own sound, where it has one
+        backend: str = "",  # who found the face
+        seconds: float = 0.0,  # time that synthesis took
+        doubt=None,  # (2T,) how unsure the reader is: 0 of one thing, 1 of everything alike
+        notes=(),  # what a listener should know: see `doubts`
+    ):
+        self.wav, self.mel, self.units, self.log_f0, self.voiced, self.energy, self.speaker = (
+            wav,
+            mel,
+            units,
+            log_f0,
+            voiced,
+            energy,
+            speaker,
+        )
+        self.source, self.looked, self.truth, self.backend, self.seconds = (
+            source,
+            looked,
+            truth,
+            backend,
+            seconds,
+        )
         self.doubt, self.notes = doubt, notes
 
 # %% ../nbs/15_synthesis.ipynb #b38c9583
 @patch(as_prop=True)
-def duration(self:Speech) -> float: "Seconds of speech."; return len(self.wav)/self.sr
+def duration(self: Speech) -> float:
+    "Seconds of speech."
+    return len(self.wav) / self.sr
+
+
 @patch
-def __repr__(self:Speech): return f"Speech({self.duration:.2f} s, from {Path(self.source).name!r}, {self.seconds/self.duration:.2f} × real time)"
+def __repr__(self: Speech):
+    return f"Speech({self.duration:.2f} s, from {Path(self.source).name!r}, {self.seconds / self.duration:.2f} × real time)"
 
 # %% ../nbs/15_synthesis.ipynb #29089ede
 @patch
-def _ipython_display_(self:Speech): show_speech(self.wav, title=repr(self), text="Synthesised speech.")
+def _ipython_display_(self: Speech):
+    show_speech(self.wav, title=repr(self), text="Synthesised speech.")
 
 # %% ../nbs/15_synthesis.ipynb #b269074e
 @patch
-def save(self:Speech, path, overwrite=False): "Write a 16 kHz wav, tagged as synthetic."; save_wav(path, self.wav, overwrite)
+def save(self: Speech, path, overwrite=False):
+    "Write a 16 kHz wav, tagged as synthetic."
+    save_wav(path, self.wav, overwrite)
+
+
 @patch
-def dub(self:Speech, path, overwrite=False): "Write the original frames with this speech as their sound, tagged as synthetic."; return dub_video(self.source, self.wav, path, overwrite)
+def dub(self: Speech, path, overwrite=False):
+    "Write the original frames with this speech as their sound, tagged as synthetic."
+    return dub_video(self.source, self.wav, path, overwrite)
 
 # %% ../nbs/15_synthesis.ipynb #76704d12
 @patch
-def plot(self:Speech): "Figure of what was predicted: see `plot_speech`."; return plot_speech(self)
+def plot(self: Speech):
+    "Figure of what was predicted: see `plot_speech`."
+    return plot_speech(self)
 
 # %% ../nbs/15_synthesis.ipynb #0ae2fd38
 @patch(cls_method=True)
-def join(cls:Speech, parts:list) -> Speech:
+def join(cls: Speech, parts: list) -> Speech:
     "Parts that follow each other, as one."
     p, names = parts[0], ("wav", "mel", "units", "log_f0", "voiced", "energy")
     along = (torch.cat([getattr(p, k) for p in parts], -1) for k in names)
     doubt = None if p.doubt is None else torch.cat([p.doubt for p in parts])
-    return cls(*along, p.speaker, p.source, p.looked, p.truth if len(parts) == 1 else None, p.backend,
-               sum(q.seconds for q in parts), doubt, p.notes)
+    return cls(
+        *along,
+        p.speaker,
+        p.source,
+        p.looked,
+        p.truth if len(parts) == 1 else None,
+        p.backend,
+        sum(q.seconds for q in parts),
+        doubt,
+        p.notes,
+    )
 
 # %% ../nbs/15_synthesis.ipynb #85071d53
-def plot_contours(ax, speech # a `Speech`
-                 ):
+def plot_contours(
+    ax,
+    speech,  # a `Speech`
+):
     "Predicted pitch where there is voice, and energy, on one time axis."
-    t, loud = np.arange(len(speech.log_f0))/50, ax.twinx()
-    ax.plot(t, np.where(speech.voiced > .5, speech.log_f0.exp(), np.nan), color="#0072B2", lw=2)
-    loud.plot(t, speech.energy*20/np.log(10), color="#D55E00", lw=1)
-    ax.set_ylabel("pitch, Hz", color="#0072B2"); loud.set_ylabel("energy, dB", color="#D55E00")
+    t, loud = np.arange(len(speech.log_f0)) / 50, ax.twinx()
+    ax.plot(t, np.where(speech.voiced > 0.5, speech.log_f0.exp(), np.nan), color="#0072B2", lw=2)
+    loud.plot(t, speech.energy * 20 / np.log(10), color="#D55E00", lw=1)
+    ax.set_ylabel("pitch, Hz", color="#0072B2")
+    loud.set_ylabel("energy, dB", color="#D55E00")
 
 # %% ../nbs/15_synthesis.ipynb #4f74edb5
-def plot_speech(speech # a `Speech`
-               ):
+def plot_speech(
+    speech,  # a `Speech`
+):
     "Figure: predicted pitch and energy, the predicted mel, and the true mel beside it."
     import matplotlib.pyplot as plt
-    mels = dict(zip(("synthesised mel", "true mel"), [m for m in (speech.mel, speech.truth) if m is not None]))
-    fig, axs = plt.subplots(1 + len(mels), 1, figsize=(8, 1.7*(1 + len(mels))), dpi=64, sharex=True, layout="constrained")
+
+    mels = dict(
+        zip(
+            ("synthesised mel", "true mel"),
+            [m for m in (speech.mel, speech.truth) if m is not None],
+        )
+    )
+    fig, axs = plt.subplots(
+        1 + len(mels),
+        1,
+        figsize=(8, 1.7 * (1 + len(mels))),
+        dpi=64,
+        sharex=True,
+        layout="constrained",
+    )
     plot_contours(axs[0], speech)
     for ax, (name, mel) in zip(axs[1:], mels.items()):
-        ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, mel.shape[1]/100, 0, 80), vmin=-11.5, vmax=1.5); ax.set_ylabel(name)
+        ax.imshow(
+            mel,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            extent=(0, mel.shape[1] / 100, 0, 80),
+            vmin=-11.5,
+            vmax=1.5,
+        )
+        ax.set_ylabel(name)
     axs[-1].set_xlabel("seconds")
     plt.close(fig)
     return fig
 
 # %% ../nbs/15_synthesis.ipynb #5d400e0c
-WEIGHTS = Path(__file__).parent/"weights" if "__file__" in globals() else Path("../faces2voices/weights")
+WEIGHTS = (
+    Path(__file__).parent / "weights"
+    if "__file__" in globals()
+    else Path("../faces2voices/weights")
+)
 
-class FacesToVoices(nn.Module, PyTorchModelHubMixin, library_name="faces2voices", tags=["video-to-speech", "flow-matching"]):
+
+class FacesToVoices(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="faces2voices",
+    tags=["video-to-speech", "flow-matching"],
+):
     "Video in, speech out: units, hierarchy, flow-matching decoder and vocoder of one preset."
-    def __init__(self, preset:dict, # `Preset.to_json()`
-                 info:dict|None=None # what it was trained on, by which command; kept beside the weights
-                ):
+
+    def __init__(
+        self,
+        preset: dict,  # `Preset.to_json()`
+        info: dict
+        | None = None,  # what it was trained on, by which command; kept beside the weights
+    ):
         super().__init__()
-        self.preset, self.info, self.faces_root, self.face_backend = Preset.from_json(preset), info or {}, None, None
+        self.preset, self.info, self.faces_root, self.face_backend = (
+            Preset.from_json(preset),
+            info or {},
+            None,
+            None,
+        )
         self.units = make_quantizer(self.preset)
         self.speaker_encoder = SpeakerEncoder()
         self.hierarchy = Hierarchy(self.preset)
         self.decoder = Decoder(self.preset)
         self.vocoder = make_vocoder(self.preset)
-        if self.preset.face_backend == "locator": self.locator = Locator()
+        if self.preset.face_backend == "locator":
+            self.locator = Locator()
         self.register_buffer("mean_identity", torch.zeros(self.preset.identity_dim))
         self.eval()
 
     @property
-    def device(self): return self.mean_identity.device
+    def device(self):
+        return self.mean_identity.device
 
 # %% ../nbs/15_synthesis.ipynb #be0cc09f
-def for_training(name:str) -> bool: "Is this a weight of the masked path?"; return name.startswith("hierarchy.content.masked")
+def for_training(name: str) -> bool:
+    "Is this a weight of the masked path?"
+    return name.startswith("hierarchy.content.masked")
+
 
 @patch
-def _save_pretrained(self:FacesToVoices, save_directory):
+def _save_pretrained(self: FacesToVoices, save_directory):
     "Half-precision weights of all that speaks; the mixin writes `config.json` beside them."
-    state = {k: v.half().contiguous() if v.is_floating_point() else v.contiguous() for k, v in self.state_dict().items() if not for_training(k)}
-    save_file(state, Path(save_directory)/"model.safetensors", metadata={"format": "pt"})
+    state = {
+        k: v.half().contiguous() if v.is_floating_point() else v.contiguous()
+        for k, v in self.state_dict().items()
+        if not for_training(k)
+    }
+    save_file(state, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
     config = dict(preset=self.preset.to_json(), info=self.info)
-    (Path(save_directory)/"config.json").write_text(json.dumps(config, indent=1))
+    (Path(save_directory) / "config.json").write_text(json.dumps(config, indent=1))
 
 # %% ../nbs/15_synthesis.ipynb #ee72b3de
-def _whole(folder # that should hold a model
-          ) -> Path:
+def _whole(
+    folder,  # that should hold a model
+) -> Path:
     "The folder, if both files are in it."
     for name in ("config.json", "model.safetensors"):
-        if not (Path(folder)/name).is_file(): raise CheckpointError(folder, f"has no {name}", "Give a folder written by `save_pretrained` or `faces2voices train`")
+        if not (Path(folder) / name).is_file():
+            raise CheckpointError(
+                folder,
+                f"has no {name}",
+                "Give a folder written by `save_pretrained` or `faces2voices train`",
+            )
     return Path(folder)
 
 # %% ../nbs/15_synthesis.ipynb #2385fe78
 class _NoValues(TorchFunctionMode):
     "Modules that are built inside have shapes, and neither memory nor values."
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_): return args[0]
-        if func is torch.empty: kwargs = kwargs | dict(device="meta")
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        if func is torch.empty:
+            kwargs = kwargs | dict(device="meta")
         return func(*args, **kwargs)
 
 # %% ../nbs/15_synthesis.ipynb #bf1eb9f4
-def _shapes(tensors:dict) -> dict: "Name → shape."; return {k: tuple(v.shape) for k, v in tensors.items()}
+def _shapes(tensors: dict) -> dict:
+    "Name → shape."
+    return {k: tuple(v.shape) for k, v in tensors.items()}
+
 
 def _stored_shapes(path) -> dict:
     "Name → shape, from the header of a safetensors file alone."
@@ -176,82 +316,135 @@ def _stored_shapes(path) -> dict:
         return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
 
 # %% ../nbs/15_synthesis.ipynb #2e15924e
-def _must_fit(path, wanted:dict, found:dict, optional): # name → shape; name → may it be missing?
+def _must_fit(path, wanted: dict, found: dict, optional):  # name → shape; name → may it be missing?
     "CheckpointError where a file of weights is not the one that a module wants."
     missing = [k for k in wanted if k not in found and not optional(k)]
-    unknown, other = [k for k in found if k not in wanted], [k for k in found if found[k] != wanted.get(k)]
+    unknown, other = (
+        [k for k in found if k not in wanted],
+        [k for k in found if found[k] != wanted.get(k)],
+    )
     if name := next(iter(missing + unknown + other), None):
         said = lambda shapes: f"{list(shapes[name])}" if name in shapes else "nothing"
-        raise CheckpointError(path, f"holds other weights than its model has ({name}: {said(found)}, not {said(wanted)})",
-                              "Was it written by another version, or put into this folder by mistake?")
+        raise CheckpointError(
+            path,
+            f"holds other weights than its model has ({name}: {said(found)}, not {said(wanted)})",
+            "Was it written by another version, or put into this folder by mistake?",
+        )
 
 # %% ../nbs/15_synthesis.ipynb #e59e2ba8
-def load_weights(module, path, # a safetensors file
-                 optional=lambda name: False # which weights may be missing, and stay as they are
-                ):
+def load_weights(
+    module,
+    path,  # a safetensors file
+    optional=lambda name: False,  # which weights may be missing, and stay as they are
+):
     "Put the weights of a file into a module; CheckpointError where they are not its own, or not numbers."
     try:
         found = _stored_shapes(path)
         _must_fit(path, _shapes(module.state_dict()), found, optional)
         state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(path, f"cannot be read as weights ({_first_line(e)})", "Was it cut short? Copy it again") from e
+        raise CheckpointError(
+            path, f"cannot be read as weights ({_first_line(e)})", "Was it cut short? Copy it again"
+        ) from e
     if bad := next((k for k, v in state.items() if not torch.isfinite(v).all()), None):
-        raise CheckpointError(path, f"holds values that are not numbers (in {bad})", "Copy it again, or train again")
+        raise CheckpointError(
+            path, f"holds values that are not numbers (in {bad})", "Copy it again, or train again"
+        )
     module.load_state_dict({k: v for k, v in module.state_dict().items() if k not in state} | state)
 
-def _first_line(e) -> str: "The first line of what an error says."; return next(iter(str(e).splitlines()), type(e).__name__)[:200]
+
+def _first_line(e) -> str:
+    "The first line of what an error says."
+    return next(iter(str(e).splitlines()), type(e).__name__)[:200]
 
 # %% ../nbs/15_synthesis.ipynb #6e7ad76f
-CONFIG_BYTES = 2**22   # of a config.json; ours have a few thousand
+CONFIG_BYTES = 2**22  # of a config.json; ours have a few thousand
+
 
 def _read_config(path) -> dict:
     "What a config.json says: a preset that makes a model, and the training's notes."
-    if path.stat().st_size > CONFIG_BYTES: raise CheckpointError(path, "is too large for a configuration")
+    if path.stat().st_size > CONFIG_BYTES:
+        raise CheckpointError(path, "is too large for a configuration")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         Preset.from_json(config["preset"])
-    except CheckpointError as e: raise CheckpointError(path, e.reason, e.cure) from e
+    except CheckpointError as e:
+        raise CheckpointError(path, e.reason, e.cure) from e
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise CheckpointError(path, f"describes no model ({_first_line(e)})", "Was it changed by hand? Copy it again") from e
-    return dict(preset=config["preset"], info=config["info"] if isinstance(config.get("info"), dict) else {})
+        raise CheckpointError(
+            path, f"describes no model ({_first_line(e)})", "Was it changed by hand? Copy it again"
+        ) from e
+    return dict(
+        preset=config["preset"], info=config["info"] if isinstance(config.get("info"), dict) else {}
+    )
 
 # %% ../nbs/15_synthesis.ipynb #9513c7b2
 @patch(cls_method=True)
-def from_folder(cls:FacesToVoices, folder # a folder that holds config.json and model.safetensors
-               ) -> FacesToVoices:
+def from_folder(
+    cls: FacesToVoices,
+    folder,  # a folder that holds config.json and model.safetensors
+) -> FacesToVoices:
     "Build the model that a folder describes; CheckpointError says what is wrong with it."
     folder = _whole(folder)
-    config, weights = _read_config(folder/"config.json"), folder/"model.safetensors"
+    config, weights = _read_config(folder / "config.json"), folder / "model.safetensors"
     try:
-        with _NoValues(): shapes = _shapes(cls(**config).state_dict())
+        with _NoValues():
+            shapes = _shapes(cls(**config).state_dict())
         found = _stored_shapes(weights)
         _must_fit(weights, shapes, found, for_training)
         model = cls(**config)
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as e:
-        raise CheckpointError(folder, f"cannot be read as a faces2voices model ({_first_line(e)})", "Was it written by another version, or cut short?") from e
+        raise CheckpointError(
+            folder,
+            f"cannot be read as a faces2voices model ({_first_line(e)})",
+            "Was it written by another version, or cut short?",
+        ) from e
     load_weights(model, weights, for_training)
     return model.eval()
 
 # %% ../nbs/15_synthesis.ipynb #937f6c4c
-def packaged_models() -> list: "Names of the models that the package ships."; return sorted(p.name for p in WEIGHTS.glob("*") if (p/"config.json").exists())
+def packaged_models() -> list:
+    "Names of the models that the package ships."
+    return sorted(p.name for p in WEIGHTS.glob("*") if (p / "config.json").exists())
+
 
 def _fetched(name) -> Path:
     "The folder of a model on the Hub, downloaded."
-    if str(name).count("/") != 1: raise CheckpointError(name, "no such model", f"Give one of {packaged_models()}, a folder, or a Hub id like user/model")
+    if str(name).count("/") != 1:
+        raise CheckpointError(
+            name,
+            "no such model",
+            f"Give one of {packaged_models()}, a folder, or a Hub id like user/model",
+        )
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", "README.md"]))
-    except Exception as e: raise CheckpointError(name, f"is no folder here, and the Hub did not give it ({type(e).__name__})", "Check the name and the connection") from e
+
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["config.json", "model.safetensors", "README.md"]
+            )
+        )
+    except Exception as e:
+        raise CheckpointError(
+            name,
+            f"is no folder here, and the Hub did not give it ({type(e).__name__})",
+            "Check the name and the connection",
+        ) from e
 
 # %% ../nbs/15_synthesis.ipynb #f2688d95
 @patch(cls_method=True)
-def from_pretrained(cls:FacesToVoices, name:str="talkers", # `talkers`, `grid`, a folder, or a Hugging Face Hub id such as `user/model`
-                    device:str="auto", # `auto`, `cpu`, `cuda`
-                    faces=None # folder of insightface models, for real faces
-                   ) -> FacesToVoices:
+def from_pretrained(
+    cls: FacesToVoices,
+    name: str = "talkers",  # `talkers`, `grid`, a folder, or a Hugging Face Hub id such as `user/model`
+    device: str = "auto",  # `auto`, `cpu`, `cuda`
+    faces=None,  # folder of insightface models, for real faces
+) -> FacesToVoices:
     "A trained model: one of the package's own, one from a folder, or one from the Hub. `faces` must hold models, if given."
-    folder = next((p for p in (WEIGHTS/name, Path(name)) if os.path.isdir(p)), None) or _fetched(name)
-    if faces is not None: face_pack(faces)
+    folder = next((p for p in (WEIGHTS / name, Path(name)) if os.path.isdir(p)), None) or _fetched(
+        name
+    )
+    if faces is not None:
+        face_pack(faces)
     model = cls.from_folder(folder).to(pick_device(device))
     model.faces_root = faces
     return model
@@ -259,88 +452,134 @@ def from_pretrained(cls:FacesToVoices, name:str="talkers", # `talkers`, `grid`, 
 # %% ../nbs/15_synthesis.ipynb #19832613
 @patch
 @contextmanager
-def computing(self:FacesToVoices):
+def computing(self: FacesToVoices):
     """Evaluation mode, no gradient and float32, whatever stands around; training mode comes back afterwards.
 
     CheckpointError where the weights are of another precision."""
     types = {p.dtype for p in self.parameters()} - {torch.float32}
     if types:
-        raise CheckpointError("the model", f"has weights in {types.pop()}, and computes in float32", "Call f2v.float() first")
+        raise CheckpointError(
+            "the model",
+            f"has weights in {types.pop()}, and computes in float32",
+            "Call f2v.float() first",
+        )
     learning = [m for m in self.modules() if m.training]
     self.eval()
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             yield
     finally:
-        for m in learning: m.training = True
+        for m in learning:
+            m.training = True
 
 # %% ../nbs/15_synthesis.ipynb #ccae147d
-WINDOW, CONTEXT, FADE = 500, 100, 10   # frames: looked at together; of these, only looked at, on each side; faded between two windows
+WINDOW, CONTEXT, FADE = (
+    500,
+    100,
+    10,
+)  # frames: looked at together; of these, only looked at, on each side; faded between two windows
 
 # %% ../nbs/15_synthesis.ipynb #5d95c394
 class Window(NamedTuple):
     "A stretch of a film."
-    start: int; stop: int  # first frame that is looked at, and first that is not
-    begin: int; end: int   # the same of the frames that are kept
+
+    start: int
+    stop: int  # first frame that is looked at, and first that is not
+    begin: int
+    end: int  # the same of the frames that are kept
 
 # %% ../nbs/15_synthesis.ipynb #1a2ab724
-def windows(T:int) -> list: # T: frames of the film
+def windows(T: int) -> list:  # T: frames of the film
     "The fewest windows, of about one length, that keep every frame once."
-    if T <= WINDOW: return [Window(0, T, 0, T)]
-    n = -(-T//(WINDOW - 2*CONTEXT))
-    return [Window(max(0, a - CONTEXT), min(T, b + CONTEXT), a, b) for a, b in pairwise(T*i//n for i in range(n + 1))]
+    if T <= WINDOW:
+        return [Window(0, T, 0, T)]
+    n = -(-T // (WINDOW - 2 * CONTEXT))
+    return [
+        Window(max(0, a - CONTEXT), min(T, b + CONTEXT), a, b)
+        for a, b in pairwise(T * i // n for i in range(n + 1))
+    ]
 
 # %% ../nbs/15_synthesis.ipynb #6863e733
 @patch
-def eyes(self:FacesToVoices):
+def eyes(self: FacesToVoices):
     "The face backend of this model, made once."
     if self.face_backend is None:
-        self.face_backend = LocatorBackend(self.locator) if self.preset.face_backend == "locator" else self._real_eyes()
+        self.face_backend = (
+            LocatorBackend(self.locator)
+            if self.preset.face_backend == "locator"
+            else self._real_eyes()
+        )
     return self.face_backend
 
 # %% ../nbs/15_synthesis.ipynb #108a2be2
 @patch
-def _real_eyes(self:FacesToVoices):
+def _real_eyes(self: FacesToVoices):
     "Whoever finds faces here, telling the kind of expression that this model was trained on: blendshapes or a strip."
     finder, blendshapes = make_backend("auto", self.faces_root), self.preset.expression_dim == 52
-    if blendshapes == (finder.name == "mediapipe"): return finder
+    if blendshapes == (finder.name == "mediapipe"):
+        return finder
     return Both(finder, make_backend("mediapipe") if blendshapes else FaceBackend())
 
 # %% ../nbs/15_synthesis.ipynb #d80885af
 @patch
 @contextmanager
-def _other_world(self:FacesToVoices):
+def _other_world(self: FacesToVoices):
     "Where no face is found: the model that knows the other kind."
     drawn = self.preset.face_backend == "locator"
-    try: yield
+    try:
+        yield
     except NoFaceError as e:
-        other = "drawn faces alone: for a real one give --model grid" if drawn else "real faces: for a drawn one give --model talkers"
+        other = (
+            "drawn faces alone: for a real one give --model grid"
+            if drawn
+            else "real faces: for a drawn one give --model talkers"
+        )
         raise NoFaceError(e.path, e.reason, f"{e.cure}. This model knows {other}") from e
 
 # %% ../nbs/15_synthesis.ipynb #28336222
 class Rows:
     "Rows of equal shape in a temporary file that vanishes with them: they take disk, not memory."
-    def __init__(self): self.file, self.n = tempfile.TemporaryFile(), 0
-    def __len__(self): return self.n
+
+    def __init__(self):
+        self.file, self.n = tempfile.TemporaryFile(), 0
+
+    def __len__(self):
+        return self.n
 
 # %% ../nbs/15_synthesis.ipynb #9a09cdf9
 @patch
-def append(self:Rows, rows): # (n, …) array or tensor
+def append(self: Rows, rows):  # (n, …) array or tensor
     "Write rows at the end."
     rows = np.ascontiguousarray(rows)
     self.shape, self.dtype, self.n = rows.shape[1:], rows.dtype, self.n + len(rows)
     self.file.seek(0, 2)
-    try: self.file.write(rows)
-    except OSError as e: raise F2VError(tempfile.gettempdir(), f"cannot hold what must wait there ({e.strerror})", "Make room, or set TMPDIR to a larger disk") from e
+    try:
+        self.file.write(rows)
+    except OSError as e:
+        raise F2VError(
+            tempfile.gettempdir(),
+            f"cannot hold what must wait there ({e.strerror})",
+            "Make room, or set TMPDIR to a larger disk",
+        ) from e
 
 # %% ../nbs/15_synthesis.ipynb #8c1a3ef3
 @patch
-def __getitem__(self:Rows, span:slice # without a step
-               ) -> torch.Tensor: # (n, …)
+def __getitem__(
+    self: Rows,
+    span: slice,  # without a step
+) -> torch.Tensor:  # (n, …)
     "Some of the rows, read back."
-    (start, stop, _), size = span.indices(self.n), self.dtype.itemsize*int(np.prod(self.shape))
-    self.file.seek(start*size)
-    return torch.from_numpy(np.frombuffer(bytearray(self.file.read((stop - start)*size)), self.dtype).reshape(-1, *self.shape))
+    (start, stop, _), size = span.indices(self.n), self.dtype.itemsize * int(np.prod(self.shape))
+    self.file.seek(start * size)
+    return torch.from_numpy(
+        np.frombuffer(bytearray(self.file.read((stop - start) * size)), self.dtype).reshape(
+            -1, *self.shape
+        )
+    )
 
 # %% ../nbs/15_synthesis.ipynb #4c40c1d0
 def seen_only(name, lips, face, expression, identity) -> Clip:
@@ -349,473 +588,808 @@ def seen_only(name, lips, face, expression, identity) -> Clip:
     return Clip(name, "", "", lips, face, expression, identity, silence, silence, silence, silence)
 
 # %% ../nbs/15_synthesis.ipynb #28c5d8fd
-def _first(track:Track, n:int) -> Track: "The track of the first n frames."; return Track(track.points[:n], track.found[:n], track.score)
+def _first(track: Track, n: int) -> Track:
+    "The track of the first n frames."
+    return Track(track.points[:n], track.found[:n], track.score)
 
 # %% ../nbs/15_synthesis.ipynb #c2d0e68f
 @patch
-def watch(self:FacesToVoices, path, # any video file with one face in view
-          progress:bool=False) -> tuple: # Clip, Looked
+def watch(
+    self: FacesToVoices,
+    path,  # any video file with one face in view
+    progress: bool = False,
+) -> tuple:  # Clip, Looked
     "Find the face in a film of any length and cut out what the stages look at; what is shown of it is its first window."
     film, eyes, lips, expression = Film(path), self.eyes(), Rows(), Rows()
-    with self._other_world(): track = track_face(film, eyes, path=path)
+    with self._other_world():
+        track = track_face(film, eyes, path=path)
     T, n = len(track.points), min(WINDOW, len(track.points))
-    for part in tqdm(crop_in_parts(film, track.points, eyes), desc="look", unit="× 5 s", leave=False, disable=not (progress and T > n)):
-        lips.append(part.lips); expression.append(part.expression)
+    for part in tqdm(
+        crop_in_parts(film, track.points, eyes),
+        desc="look",
+        unit="× 5 s",
+        leave=False,
+        disable=not (progress and T > n),
+    ):
+        lips.append(part.lips)
+        expression.append(part.expression)
     wav, note = _sound_and_note(path, T) if T == n else (None, "")
     crops = Crops(lips[:n].numpy(), part.face, expression[:n].numpy(), part.identity)
-    clip = seen_only(Path(path).stem, lips, torch.as_tensor(part.face), expression, torch.as_tensor(part.identity))
+    clip = seen_only(
+        Path(path).stem,
+        lips,
+        torch.as_tensor(part.face),
+        expression,
+        torch.as_tensor(part.identity),
+    )
     return clip, Looked(Video(film, wav, Path(path), note), _first(track, n), crops)
 
 # %% ../nbs/15_synthesis.ipynb #a174ee58
-def mean_row(rows # a tensor, or `Rows`
-            ) -> torch.Tensor:
+def mean_row(
+    rows,  # a tensor, or `Rows`
+) -> torch.Tensor:
     "The mean of all rows, of which a window at most is in memory."
-    return sum(rows[i:i + WINDOW].sum(0) for i in range(0, len(rows), WINDOW))/len(rows)
+    return sum(rows[i : i + WINDOW].sum(0) for i in range(0, len(rows), WINDOW)) / len(rows)
 
 # %% ../nbs/15_synthesis.ipynb #2e6a961c
 @patch
 @torch.no_grad()
-def who(self:FacesToVoices, face, identity # (112, 112, 3) uint8; (D,)
-       ) -> torch.Tensor: # (256,)
+def who(
+    self: FacesToVoices,
+    face,
+    identity,  # (112, 112, 3) uint8; (D,)
+) -> torch.Tensor:  # (256,)
     "The voice that a face is believed to have."
-    if self.nobody(identity): identity = self.mean_identity.cpu()
+    if self.nobody(identity):
+        identity = self.mean_identity.cpu()
     face, identity = torch.as_tensor(face), torch.as_tensor(identity)
-    b = collate([seen_only("", torch.zeros(1, 96, 96), face, torch.zeros(1, 1), identity)]).to(self.device)
-    with self.computing(): return self.hierarchy.timbre(b.face, b.identity)[0]
+    b = collate([seen_only("", torch.zeros(1, 96, 96), face, torch.zeros(1, 1), identity)]).to(
+        self.device
+    )
+    with self.computing():
+        return self.hierarchy.timbre(b.face, b.identity)[0]
 
 # %% ../nbs/15_synthesis.ipynb #9d841275
 @patch
-def nobody(self:FacesToVoices, identity) -> bool:
+def nobody(self: FacesToVoices, identity) -> bool:
     "Is it unknown whose face it is, so that the mean voice of the training must speak?"
     return len(identity) != self.preset.identity_dim
 
 # %% ../nbs/15_synthesis.ipynb #03ac3851
 class Told(NamedTuple):
     "What lips and brows tell of a stretch, at 50 Hz."
+
     hidden: torch.Tensor  # (2n, dim) the words, in the colour of the voice
-    units: torch.Tensor   # (2n,) likeliest
-    contour: torch.Tensor # (2n,) of the pitch, its mean not yet taken off
+    units: torch.Tensor  # (2n,) likeliest
+    contour: torch.Tensor  # (2n,) of the pitch, its mean not yet taken off
     voiced: torch.Tensor  # (2n,) in [0, 1]
     energy: torch.Tensor  # (2n,) normalised
-    doubt: torch.Tensor   # (2n,) entropy of the beliefs of what is said, as a share of the largest
+    doubt: torch.Tensor  # (2n,) entropy of the beliefs of what is said, as a share of the largest
 
 # %% ../nbs/15_synthesis.ipynb #be34f3b5
-def contours(prosody, hidden, # (1, 2n, dim)
-             moved, mask): # (1, n, E) the expression, less the face at rest; (1, n)
+def contours(
+    prosody,
+    hidden,  # (1, 2n, dim)
+    moved,
+    mask,
+):  # (1, n, E) the expression, less the face at rest; (1, n)
     "Pitch (not centred), voicing and energy."
-    mask2, h = mask.repeat_interleave(2, 1), hidden + prosody.expression(moved, mask).repeat_interleave(2, 1)
+    mask2, h = (
+        mask.repeat_interleave(2, 1),
+        hidden + prosody.expression(moved, mask).repeat_interleave(2, 1),
+    )
     return prosody.pitch(h, mask2), prosody.voiced(h, mask2).sigmoid(), prosody.energy(h, mask2)
 
 # %% ../nbs/15_synthesis.ipynb #08d3acfd
-def expressed(prosody, hidden, moved, mask, # as in `contours`
-              expression:float=1. # e: 0 a face at rest, 1 as seen, above 1 exaggerated
-             ): # three (1, 2n)
+def expressed(
+    prosody,
+    hidden,
+    moved,
+    mask,  # as in `contours`
+    expression: float = 1.0,  # e: 0 a face at rest, 1 as seen, above 1 exaggerated
+):  # three (1, 2n)
     "Contours with more or less of what the expression does to pitch and energy."
     pitch, voiced, energy = contours(prosody, hidden, moved, mask)
-    if expression == 1: return pitch, voiced, energy
+    if expression == 1:
+        return pitch, voiced, energy
     pitch0, _, energy0 = contours(prosody, hidden, torch.zeros_like(moved), mask)
     return torch.lerp(pitch0, pitch, expression), voiced, torch.lerp(energy0, energy, expression)
 
 # %% ../nbs/15_synthesis.ipynb #b35f5176
-def entropy(logits # (…, K)
-           ) -> torch.Tensor: # (…), in [0, 1]
+def entropy(
+    logits,  # (…, K)
+) -> torch.Tensor:  # (…), in [0, 1]
     "How undecided a belief is: 0 is sure of one of K, 1 holds all for equally likely."
-    return torch.special.entr(logits.softmax(-1)).sum(-1)/math.log(logits.shape[-1])
+    return torch.special.entr(logits.softmax(-1)).sum(-1) / math.log(logits.shape[-1])
 
 # %% ../nbs/15_synthesis.ipynb #f812d298
 @patch
-def read(self:FacesToVoices, clip:Clip, w:Window, speaker, # (256,)
-         still, # (E,) the face at rest
-         expression:float=1. # e of `expressed`
-        ) -> Told:
+def read(
+    self: FacesToVoices,
+    clip: Clip,
+    w: Window,
+    speaker,  # (256,)
+    still,  # (E,) the face at rest
+    expression: float = 1.0,  # e of `expressed`
+) -> Told:
     "The stages, in one window."
-    b = collate([seen_only("", clip.lips[w.start:w.stop], clip.face, clip.expression[w.start:w.stop], clip.identity)]).to(self.device)
+    b = collate(
+        [
+            seen_only(
+                "",
+                clip.lips[w.start : w.stop],
+                clip.face,
+                clip.expression[w.start : w.stop],
+                clip.identity,
+            )
+        ]
+    ).to(self.device)
     if not all(torch.isfinite(x).all() for x in (b.lips, b.face, b.identity, b.expression)):
         raise MediaError(clip.name, "holds values that are not numbers", "Prepare it again")
-    h, kept = self.hierarchy, slice(2*(w.begin - w.start), 2*(w.end - w.start))
+    h, kept = self.hierarchy, slice(2 * (w.begin - w.start), 2 * (w.end - w.start))
     content = h.content(h.lips(b.lips, b.mask), b.mask)
     hidden = h.film(h.from_content(content), speaker[None])
     told = expressed(h.prosody, hidden, b.expression - still, b.mask, expression)
     beliefs = content.logits if content.words is None else content.words
-    return Told(*(x[0, kept].cpu() for x in (hidden, content.logits.argmax(-1), *told, entropy(beliefs))))
+    return Told(
+        *(x[0, kept].cpu() for x in (hidden, content.logits.argmax(-1), *told, entropy(beliefs)))
+    )
 
 # %% ../nbs/15_synthesis.ipynb #f8388803
 @patch
 @torch.no_grad()
-def read_all(self:FacesToVoices, clip:Clip, speaker, expression:float=1., bar=list) -> Told: # bar: around the windows
+def read_all(
+    self: FacesToVoices, clip: Clip, speaker, expression: float = 1.0, bar=list
+) -> Told:  # bar: around the windows
     "The stages, window after window."
-    ws, still, hidden, rest = windows(len(clip.lips)), mean_row(clip.expression).to(self.device), Rows(), []
+    ws, still, hidden, rest = (
+        windows(len(clip.lips)),
+        mean_row(clip.expression).to(self.device),
+        Rows(),
+        [],
+    )
     for w in bar(ws):
         told = self.read(clip, w, speaker, still, expression)
-        hidden.append(told.hidden); rest.append(told[1:])
+        hidden.append(told.hidden)
+        rest.append(told[1:])
     return Told(hidden, *map(torch.cat, zip(*rest)))
 
 # %% ../nbs/15_synthesis.ipynb #bc8e77e6
 @patch
 @torch.no_grad()
-def tuned(self:FacesToVoices, told:Told, speaker) -> torch.Tensor: # (2T,) normalised
+def tuned(self: FacesToVoices, told: Told, speaker) -> torch.Tensor:  # (2T,) normalised
     "The pitch of the whole film: the level of the voice, and the movement of the contour."
-    return self.hierarchy.prosody.level(speaker[None])[0].cpu() + movement(told.contour[None, :, None], told.voiced[None])[0, :, 0]
+    return (
+        self.hierarchy.prosody.level(speaker[None])[0].cpu()
+        + movement(told.contour[None, :, None], told.voiced[None])[0, :, 0]
+    )
 
 # %% ../nbs/15_synthesis.ipynb #bf316a5b
-def hushed(told:Told, mute # `what`, `how`, both or neither
-          ) -> Told:
+def hushed(
+    told: Told,
+    mute,  # `what`, `how`, both or neither
+) -> Told:
     "What is told when stages are muted: no words, no melody."
-    if "what" in mute: told = told._replace(hidden=mean_row(told.hidden).expand(len(told.hidden), -1))
-    if "how" not in mute: return told
-    loudness = (told.energy*told.voiced).sum()/told.voiced.sum().clamp(min=1)
-    return told._replace(contour=torch.zeros_like(told.contour), energy=loudness.expand_as(told.energy))
+    if "what" in mute:
+        told = told._replace(hidden=mean_row(told.hidden).expand(len(told.hidden), -1))
+    if "how" not in mute:
+        return told
+    loudness = (told.energy * told.voiced).sum() / told.voiced.sum().clamp(min=1)
+    return told._replace(
+        contour=torch.zeros_like(told.contour), energy=loudness.expand_as(told.energy)
+    )
 
 # %% ../nbs/15_synthesis.ipynb #36c089c2
 @patch
 @torch.no_grad()
-def mu(self:FacesToVoices, told:Told, pitch, w:Window) -> torch.Tensor: # (1, 80, 4n)
+def mu(self: FacesToVoices, told: Told, pitch, w: Window) -> torch.Tensor:  # (1, 80, 4n)
     "The first guess of the mel, in one window."
-    hidden, *contours = (x[2*w.start:2*w.stop][None].to(self.device) for x in (told.hidden, pitch, told.voiced, told.energy))
+    hidden, *contours = (
+        x[2 * w.start : 2 * w.stop][None].to(self.device)
+        for x in (told.hidden, pitch, told.voiced, told.energy)
+    )
     mask = torch.ones(1, w.stop - w.start, dtype=torch.bool, device=self.device)
-    return self.hierarchy.to_mu(hidden + self.hierarchy.prosody.embed_contours(*contours, mask.repeat_interleave(2, 1)), mask)
+    return self.hierarchy.to_mu(
+        hidden + self.hierarchy.prosody.embed_contours(*contours, mask.repeat_interleave(2, 1)),
+        mask,
+    )
 
 # %% ../nbs/15_synthesis.ipynb #16052a23
 @patch
 @torch.no_grad()
-def flow(self:FacesToVoices, mu, # (1, 80, 4n)
-         w:Window, speaker, steps:int, guidance:float, temperature:float, seed:int) -> torch.Tensor: # (80, 4n) ln mel
+def flow(
+    self: FacesToVoices,
+    mu,  # (1, 80, 4n)
+    w: Window,
+    speaker,
+    steps: int,
+    guidance: float,
+    temperature: float,
+    seed: int,
+) -> torch.Tensor:  # (80, 4n) ln mel
     "From noise to mel, in one window; with no steps, μ itself."
-    x0 = noise(MELS_PER_FRAME*w.start, MELS_PER_FRAME*w.stop, MELS_PER_FRAME*FPS, MEL.n_mels, seed).T[None].contiguous().to(mu)
+    x0 = (
+        noise(
+            MELS_PER_FRAME * w.start,
+            MELS_PER_FRAME * w.stop,
+            MELS_PER_FRAME * FPS,
+            MEL.n_mels,
+            seed,
+        )
+        .T[None]
+        .contiguous()
+        .to(mu)
+    )
     field = self.decoder.field(mu, mu.new_ones(1, 1, mu.shape[-1]), speaker[None], guidance)
-    x = euler(field, temperature*x0, time_grid(steps).to(mu))[-1] if steps else mu
-    return MEL.denormalize(x[0]).clamp(float(np.log(MEL.floor)), 3.).cpu()
+    x = euler(field, temperature * x0, time_grid(steps).to(mu))[-1] if steps else mu
+    return MEL.denormalize(x[0]).clamp(float(np.log(MEL.floor)), 3.0).cpu()
 
 # %% ../nbs/15_synthesis.ipynb #f524a17d
-def faded(ws:list, mels # of each window, (80, 4n)
-         ): # yields (80, m) that follow each other
+def faded(
+    ws: list,
+    mels,  # of each window, (80, 4n)
+):  # yields (80, m) that follow each other
     "Cross-fade the mels of windows at their seams."
-    half, ramp, tail = MELS_PER_FRAME*FADE//2, torch.linspace(0, 1, MELS_PER_FRAME*FADE), None
+    half, ramp, tail = MELS_PER_FRAME * FADE // 2, torch.linspace(0, 1, MELS_PER_FRAME * FADE), None
     for w, mel in zip(ws, mels):
-        begin, end = MELS_PER_FRAME*(w.begin - w.start), MELS_PER_FRAME*(w.end - w.start)
-        if tail is not None: mel[:, begin - half:begin + half] = tail*(1 - ramp) + mel[:, begin - half:begin + half]*ramp
-        yield mel[:, begin - half*(tail is not None):end - half*(w is not ws[-1])]
-        tail = mel[:, end - half:end + half]
+        begin, end = MELS_PER_FRAME * (w.begin - w.start), MELS_PER_FRAME * (w.end - w.start)
+        if tail is not None:
+            mel[:, begin - half : begin + half] = (
+                tail * (1 - ramp) + mel[:, begin - half : begin + half] * ramp
+            )
+        yield mel[:, begin - half * (tail is not None) : end - half * (w is not ws[-1])]
+        tail = mel[:, end - half : end + half]
 
 # %% ../nbs/15_synthesis.ipynb #74b9d4db
 @patch
-def speak(self:FacesToVoices, clip:Clip, # lips, face, expression and identity; of any length
-          steps:int=EULER_STEPS, # of the flow; 0: μ itself is spoken
-          guidance:float=1., # w of classifier-free guidance; 1 is plain
-          temperature:float=TEMPERATURE, # standard deviation of the noise that the flow starts from
-          seed:int=0, # of that noise
-          speaker=None, # (256,) a voice; None: that of the clip's face
-          expression:float=1., # 0: a face at rest, 1: as seen, 2: exaggerated
-          mute=(), # stages that are not listened to: see `hushed`
-          progress:bool=False): # yields Speech
+def speak(
+    self: FacesToVoices,
+    clip: Clip,  # lips, face, expression and identity; of any length
+    steps: int = EULER_STEPS,  # of the flow; 0: μ itself is spoken
+    guidance: float = 1.0,  # w of classifier-free guidance; 1 is plain
+    temperature: float = TEMPERATURE,  # standard deviation of the noise that the flow starts from
+    seed: int = 0,  # of that noise
+    speaker=None,  # (256,) a voice; None: that of the clip's face
+    expression: float = 1.0,  # 0: a face at rest, 1: as seen, 2: exaggerated
+    mute=(),  # stages that are not listened to: see `hushed`
+    progress: bool = False,
+):  # yields Speech
     "The speech of a clip, part after part, each as soon as it is there."
-    kw = dict(steps=steps, guidance=guidance, temperature=temperature, seed=whole_seed(seed), speaker=speaker,
-              expression=expression, mute=mute, progress=progress)
+    kw = dict(
+        steps=steps,
+        guidance=guidance,
+        temperature=temperature,
+        seed=whole_seed(seed),
+        speaker=speaker,
+        expression=expression,
+        mute=mute,
+        progress=progress,
+    )
     parts = self._speak(clip, **kw)
     while True:
-        with self.computing(): part = next(parts, None)
-        if part is None: return
+        with self.computing():
+            part = next(parts, None)
+        if part is None:
+            return
         yield part
 
 # %% ../nbs/15_synthesis.ipynb #bd113fc4
 @patch
-def _speak(self:FacesToVoices, clip, steps, guidance, temperature, seed, speaker, expression, mute, progress):
+def _speak(
+    self: FacesToVoices,
+    clip,
+    steps,
+    guidance,
+    temperature,
+    seed,
+    speaker,
+    expression,
+    mute,
+    progress,
+):
     "As `speak`, in its frame."
-    bar = lambda what: lambda xs: tqdm(xs, desc=what, unit="window", leave=False, disable=not (progress and len(xs) > 1))
-    speaker, ws = self.who(clip.face, clip.identity) if speaker is None else speaker.to(self.device), windows(len(clip.lips))
+    bar = lambda what: (
+        lambda xs: tqdm(
+            xs, desc=what, unit="window", leave=False, disable=not (progress and len(xs) > 1)
+        )
+    )
+    speaker, ws = (
+        self.who(clip.face, clip.identity) if speaker is None else speaker.to(self.device),
+        windows(len(clip.lips)),
+    )
     told = hushed(self.read_all(clip, speaker, expression, bar("read")), mute)
     pitch = self.tuned(told, speaker)
-    mels = (self.flow(self.mu(told, pitch, w), w, speaker, steps, guidance, temperature, seed) for w in bar("speak")(ws))
-    yield from self._sung(faded(ws, mels), told, denormalize_pitch(pitch), speaker.cpu(), seed, len(ws))
+    mels = (
+        self.flow(self.mu(told, pitch, w), w, speaker, steps, guidance, temperature, seed)
+        for w in bar("speak")(ws)
+    )
+    yield from self._sung(
+        faded(ws, mels), told, denormalize_pitch(pitch), speaker.cpu(), seed, len(ws)
+    )
 
 # %% ../nbs/15_synthesis.ipynb #06c32215
 @patch
-def _sung(self:FacesToVoices, mels, told, log_f0, speaker, seed, n_windows):
+def _sung(self: FacesToVoices, mels, told, log_f0, speaker, seed, n_windows):
     "Mels as sound, with what was told of each stretch."
     at, energy = 0, denormalize_energy(told.energy)
-    for mel, wav in sing(self.vocoder, mels, log_f0, told.voiced.round(), seed, 0 if n_windows == 1 else None):
-        part, at = slice(at, at + mel.shape[1]//2), at + mel.shape[1]//2
-        yield Speech(wav, mel, told.units[part], log_f0[part], told.voiced[part], energy[part], speaker, doubt=told.doubt[part])
+    for mel, wav in sing(
+        self.vocoder, mels, log_f0, told.voiced.round(), seed, 0 if n_windows == 1 else None
+    ):
+        part, at = slice(at, at + mel.shape[1] // 2), at + mel.shape[1] // 2
+        yield Speech(
+            wav,
+            mel,
+            told.units[part],
+            log_f0[part],
+            told.voiced[part],
+            energy[part],
+            speaker,
+            doubt=told.doubt[part],
+        )
 
 # %% ../nbs/15_synthesis.ipynb #f8c1c7b2
 @patch
-def voice(self:FacesToVoices, clip:Clip, **kw # as in `speak`
-         ) -> Speech:
+def voice(
+    self: FacesToVoices,
+    clip: Clip,
+    **kw,  # as in `speak`
+) -> Speech:
     "Speech of one prepared clip."
     began = time.perf_counter()
     speech = Speech.join(list(self.speak(clip, **kw)))
-    speech.source, speech.truth, speech.seconds = clip.name, MEL(clip.wav) if len(clip.wav) else None, time.perf_counter() - began
+    speech.source, speech.truth, speech.seconds = (
+        clip.name,
+        MEL(clip.wav) if len(clip.wav) else None,
+        time.perf_counter() - began,
+    )
     return speech
 
 # %% ../nbs/15_synthesis.ipynb #86960b17
 def _eight_bits(picture):
     "A picture of whole or broken grey numbers with 8 bits; others as they are."
     from PIL import Image
-    if picture.mode[0] not in "IF": return picture
-    grey = np.nan_to_num(np.asarray(picture).astype(float))
-    white = next((w for w in ((1, 255) if picture.mode == "F" else ()) if grey.max() <= w), max(65535, grey.max()))
-    return Image.fromarray((grey*255/white).clip(0, 255).astype(np.uint8))
 
-def read_picture(path) -> np.ndarray|None: # (H, W, 3) uint8, or None
+    if picture.mode[0] not in "IF":
+        return picture
+    grey = np.nan_to_num(np.asarray(picture).astype(float))
+    white = next(
+        (w for w in ((1, 255) if picture.mode == "F" else ()) if grey.max() <= w),
+        max(65535, grey.max()),
+    )
+    return Image.fromarray((grey * 255 / white).clip(0, 255).astype(np.uint8))
+
+
+def read_picture(path) -> np.ndarray | None:  # (H, W, 3) uint8, or None
     "A picture file, upright, no side over 960 px; None where the file is something else."
     from PIL import Image, ImageOps
+
     try:
         with Image.open(path) as picture:
-            if picture.width*picture.height > MAX_PIXELS: raise MediaError(path, f"its picture of {picture.width} × {picture.height} is too large", "Scale it down first")
+            if picture.width * picture.height > MAX_PIXELS:
+                raise MediaError(
+                    path,
+                    f"its picture of {picture.width} × {picture.height} is too large",
+                    "Scale it down first",
+                )
             upright = _eight_bits(ImageOps.exif_transpose(picture))
             upright.thumbnail((960, 960))
             return np.asarray(upright.convert("RGB"))
-    except Image.UnidentifiedImageError: return None
-    except FileNotFoundError as e: raise MediaError(path, "no such file", "Check the spelling") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise MediaError(path, f"cannot be read as a picture ({e})", "Does it open in a viewer? Save it again as PNG or JPEG") from e
+    except Image.UnidentifiedImageError:
+        return None
+    except FileNotFoundError as e:
+        raise MediaError(path, "no such file", "Check the spelling") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise MediaError(
+            path,
+            f"cannot be read as a picture ({e})",
+            "Does it open in a viewer? Save it again as PNG or JPEG",
+        ) from e
 
 # %% ../nbs/15_synthesis.ipynb #99cf7373
 @patch
-def face_in(self:FacesToVoices, path # a picture or a video
-           ) -> np.ndarray: # (112, 112, 3) uint8
+def face_in(
+    self: FacesToVoices,
+    path,  # a picture or a video
+) -> np.ndarray:  # (112, 112, 3) uint8
     "The largest face, aligned."
     with self._other_world(), self.computing():
         if (picture := read_picture(path)) is None:
             film = Film(path)
             return best_face(film, track_face(film, self.eyes(), path=path).points)
-        if not (found := self.eyes().detect(picture)): raise NoFaceError(path, "no face found", f"Is one in view, upright and well lit? The {self.eyes().name} backend looked")
+        if not (found := self.eyes().detect(picture)):
+            raise NoFaceError(
+                path,
+                "no face found",
+                f"Is one in view, upright and well lit? The {self.eyes().name} backend looked",
+            )
         return align_face(picture, max(found, key=lambda f: np.prod(f.box[2:] - f.box[:2])).points)
 
 # %% ../nbs/15_synthesis.ipynb #3bcde742
-HEARD, PITCH_OF = 30, 10   # seconds of speech in a reference that are listened to; of them, whose pitch is measured
+HEARD, PITCH_OF = (
+    30,
+    10,
+)  # seconds of speech in a reference that are listened to; of them, whose pitch is measured
 
 # %% ../nbs/15_synthesis.ipynb #21d3c270
 @patch
-def usual(self:FacesToVoices, what:str, otherwise=None):
+def usual(self: FacesToVoices, what: str, otherwise=None):
     "What was usual in the clips that the model was trained on: `loudness` of their speech (dB), `entropy` of the reader."
     found = (self.info.get("usual") or {}).get(what, otherwise)
     return found if isinstance(found, (int, float)) else otherwise
 
 # %% ../nbs/15_synthesis.ipynb #753d7188
 @patch
-def at_pitch(self:FacesToVoices, speaker, # (256,)
-             log_f0 # ln Hz, mean over what is voiced
-            ) -> torch.Tensor: # (256,), unit norm
+def at_pitch(
+    self: FacesToVoices,
+    speaker,  # (256,)
+    log_f0,  # ln Hz, mean over what is voiced
+) -> torch.Tensor:  # (256,), unit norm
     "The voice, turned on the sphere until its pitch, as this model reads it, is the given one."
     level = self.hierarchy.prosody.level
     length = level.weight[0].norm()
-    axis = level.weight[0]/length
-    cosine = ((normalize_pitch(log_f0) - level.bias[0])/length).clamp(-.99, .99)
-    across = F.normalize(speaker - (speaker @ axis)*axis, dim=0)
-    return cosine*axis + (1 - cosine**2).sqrt()*across
+    axis = level.weight[0] / length
+    cosine = ((normalize_pitch(log_f0) - level.bias[0]) / length).clamp(-0.99, 0.99)
+    across = F.normalize(speaker - (speaker @ axis) * axis, dim=0)
+    return cosine * axis + (1 - cosine**2).sqrt() * across
 
 # %% ../nbs/15_synthesis.ipynb #875f14db
 @patch
-def hear(self:FacesToVoices, path # any file with sound in it
-        ) -> torch.Tensor: # (256,)
+def hear(
+    self: FacesToVoices,
+    path,  # any file with sound in it
+) -> torch.Tensor:  # (256,)
     "The voice of a sound, however loud it is and wherever in it somebody speaks."
     wav = load_audio(path)
-    if len(wav) < Speech.sr//2: raise MediaError(path, f"holds only {len(wav)/Speech.sr:.2f} s of sound", "Half a second of speech is needed, better five")
-    if wav.abs().max() < 1e-4: raise MediaError(path, "is silent", "Give a sound in which somebody speaks")
-    said = to_loudness(speech_part(wav)[:HEARD*Speech.sr], self.usual("loudness", -26.))
-    said = said[:len(said)//640*640]
-    if len(said) < Speech.sr//2: raise MediaError(path, f"holds only {len(said)/Speech.sr:.2f} s of speech", "Half a second is needed, better five")
+    if len(wav) < Speech.sr // 2:
+        raise MediaError(
+            path,
+            f"holds only {len(wav) / Speech.sr:.2f} s of sound",
+            "Half a second of speech is needed, better five",
+        )
+    if wav.abs().max() < 1e-4:
+        raise MediaError(path, "is silent", "Give a sound in which somebody speaks")
+    said = to_loudness(speech_part(wav)[: HEARD * Speech.sr], self.usual("loudness", -26.0))
+    said = said[: len(said) // 640 * 640]
+    if len(said) < Speech.sr // 2:
+        raise MediaError(
+            path,
+            f"holds only {len(said) / Speech.sr:.2f} s of speech",
+            "Half a second is needed, better five",
+        )
     with self.computing():
         speaker = self.speaker_encoder(MEL.normalize(MEL(said))[None].to(self.device))[0]
-        log_f0, voiced = pitch(said[:PITCH_OF*Speech.sr])
+        log_f0, voiced = pitch(said[: PITCH_OF * Speech.sr])
         return self.at_pitch(speaker, log_f0[voiced > 0].mean()) if voiced.any() else speaker
 
 # %% ../nbs/15_synthesis.ipynb #7c1f5f48
 @patch
-def voice_like(self:FacesToVoices, face=None, # a picture or a video
-               reference=None # a sound
-              ) -> torch.Tensor|None: # (256,)
+def voice_like(
+    self: FacesToVoices,
+    face=None,  # a picture or a video
+    reference=None,  # a sound
+) -> torch.Tensor | None:  # (256,)
     "The voice that was asked for; None if it is left to the clip's own face."
-    if face is not None and reference is not None: raise F2VError(reference, f"is a second voice beside {face}", "Give a face or a reference, not both")
-    if reference is not None: return self.hear(reference)
-    return None if face is None else self.who(aligned := self.face_in(face), self.eyes().identity(aligned))
+    if face is not None and reference is not None:
+        raise F2VError(
+            reference, f"is a second voice beside {face}", "Give a face or a reference, not both"
+        )
+    if reference is not None:
+        return self.hear(reference)
+    return (
+        None
+        if face is None
+        else self.who(aligned := self.face_in(face), self.eyes().identity(aligned))
+    )
 
 # %% ../nbs/15_synthesis.ipynb #80647b5a
-QUIET, UNSURE, ASIDE, LONG, ROLLED, STILL = -31., 1.2, .25, 1.5, 25., .1   # see the table
+QUIET, UNSURE, ASIDE, LONG, ROLLED, STILL = -31.0, 1.2, 0.25, 1.5, 25.0, 0.1  # see the table
 
-def loudest(wav) -> float: # dB
+
+def loudest(wav) -> float:  # dB
     "RMS where the sound is loudest: of 20 ms, exceeded by a twentieth of them."
-    if len(wav) < 320: return -200.
-    power = wav[:len(wav)//320*320].reshape(-1, 320).square().mean(1)
-    return 10*math.log10(power.quantile(.95) + 1e-20)
+    if len(wav) < 320:
+        return -200.0
+    power = wav[: len(wav) // 320 * 320].reshape(-1, 320).square().mean(1)
+    return 10 * math.log10(power.quantile(0.95) + 1e-20)
 
-def turned_away(points # (T, 5, 2)
-               ) -> bool:
+
+def turned_away(
+    points,  # (T, 5, 2)
+) -> bool:
     "Does the face look aside or lie on its side, in most frames?"
     eyes, nose = points[:, 1] - points[:, 0], points[:, 2] - points[:, :2].mean(1)
     mouth, wide = points[:, 3:].mean(1) - points[:, :2].mean(1), (eyes**2).sum(1) + 1e-9
-    aside, long = abs((eyes*nose).sum(1))/wide, np.sqrt((mouth**2).sum(1)/wide)
+    aside, long = abs((eyes * nose).sum(1)) / wide, np.sqrt((mouth**2).sum(1) / wide)
     roll = abs(np.degrees(np.arctan2(eyes[:, 1], eyes[:, 0])))
     return bool(np.median(aside) > ASIDE or np.median(long) > LONG or np.median(roll) > ROLLED)
 
 # %% ../nbs/15_synthesis.ipynb #e104a39f
 @patch
-def doubts(self:FacesToVoices, looked, # what was looked at, or its first window
-           loudness:float, # dB, of the loudest part of the speech
-           doubt:float # mean entropy of the reader
-          ) -> list: # of lines
+def doubts(
+    self: FacesToVoices,
+    looked,  # what was looked at, or its first window
+    loudness: float,  # dB, of the loudest part of the speech
+    doubt: float,  # mean entropy of the reader
+) -> list:  # of lines
     "What makes a result doubtful; nothing if nothing does."
     lips, usual = looked.crops.lips.astype(np.int16), self.usual("entropy")
-    moves = abs(np.diff(lips, axis=0)).mean() if len(lips) > 1 else 0.
+    moves = abs(np.diff(lips, axis=0)).mean() if len(lips) > 1 else 0.0
     drawn = self.preset.face_backend == "locator"
-    other = "or a real face? This model knows drawn ones: try --model grid" if drawn else "or a face that this model has not met?"
-    said = {f"the speech is nearly silent ({loudness:.0f} dB where it is loudest)": loudness < QUIET,
-            "the mouth stands still": moves < STILL,
-            "the face is turned aside or tilted, and only frontal ones are read well": turned_away(looked.track.points),
-            f"the reader is unsure what is said (entropy {doubt:.2f}, usual is {usual or 0:.2f}): is the mouth hidden, "
-            f"blurred or dark, {other}": bool(usual) and doubt > UNSURE*usual}
+    other = (
+        "or a real face? This model knows drawn ones: try --model grid"
+        if drawn
+        else "or a face that this model has not met?"
+    )
+    said = {
+        f"the speech is nearly silent ({loudness:.0f} dB where it is loudest)": loudness < QUIET,
+        "the mouth stands still": moves < STILL,
+        "the face is turned aside or tilted, and only frontal ones are read well": turned_away(
+            looked.track.points
+        ),
+        f"the reader is unsure what is said (entropy {doubt:.2f}, usual is {usual or 0:.2f}): is the mouth hidden, "
+        f"blurred or dark, {other}": bool(usual) and doubt > UNSURE * usual,
+    }
     return [line for line, so in said.items() if so]
 
 # %% ../nbs/15_synthesis.ipynb #caa005ff
 @patch
-def measure_usual(self:FacesToVoices, clips # prepared clips with sound
-                 ) -> dict: # what `usual` knows
+def measure_usual(
+    self: FacesToVoices,
+    clips,  # prepared clips with sound
+) -> dict:  # what `usual` knows
     "What is usual in ordinary clips: mean loudness of the speech (dB), and the largest mean entropy of the reader."
     said = [speech_part(c.wav) for c in clips]
-    decibels = [10*math.log10(float(x.square().mean()) + 1e-12) for x in said if len(x)]
+    decibels = [10 * math.log10(float(x.square().mean()) + 1e-12) for x in said if len(x)]
     with self.computing():
         doubt = [float(self.read_all(c, self.who(c.face, c.identity)).doubt.mean()) for c in clips]
     return dict(loudness=round(float(np.mean(decibels)), 1), entropy=round(max(doubt), 3))
 
 # %% ../nbs/15_synthesis.ipynb #fe502c81
 @patch
-def limits(self:FacesToVoices, reference=None # a voice that is given by sound
-          ) -> list: # of lines
+def limits(
+    self: FacesToVoices,
+    reference=None,  # a voice that is given by sound
+) -> list:  # of lines
     "What the finder of faces at hand cannot do for this model; nothing if it is the right one."
     name, found = self.eyes().name, []
     if "cascade" in name:
-        found.append("faces are found by the coarse cascade, without landmarks: lips may be cut badly (--faces names better models)")
+        found.append(
+            "faces are found by the coarse cascade, without landmarks: lips may be cut badly (--faces names better models)"
+        )
     if reference is None and self.nobody(self.eyes().identity(np.zeros((112, 112, 3), np.uint8))):
         found.append(f"{name} cannot tell whose face it is: the mean voice of the training speaks")
     return found
 
 # %% ../nbs/15_synthesis.ipynb #e06eebf2
 @patch
-def parts(self:FacesToVoices, path, # any video file with one face in view
-          face=None, # another face's voice: a picture, or a video of it
-          reference=None, # a voice given by sound: any file that holds some
-          progress:bool=False, # a bar over the windows of a long film
-          **kw # steps, guidance, seed, expression: as in `speak`
-         ): # yields Speech
+def parts(
+    self: FacesToVoices,
+    path,  # any video file with one face in view
+    face=None,  # another face's voice: a picture, or a video of it
+    reference=None,  # a voice given by sound: any file that holds some
+    progress: bool = False,  # a bar over the windows of a long film
+    **kw,  # steps, guidance, seed, expression: as in `speak`
+):  # yields Speech
     "Look at a video of any length and speak it, part after part; NoFaceError or MediaError where that cannot be done."
     speaker = self.voice_like(face, reference)
-    with self.computing(): clip, looked = self.watch(path, progress)
+    with self.computing():
+        clip, looked = self.watch(path, progress)
     for part in self.speak(clip, speaker=speaker, progress=progress, **kw):
         part.source, part.looked, part.backend = str(path), looked, self.eyes().name
-        if looked.video.wav is not None: part.truth = MEL(looked.video.wav)
+        if looked.video.wav is not None:
+            part.truth = MEL(looked.video.wav)
         yield part
 
 # %% ../nbs/15_synthesis.ipynb #89e9d000
 @patch
-def forward(self:FacesToVoices, path, **kw # as in `parts`
-           ) -> Speech:
+def forward(
+    self: FacesToVoices,
+    path,
+    **kw,  # as in `parts`
+) -> Speech:
     "Look at a video and speak it: the whole speech at once, 0.1 MB of it a second."
     began = time.perf_counter()
     speech = Speech.join(list(self.parts(path, **kw)))
-    speech.notes = self.limits(kw.get("reference")) + self.doubts(speech.looked, loudest(speech.wav), speech.doubt.mean().item())
+    speech.notes = self.limits(kw.get("reference")) + self.doubts(
+        speech.looked, loudest(speech.wav), speech.doubt.mean().item()
+    )
     speech.seconds = time.perf_counter() - began
     return speech
 
 # %% ../nbs/15_synthesis.ipynb #a97a3142
-def plot_gap(gap, # (4T,) difference of two mels, root mean square of each column
-             ws:list # the windows of the film
-            ):
+def plot_gap(
+    gap,  # (4T,) difference of two mels, root mean square of each column
+    ws: list,  # the windows of the film
+):
     "Figure: where a film that is spoken in windows differs from one that is spoken as a whole."
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(8, 2), layout="constrained")
-    ax.plot(np.arange(len(gap))/100, gap, lw=.8, color="#0072B2")
-    for w in ws[:-1]: ax.axvline(w.end/FPS, ls="--", lw=1, color="#D55E00")
-    ax.set(xlabel="seconds of the film", ylabel="difference", yscale="log", ylim=(1e-4, 1)); ax.spines[["top", "right"]].set_visible(False)
+    ax.plot(np.arange(len(gap)) / 100, gap, lw=0.8, color="#0072B2")
+    for w in ws[:-1]:
+        ax.axvline(w.end / FPS, ls="--", lw=1, color="#D55E00")
+    ax.set(xlabel="seconds of the film", ylabel="difference", yscale="log", ylim=(1e-4, 1))
+    ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../nbs/15_synthesis.ipynb #1fe4bf66
-def plot_dials(ax, takes:dict # name → Speech
-              ):
+def plot_dials(
+    ax,
+    takes: dict,  # name → Speech
+):
     "Pitch contours of several takes of one clip."
     for (name, take), colour in zip(takes.items(), ("black", "#0072B2", "#D55E00", "#009E73")):
-        ax.plot(np.arange(len(take.log_f0))/50, np.where(take.voiced > .5, take.log_f0.exp(), np.nan), color=colour, lw=2, label=name)
-    ax.set(xlabel="seconds", ylabel="pitch, Hz"); ax.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(.5, 1))
+        ax.plot(
+            np.arange(len(take.log_f0)) / 50,
+            np.where(take.voiced > 0.5, take.log_f0.exp(), np.nan),
+            color=colour,
+            lw=2,
+            label=name,
+        )
+    ax.set(xlabel="seconds", ylabel="pitch, Hz")
+    ax.legend(frameon=False, fontsize=8, ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 # %% ../nbs/15_synthesis.ipynb #9d8b7946
-def show_dials(*panels # dicts: name → Speech
-              ):
+def show_dials(
+    *panels,  # dicts: name → Speech
+):
     "Pitch contours, a panel for each dial."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    fig, axs = plt.subplots(1, len(panels), figsize=(5*len(panels), 2.8), layout="constrained", squeeze=False)
-    for ax, takes in zip(axs[0], panels): plot_dials(ax, takes)
-    display(fig, metadata={"alt": "Pitch contours: " + "; ".join(", ".join(p) for p in panels)}); plt.close(fig)
+
+    fig, axs = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 2.8), layout="constrained", squeeze=False
+    )
+    for ax, takes in zip(axs[0], panels):
+        plot_dials(ax, takes)
+    display(fig, metadata={"alt": "Pitch contours: " + "; ".join(", ".join(p) for p in panels)})
+    plt.close(fig)
 
 # %% ../nbs/15_synthesis.ipynb #7e23d183
-def _uri(kind:str, data:bytes) -> str: "Data inside a page."; return f"data:{kind};base64,{b64encode(data).decode()}"
+def _uri(kind: str, data: bytes) -> str:
+    "Data inside a page."
+    return f"data:{kind};base64,{b64encode(data).decode()}"
 
-def _sound_bytes(wav, format="WAV") -> bytes: # or MP3, a seventh of the size
+
+def _sound_bytes(wav, format="WAV") -> bytes:  # or MP3, a seventh of the size
     "A sound as a file."
     import soundfile
-    buf = io.BytesIO(); soundfile.write(buf, torch.as_tensor(wav).clamp(-1, 1).numpy(), Speech.sr, format=format)
+
+    buf = io.BytesIO()
+    soundfile.write(buf, torch.as_tensor(wav).clamp(-1, 1).numpy(), Speech.sr, format=format)
     return buf.getvalue()
 
-def _player(label:str, wav, format="WAV") -> str: "A sound on a page, under its name."; return f"<p>{html.escape(label)}<br><audio controls src='{_uri(dict(WAV='audio/wav', MP3='audio/mpeg')[format], _sound_bytes(wav, format))}'></audio></p>"
+
+def _player(label: str, wav, format="WAV") -> str:
+    "A sound on a page, under its name."
+    return f"<p>{html.escape(label)}<br><audio controls src='{_uri(dict(WAV='audio/wav', MP3='audio/mpeg')[format], _sound_bytes(wav, format))}'></audio></p>"
 
 # %% ../nbs/15_synthesis.ipynb #865b9de1
-def players(takes:dict # name → Speech
-           ): # IPython's HTML
+def players(
+    takes: dict,  # name → Speech
+):  # IPython's HTML
     "The first three seconds of each take, side by side."
     from IPython.display import HTML
-    return HTML("<div style='display:flex;gap:1rem;flex-wrap:wrap'>" + "".join(_player(name, take.wav[:3*Speech.sr], "MP3") for name, take in takes.items()) + "</div>")
+
+    return HTML(
+        "<div style='display:flex;gap:1rem;flex-wrap:wrap'>"
+        + "".join(_player(name, take.wav[: 3 * Speech.sr], "MP3") for name, take in takes.items())
+        + "</div>"
+    )
 
 # %% ../nbs/15_synthesis.ipynb #0baac162
-def _png_bytes(fig) -> bytes: "A figure as a picture."; buf = io.BytesIO(); fig.savefig(buf, format="png", dpi=80); return buf.getvalue()
+def _png_bytes(fig) -> bytes:
+    "A figure as a picture."
+    buf = io.BytesIO()
+    fig.savefig(buf, format="png", dpi=80)
+    return buf.getvalue()
 
 # %% ../nbs/15_synthesis.ipynb #30ebcf93
-def live(speak, # called with the values of the controls; gives a `Speech`
-         **controls # name = one of ipywidgets
-        ):
+def live(
+    speak,  # called with the values of the controls; gives a `Speech`
+    **controls,  # name = one of ipywidgets
+):
     "Controls, and beside them the speech that they ask for: its sound and its picture."
     import ipywidgets as W
-    sound, picture = W.Audio(format="wav", autoplay=False, loop=False), W.Image(format="png", width=480)
+
+    sound, picture = (
+        W.Audio(format="wav", autoplay=False, loop=False),
+        W.Image(format="png", width=480),
+    )
+
     def follow(change=None):
         take = speak(**{name: control.value for name, control in controls.items()})
-        sound.autoplay, sound.value, picture.value = change is not None, _sound_bytes(take.wav), _png_bytes(take.plot())
-    for name, control in controls.items(): control.description = name; control.observe(follow, "value")
+        sound.autoplay, sound.value, picture.value = (
+            change is not None,
+            _sound_bytes(take.wav),
+            _png_bytes(take.plot()),
+        )
+
+    for name, control in controls.items():
+        control.description = name
+        control.observe(follow, "value")
     follow()
     return W.HBox([W.VBox([*controls.values(), sound]), picture])
 
 # %% ../nbs/15_synthesis.ipynb #a6a002cc
-def dials_widget(model:FacesToVoices, clip:Clip, voices:dict # name → (256,)
-                ):
+def dials_widget(
+    model: FacesToVoices,
+    clip: Clip,
+    voices: dict,  # name → (256,)
+):
     "Choose a voice, turn the expression, hear the clip and see its pitch."
     import ipywidgets as W
-    return live(lambda voice, expression: model.voice(clip, speaker=voices[voice], expression=expression),
-        voice=W.Dropdown(options=list(voices)), expression=W.FloatSlider(1., min=0., max=4., step=.5, continuous_update=False))
+
+    return live(
+        lambda voice, expression: model.voice(clip, speaker=voices[voice], expression=expression),
+        voice=W.Dropdown(options=list(voices)),
+        expression=W.FloatSlider(1.0, min=0.0, max=4.0, step=0.5, continuous_update=False),
+    )
 
 # %% ../nbs/15_synthesis.ipynb #fd91cd65
-def voice_without(model:FacesToVoices, clip:Clip, nobody, # (256,) the voice in the place of the face's own
-                  mute # of `who`, `how`, `what`
-                 ) -> Speech:
+def voice_without(
+    model: FacesToVoices,
+    clip: Clip,
+    nobody,  # (256,) the voice in the place of the face's own
+    mute,  # of `who`, `how`, `what`
+) -> Speech:
     "The clip, spoken without listening to some of the stages."
     return model.voice(clip, speaker=nobody if "who" in mute else None, mute=mute)
 
 # %% ../nbs/15_synthesis.ipynb #91a8e9a7
-def plot_takes(takes:dict # name → Speech
-              ):
+def plot_takes(
+    takes: dict,  # name → Speech
+):
     "Figure: mel over pitch, a column for each take."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(2, len(takes), figsize=(2.6*len(takes), 3), dpi=64, sharex=True, sharey="row", layout="constrained", squeeze=False)
+
+    fig, axs = plt.subplots(
+        2,
+        len(takes),
+        figsize=(2.6 * len(takes), 3),
+        dpi=64,
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+        squeeze=False,
+    )
     for (top, low), (name, take) in zip(axs.T, takes.items()):
-        top.imshow(take.mel, origin="lower", aspect="auto", cmap="magma", extent=(0, take.duration, 0, 80), vmin=-11.5, vmax=1.5); top.set_title(name, fontsize=10)
-        low.plot(np.arange(len(take.log_f0))/50, np.where(take.voiced > .5, take.log_f0.exp(), np.nan), color="#0072B2", lw=2); low.set_xlabel("seconds")
-    axs[0, 0].set_ylabel("mel bin"); axs[1, 0].set_ylabel("pitch, Hz")
+        top.imshow(
+            take.mel,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            extent=(0, take.duration, 0, 80),
+            vmin=-11.5,
+            vmax=1.5,
+        )
+        top.set_title(name, fontsize=10)
+        low.plot(
+            np.arange(len(take.log_f0)) / 50,
+            np.where(take.voiced > 0.5, take.log_f0.exp(), np.nan),
+            color="#0072B2",
+            lw=2,
+        )
+        low.set_xlabel("seconds")
+    axs[0, 0].set_ylabel("mel bin")
+    axs[1, 0].set_ylabel("pitch, Hz")
     plt.close(fig)
     return fig
 
 # %% ../nbs/15_synthesis.ipynb #cc12ec5d
-def mute_widget(model:FacesToVoices, clip:Clip, nobody # (256,)
-               ):
+def mute_widget(
+    model: FacesToVoices,
+    clip: Clip,
+    nobody,  # (256,)
+):
     "A switch for each stage: what is off is muted."
     import ipywidgets as W
-    return live(lambda **on: voice_without(model, clip, nobody, [stage for stage in on if not on[stage]]), **{stage: W.Checkbox(True) for stage in ("who", "how", "what")})
+
+    return live(
+        lambda **on: voice_without(model, clip, nobody, [stage for stage in on if not on[stage]]),
+        **{stage: W.Checkbox(True) for stage in ("who", "how", "what")},
+    )
 
 # %% ../nbs/15_synthesis.ipynb #60e1f9e9
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>faces2voices report</title>
@@ -824,61 +1398,103 @@ h2{margin-top:3rem;border-top:1px solid #ccc;padding-top:1rem}figure{margin:1rem
 <h1>Silent clips, and the speech they were given</h1><p>This speech is <strong>synthetic</strong>: made from the picture alone by the model <code>MODEL</code>. It may be wrong in every word.</p>BODY</html>"""
 
 # %% ../nbs/15_synthesis.ipynb #02439b56
-def _section(speech:Speech, strip, # its first part; figure of what was looked at
-             length:float, seconds:float, # of the whole speech; that its synthesis took
-             notes=() # lines: what makes it doubtful
-            ) -> str:
+def _section(
+    speech: Speech,
+    strip,  # its first part; figure of what was looked at
+    length: float,
+    seconds: float,  # of the whole speech; that its synthesis took
+    notes=(),  # lines: what makes it doubtful
+) -> str:
     "One clip of the report, or the beginning of a film."
-    shown = f"{length:.2f} s" if speech.duration == length else f"the first {speech.duration:.0f} of {length:.0f} s"
-    name, figures = html.escape(Path(speech.source).name), [(strip, "What the model looked at"), (speech.plot(), "Pitch and energy as predicted; mel as synthesised" + (", and the true one" if speech.truth is not None else ""))]
-    sounds = [("synthesised", speech.wav)] + ([("original", speech.looked.video.wav)] if speech.looked.video.wav is not None else [])
-    return (f"<h2>{name}</h2><p>{shown}, face found by {speech.backend} in {speech.looked.track.found.mean():.0%} of the frames looked at; {seconds/length:.2f} × real time.</p>"
-        + "".join(f"<p class=note>Note: {html.escape(line)}.</p>" for line in notes) + "<div class=players>"
-        + "".join(_player(label, w) for label, w in sounds) + "</div>"
-        + "".join(f"<figure><img alt='{caption} ({name})' src='{_uri('image/png', _png_bytes(fig))}'><figcaption>{caption}</figcaption></figure>" for fig, caption in figures))
+    shown = (
+        f"{length:.2f} s"
+        if speech.duration == length
+        else f"the first {speech.duration:.0f} of {length:.0f} s"
+    )
+    name, figures = (
+        html.escape(Path(speech.source).name),
+        [
+            (strip, "What the model looked at"),
+            (
+                speech.plot(),
+                "Pitch and energy as predicted; mel as synthesised"
+                + (", and the true one" if speech.truth is not None else ""),
+            ),
+        ],
+    )
+    sounds = [("synthesised", speech.wav)] + (
+        [("original", speech.looked.video.wav)] if speech.looked.video.wav is not None else []
+    )
+    return (
+        f"<h2>{name}</h2><p>{shown}, face found by {speech.backend} in {speech.looked.track.found.mean():.0%} of the frames looked at; {seconds / length:.2f} × real time.</p>"
+        + "".join(f"<p class=note>Note: {html.escape(line)}.</p>" for line in notes)
+        + "<div class=players>"
+        + "".join(_player(label, w) for label, w in sounds)
+        + "</div>"
+        + "".join(
+            f"<figure><img alt='{caption} ({name})' src='{_uri('image/png', _png_bytes(fig))}'><figcaption>{caption}</figcaption></figure>"
+            for fig, caption in figures
+        )
+    )
 
 # %% ../nbs/15_synthesis.ipynb #96476605
-def write_report(path, sections:list, # HTML of each clip, from `_section`
-                 model:str # name of the model, for the heading
-                ):
+def write_report(
+    path,
+    sections: list,  # HTML of each clip, from `_section`
+    model: str,  # name of the model, for the heading
+):
     "Write one self-contained HTML page; what is no character in a file's name becomes a question mark."
     page = _PAGE.replace("MODEL", html.escape(model)).replace("BODY", "".join(sections))
-    with atomic_path(path) as tmp: tmp.write_text(page, encoding="utf-8", errors="replace")
+    with atomic_path(path) as tmp:
+        tmp.write_text(page, encoding="utf-8", errors="replace")
 
 # %% ../nbs/15_synthesis.ipynb #c5d16f6d
 class Done(NamedTuple):
     "What became of one input."
+
     path: str
     written: list
     error: str
     speech_seconds: float
     compute_seconds: float
-    notes: tuple = ()      # lines: what makes the speech doubtful
+    notes: tuple = ()  # lines: what makes the speech doubtful
 
 # %% ../nbs/15_synthesis.ipynb #eb2fcd0e
-def write_parts(path, parts # of a `Speech`
-               ) -> tuple: # the first part, and the seconds of all
+def write_parts(
+    path,
+    parts,  # of a `Speech`
+) -> tuple:  # the first part, and the seconds of all
     "A wav that grows part by part, tagged as synthetic; nothing is left if a part fails."
     with open_wav(path) as write:
         first, samples = None, 0
         for part in parts:
             first, samples = first or part, samples + len(part.wav)
             write(part.wav)
-    return first, samples/Speech.sr
+    return first, samples / Speech.sr
 
 # %% ../nbs/15_synthesis.ipynb #0b46ced9
 def _targets(path, out, dubbed) -> list:
     "Where the results of a file go; none of them may be there, and each name must be one that the disk takes."
-    targets = [Path(out)/f"{Path(path).stem}{end}" for end in ((".wav", ".dubbed.mp4") if dubbed else (".wav",))]
+    targets = [
+        Path(out) / f"{Path(path).stem}{end}"
+        for end in ((".wav", ".dubbed.mp4") if dubbed else (".wav",))
+    ]
     for t in targets:
-        try: os.lstat(t)
-        except FileNotFoundError: continue
-        except OSError as e: raise F2VError(t, f"cannot be written ({e.strerror})", "Shorten the name, or give another output folder with -o") from e
+        try:
+            os.lstat(t)
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            raise F2VError(
+                t,
+                f"cannot be written ({e.strerror})",
+                "Shorten the name, or give another output folder with -o",
+            ) from e
         raise F2VError(t, "already exists", "Give another output folder with -o")
     return targets
 
 # %% ../nbs/15_synthesis.ipynb #86dc4fd9
-def _heard(parts, facts:list): # yields the parts
+def _heard(parts, facts: list):  # yields the parts
     "Note of each part how loud it is at its loudest, and how unsure the reader was."
     for part in parts:
         facts.append((loudest(part.wav), float(part.doubt.mean())))
@@ -887,35 +1503,52 @@ def _heard(parts, facts:list): # yields the parts
 # %% ../nbs/15_synthesis.ipynb #05341387
 def _line(path, e) -> str:
     "An error as one line that names the input."
-    if isinstance(e, F2VError): return str(e)
-    if isinstance(e, OSError): return f"{e.filename or path}: {e.strerror or e}"
+    if isinstance(e, F2VError):
+        return str(e)
+    if isinstance(e, OSError):
+        return f"{e.filename or path}: {e.strerror or e}"
     return f"{path}: failed in a way that was not foreseen ({type(e).__name__}: {_first_line(e)}). Please report it"
 
 # %% ../nbs/15_synthesis.ipynb #f49b0889
 def _blocks(path):
     "The sound of a wav, in blocks."
     import soundfile
+
     return soundfile.blocks(os.fsencode(path), 2**16, dtype="float32")
 
 # %% ../nbs/15_synthesis.ipynb #5840518a
-def synthesize_file(model:FacesToVoices, path, out, # input video of any length, output folder
-                    dubbed=True, # also write the dubbed video
-                    report:list|None=None, # sections of a report are added here
-                    **kw # as in `parts`: steps, guidance, seed, face, reference, expression, progress
-                   ) -> Done:
+def synthesize_file(
+    model: FacesToVoices,
+    path,
+    out,  # input video of any length, output folder
+    dubbed=True,  # also write the dubbed video
+    report: list | None = None,  # sections of a report are added here
+    **kw,  # as in `parts`: steps, guidance, seed, face, reference, expression, progress
+) -> Done:
     "Speak one file into a folder; an error of the input is returned, not raised, and what was whole by then stays."
     written, facts, errors, began = [], [], [], time.perf_counter()
     try:
         wav, *video = _targets(path, out, dubbed)
-        first, length = write_parts(wav, _heard(model.parts(path, **kw), facts)); written.append(wav)
-    except Exception as e: return Done(str(path), [], _line(path, e), 0., 0.)
+        first, length = write_parts(wav, _heard(model.parts(path, **kw), facts))
+        written.append(wav)
+    except Exception as e:
+        return Done(str(path), [], _line(path, e), 0.0, 0.0)
     try:
-        for target in video: dub_video(path, _blocks(wav), target); written.append(target)
-    except Exception as e: errors.append(f"{_line(path, e)}. The speech itself is in {wav}")
+        for target in video:
+            dub_video(path, _blocks(wav), target)
+            written.append(target)
+    except Exception as e:
+        errors.append(f"{_line(path, e)}. The speech itself is in {wav}")
     seconds, (loudness, doubt) = time.perf_counter() - began, zip(*facts)
     notes = model.doubts(first.looked, max(loudness), float(np.mean(doubt)))
     try:
         limits = model.limits(kw.get("reference"))
-        if report is not None: report.append(_section(first, crops_figure(first.looked), length, seconds, limits + notes))
-    except Exception as e: errors.append(f"{_line(path, e)}. It has no place in the report")
-    return Done(str(path), [str(t) for t in written], "; ".join(errors), length, seconds, tuple(notes))
+        if report is not None:
+            report.append(
+                _section(first, crops_figure(first.looked), length, seconds, limits + notes)
+            )
+    except Exception as e:
+        errors.append(f"{_line(path, e)}. It has no place in the report")
+    return Done(
+        str(path), [str(t) for t in written], "; ".join(errors), length, seconds, tuple(notes)
+    )

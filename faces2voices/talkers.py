@@ -31,27 +31,82 @@ from scipy.signal import resample_poly
 from scipy.special import ndtr
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, CorpusError, ToolMissingError, atomic_path, whole_seed
+from faces2voices.core import (
+    FPS,
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    CorpusError,
+    ToolMissingError,
+    atomic_path,
+    whole_seed,
+)
 from .video import write_video
 
 # %% ../nbs/03_talkers.ipynb #e8a055aa
-CAUSES = {"what": ("sound", "mouth"), "who": ("sound", "face shape"), "how": ("sound", "brows, eyes"), "chance": ("face shape",),
-          "mouth": ("picture",), "face shape": ("picture",), "brows, eyes": ("picture",), "motion, light,\nnoise, blinks": ("picture",)}
+CAUSES = {
+    "what": ("sound", "mouth"),
+    "who": ("sound", "face shape"),
+    "how": ("sound", "brows, eyes"),
+    "chance": ("face shape",),
+    "mouth": ("picture",),
+    "face shape": ("picture",),
+    "brows, eyes": ("picture",),
+    "motion, light,\nnoise, blinks": ("picture",),
+}
+
 
 def show_causes():
     "The causal graph of the drawn world."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    at = {"sound": (0, 2), "how": (1, 3), "what": (1, 2), "who": (1, 1), "chance": (1, 0), "brows, eyes": (2, 3), "mouth": (2, 2),
-          "face shape": (2, 1), "motion, light,\nnoise, blinks": (2, 0), "picture": (3, 1.5)}
+
+    at = {
+        "sound": (0, 2),
+        "how": (1, 3),
+        "what": (1, 2),
+        "who": (1, 1),
+        "chance": (1, 0),
+        "brows, eyes": (2, 3),
+        "mouth": (2, 2),
+        "face shape": (2, 1),
+        "motion, light,\nnoise, blinks": (2, 0),
+        "picture": (3, 1.5),
+    }
     fig, ax = plt.subplots(figsize=(8, 2.9), dpi=80, layout="constrained")
-    ax.set(xlim=(-.3, 3.3), ylim=(-.5, 3.5)); ax.axis("off")
-    fill = lambda name: "#E69F00" if name in ("what", "who", "how") else "#56B4E9" if name in ("sound", "picture") else "0.9"
-    box = {name: ax.text(*p, name, ha="center", va="center", bbox=dict(boxstyle="round", fc=fill(name), ec="0.3")).get_bbox_patch() for name, p in at.items()}
+    ax.set(xlim=(-0.3, 3.3), ylim=(-0.5, 3.5))
+    ax.axis("off")
+    fill = lambda name: (
+        "#E69F00"
+        if name in ("what", "who", "how")
+        else "#56B4E9"
+        if name in ("sound", "picture")
+        else "0.9"
+    )
+    box = {
+        name: ax.text(
+            *p, name, ha="center", va="center", bbox=dict(boxstyle="round", fc=fill(name), ec="0.3")
+        ).get_bbox_patch()
+        for name, p in at.items()
+    }
     for cause, effects in CAUSES.items():
-        for effect in effects: ax.annotate("", at[effect], at[cause], arrowprops=dict(arrowstyle="-|>", color="0.3", patchA=box[cause], patchB=box[effect]))
-    ax.text(1.45, 1.1, "link λ", ha="center"); ax.text(1.5, .25, "1 − λ")
-    display(fig, metadata={"alt": "Arrows from what, who and how to the sound; from what to the mouth, from who and from chance to the shape of the face, from how to brows and eyes; from these and from nuisances to the picture"}); plt.close(fig)
+        for effect in effects:
+            ax.annotate(
+                "",
+                at[effect],
+                at[cause],
+                arrowprops=dict(
+                    arrowstyle="-|>", color="0.3", patchA=box[cause], patchB=box[effect]
+                ),
+            )
+    ax.text(1.45, 1.1, "link λ", ha="center")
+    ax.text(1.5, 0.25, "1 − λ")
+    display(
+        fig,
+        metadata={
+            "alt": "Arrows from what, who and how to the sound; from what to the mouth, from who and from chance to the shape of the face, from how to brows and eyes; from these and from nuisances to the picture"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/03_talkers.ipynb #be85f5ef
 GRAMMAR = dict(
@@ -59,43 +114,72 @@ GRAMMAR = dict(
     verb="found wants sells broke painted carried likes moved counts showed washed".split(),
     number="many three four five seven eight nine ten twelve sixty thousand".split(),
     adjective="green purple heavy broken yellow small blue quiet sharp wooden orange".split(),
-    noun="boats peaches houses windows rings shoes tables pumpkins chairs books apples".split())
+    noun="boats peaches houses windows rings shoes tables pumpkins chairs books apples".split(),
+)
 
-def make_sentence(rng:np.random.Generator) -> str:
+
+def make_sentence(rng: np.random.Generator) -> str:
     "One word from every column."
     return " ".join(str(rng.choice(words)) for words in GRAMMAR.values())
+
 
 def jsgf() -> str:
     "The grammar in Java Speech Grammar Format, as recognisers read it."
     rules = "".join(f"<{slot}> = {' | '.join(words)};\n" for slot, words in GRAMMAR.items())
-    return "#JSGF V1.0;\ngrammar talkers;\npublic <sentence> = " + " ".join(f"<{slot}>" for slot in GRAMMAR) + ";\n" + rules
+    return (
+        "#JSGF V1.0;\ngrammar talkers;\npublic <sentence> = "
+        + " ".join(f"<{slot}>" for slot in GRAMMAR)
+        + ";\n"
+        + rules
+    )
 
 # %% ../nbs/03_talkers.ipynb #00a43dda
-TRACT, F0 = (0.85, 1.18), (85., 240.)   # range of the vocal-tract scale, and of the mean pitch in Hz
+TRACT, F0 = (
+    (0.85, 1.18),
+    (85.0, 240.0),
+)  # range of the vocal-tract scale, and of the mean pitch in Hz
 
-def draw_voice(rng:np.random.Generator) -> tuple: # tract scale, mean F0 in Hz
+
+def draw_voice(rng: np.random.Generator) -> tuple:  # tract scale, mean F0 in Hz
     "Tract scale and mean pitch of a random talker: a long tract tends to go with a low pitch."
     z = rng.standard_normal(2)
-    z[1] = -0.75*z[0] + (1 - 0.75**2)**.5*z[1]
-    tract, f0 = (float(np.exp(np.interp(ndtr(x), (0, 1), np.log(ends)))) for x, ends in zip(z, (TRACT, F0)))
+    z[1] = -0.75 * z[0] + (1 - 0.75**2) ** 0.5 * z[1]
+    tract, f0 = (
+        float(np.exp(np.interp(ndtr(x), (0, 1), np.log(ends)))) for x, ends in zip(z, (TRACT, F0))
+    )
     return tract, f0
 
 # %% ../nbs/03_talkers.ipynb #825e95ce
-def voice_variant(tract:float, # vocal-tract scale: formants are divided by it
-                  f0:float # mean pitch of a neutral sentence, Hz
-                 ) -> str:
+def voice_variant(
+    tract: float,  # vocal-tract scale: formants are divided by it
+    f0: float,  # mean pitch of a neutral sentence, Hz
+) -> str:
     "The text of an espeak-ng voice variant."
-    base = (f0/0.938)**(15/16)          # measured: mean F0 = 0.938 base^(16/15), within 2 % from 85 to 240 Hz
-    formants = "".join(f"formant {n} {100/tract:.0f} 100 100\n" for n in range(9))
-    return f"language variant\nname talker\npitch {base:.0f} {1.44*base:.0f}\n{formants}"
+    base = (f0 / 0.938) ** (
+        15 / 16
+    )  # measured: mean F0 = 0.938 base^(16/15), within 2 % from 85 to 240 Hz
+    formants = "".join(f"formant {n} {100 / tract:.0f} 100 100\n" for n in range(9))
+    return f"language variant\nname talker\npitch {base:.0f} {1.44 * base:.0f}\n{formants}"
 
 # %% ../nbs/03_talkers.ipynb #e517183b
 class _Event(ctypes.Structure):
     "espeak_EVENT of speak_lib.h."
-    _fields_ = [("type", ctypes.c_int), ("identifier", ctypes.c_uint), ("text_position", ctypes.c_int), ("length", ctypes.c_int),
-                ("audio_position", ctypes.c_int), ("sample", ctypes.c_int), ("user_data", ctypes.c_void_p), ("id", ctypes.c_char*8)]
 
-_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    ]
+
+
+_Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
 _WORD, _PHONEME, _RATE = 1, 7, 22050
 _SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT, _UTF8 = 2, 1, 0x8000, 1
 _PARAM_RATE, _PARAM_VOLUME = 1, 2
@@ -103,213 +187,341 @@ _PARAM_RATE, _PARAM_VOLUME = 1, 2
 # %% ../nbs/03_talkers.ipynb #ac129c84
 def _collect(wav, n, found, sound, events) -> int:
     "What espeak-ng calls with every piece of sound: append it and its events."
-    if wav and n: sound.append(np.ctypeslib.as_array(wav, (n,)).copy())
+    if wav and n:
+        sound.append(np.ctypeslib.as_array(wav, (n,)).copy())
     i = 0
     while found[i].type:
-        if found[i].type in (_WORD, _PHONEME): events.append((found[i].type, found[i].id.decode("latin1"), found[i].sample))
+        if found[i].type in (_WORD, _PHONEME):
+            events.append((found[i].type, found[i].id.decode("latin1"), found[i].sample))
         i += 1
     return 0
+
 
 def _unload(lib):
     "Let go of a library loaded by ctypes."
     import _ctypes
+
     getattr(_ctypes, "dlclose", getattr(_ctypes, "FreeLibrary", None))(lib._handle)
 
 # %% ../nbs/03_talkers.ipynb #4bef9dcf
 class Espeak:
     "espeak-ng with a data folder of its own, into which a voice variant can be written."
-    def __init__(self):
-        try: import espeakng_loader
-        except ImportError as e: raise ToolMissingError("espeakng-loader", "is not installed", "It is needed to make new talkers: pip install espeakng-loader") from e
-        self.library, self._folder = espeakng_loader.get_library_path(), tempfile.TemporaryDirectory(prefix="espeak-")
-        self.data = Path(self._folder.name)/"espeak-ng-data"
-        for name in ("en_dict", "phondata", "phonindex", "phontab", "intonations", "lang/gmw/en-US", "lang/gmw/en"):
-            (self.data/name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(espeakng_loader.get_data_path())/name, self.data/name)
-        (self.data/"voices"/"!v").mkdir(parents=True)
 
-    def __call__(self, text:str, # may hold espeak-ng's own commands
-                 variant:str # see `voice_variant`
-                ) -> tuple: # (N,) int16 sound at 22.05 kHz, list of (event type, symbol, sample)
+    def __init__(self):
+        try:
+            import espeakng_loader
+        except ImportError as e:
+            raise ToolMissingError(
+                "espeakng-loader",
+                "is not installed",
+                "It is needed to make new talkers: pip install espeakng-loader",
+            ) from e
+        self.library, self._folder = (
+            espeakng_loader.get_library_path(),
+            tempfile.TemporaryDirectory(prefix="espeak-"),
+        )
+        self.data = Path(self._folder.name) / "espeak-ng-data"
+        for name in (
+            "en_dict",
+            "phondata",
+            "phonindex",
+            "phontab",
+            "intonations",
+            "lang/gmw/en-US",
+            "lang/gmw/en",
+        ):
+            (self.data / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(espeakng_loader.get_data_path()) / name, self.data / name)
+        (self.data / "voices" / "!v").mkdir(parents=True)
+
+    def __call__(
+        self,
+        text: str,  # may hold espeak-ng's own commands
+        variant: str,  # see `voice_variant`
+    ) -> tuple:  # (N,) int16 sound at 22.05 kHz, list of (event type, symbol, sample)
         "Sound and events of one text, from a freshly loaded library."
-        (self.data/"voices"/"!v"/"talker").write_text(variant)
+        (self.data / "voices" / "!v" / "talker").write_text(variant)
         sound, events, lib = [], [], ctypes.CDLL(self.library)
         callback = _Callback(lambda wav, n, found: _collect(wav, n, found, sound, events))
-        try: self._say(lib, callback, text.encode())
-        finally: _unload(lib)
+        try:
+            self._say(lib, callback, text.encode())
+        finally:
+            _unload(lib)
         return np.concatenate(sound), events
 
 # %% ../nbs/03_talkers.ipynb #7bd9e6ac
 @patch
-def _say(self:Espeak, lib, callback, text:bytes):
+def _say(self: Espeak, lib, callback, text: bytes):
     "The calls to the library, in the order that it wants."
-    lib.espeak_Initialize(_SYNCHRONOUS, 0, str(self.data.parent).encode(), _PHONEME_EVENTS | _DONT_EXIT)
+    lib.espeak_Initialize(
+        _SYNCHRONOUS, 0, str(self.data.parent).encode(), _PHONEME_EVENTS | _DONT_EXIT
+    )
     lib.espeak_SetSynthCallback(callback)
-    if lib.espeak_ng_SetVoiceByName(b"en-us+talker"): raise ToolMissingError(self.library, "has no US English voice")
-    lib.espeak_SetParameter(_PARAM_RATE, 160, 0)        # words a minute
-    lib.espeak_SetParameter(_PARAM_VOLUME, 70, 0)       # the default, 100, clips
+    if lib.espeak_ng_SetVoiceByName(b"en-us+talker"):
+        raise ToolMissingError(self.library, "has no US English voice")
+    lib.espeak_SetParameter(_PARAM_RATE, 160, 0)  # words a minute
+    lib.espeak_SetParameter(_PARAM_VOLUME, 70, 0)  # the default, 100, clips
     lib.espeak_Synth(text, len(text) + 1, 0, 1, 0, _UTF8, None, None)
     lib.espeak_Terminate()
 
+
 @lru_cache
-def _espeak(pid:int) -> Espeak: "One `Espeak` in each process."; return Espeak()
+def _espeak(pid: int) -> Espeak:
+    "One `Espeak` in each process."
+    return Espeak()
 
 # %% ../nbs/03_talkers.ipynb #70c5d59c
 class Spoken(NamedTuple):
     "A sentence said by one voice."
-    wav: np.ndarray # (N,) float32, 16 kHz
-    phones: list    # of (symbol, start, end): espeak-ng's symbol, seconds
-    words: list     # of (word, start, end): seconds
+
+    wav: np.ndarray  # (N,) float32, 16 kHz
+    phones: list  # of (symbol, start, end): espeak-ng's symbol, seconds
+    words: list  # of (word, start, end): seconds
+
 
 STOPS = "p b t d k g tS dZ t# t2 ?".split()
 
-def _phones(events:list, sound:np.ndarray) -> list:
+
+def _phones(events: list, sound: np.ndarray) -> list:
     "(symbol, start, end) in seconds, without stress marks; the silence before a stop belongs to the stop."
     marks = [(symbol.lstrip("',%="), sample) for kind, symbol, sample in events if kind == _PHONEME]
     loud = np.flatnonzero(np.abs(sound.astype(int)) > 20)
-    starts = [s if symbol not in STOPS else min(s, max(_before(loud, s) + 1, s - _RATE//10)) for symbol, s in marks]
+    starts = [
+        s if symbol not in STOPS else min(s, max(_before(loud, s) + 1, s - _RATE // 10))
+        for symbol, s in marks
+    ]
     ends = starts[1:] + [len(sound)]
-    return [(symbol, s/_RATE, e/_RATE) for (symbol, _), s, e in zip(marks, starts, ends) if symbol.strip("_:|") and e > s]
+    return [
+        (symbol, s / _RATE, e / _RATE)
+        for (symbol, _), s, e in zip(marks, starts, ends)
+        if symbol.strip("_:|") and e > s
+    ]
 
-def _before(loud:np.ndarray, sample:int) -> int:
+
+def _before(loud: np.ndarray, sample: int) -> int:
     "The last loud sample before `sample`."
     i = np.searchsorted(loud, sample)
     return int(loud[i - 1]) if i else 0
 
 # %% ../nbs/03_talkers.ipynb #5f928787
-def speak(text:str, # plain words with spaces between them
-          tract:float=1., # vocal-tract scale
-          f0:float=130., # mean pitch of a neutral sentence, Hz
-          levels=None # how high each word is said, in [−1, 1]; ±1 is ±25 % in pitch
-         ) -> Spoken:
+def speak(
+    text: str,  # plain words with spaces between them
+    tract: float = 1.0,  # vocal-tract scale
+    f0: float = 130.0,  # mean pitch of a neutral sentence, Hz
+    levels=None,  # how high each word is said, in [−1, 1]; ±1 is ±25 % in pitch
+) -> Spoken:
     "Say a sentence with a voice, each word at its own pitch."
     words = text.split()
     levels = np.zeros(len(words)) if levels is None else levels
-    sound, events = _espeak(os.getpid())(" ".join(f"\x01{_pitch_command(a)}P{w}" for w, a in zip(words, levels)), voice_variant(tract, f0))
-    starts = [sample/_RATE for kind, _, sample in events if kind == _WORD]
-    if len(starts) != len(words) or not words: raise ValueError(f"{text!r}: espeak-ng speaks {len(starts)} words, not {len(words)}; give words that it keeps apart")
-    wav = resample_poly(sound/2**15, 320, 441).astype(np.float32)      # 22050 · 320/441 = 16000
-    return Spoken(0.045/wav.std()*wav, _phones(events, sound), list(zip(words, starts, starts[1:] + [len(sound)/_RATE])))
+    sound, events = _espeak(os.getpid())(
+        " ".join(f"\x01{_pitch_command(a)}P{w}" for w, a in zip(words, levels)),
+        voice_variant(tract, f0),
+    )
+    starts = [sample / _RATE for kind, _, sample in events if kind == _WORD]
+    if len(starts) != len(words) or not words:
+        raise ValueError(
+            f"{text!r}: espeak-ng speaks {len(starts)} words, not {len(words)}; give words that it keeps apart"
+        )
+    wav = resample_poly(sound / 2**15, 320, 441).astype(np.float32)  # 22050 · 320/441 = 16000
+    return Spoken(
+        0.045 / wav.std() * wav,
+        _phones(events, sound),
+        list(zip(words, starts, starts[1:] + [len(sound) / _RATE])),
+    )
 
-def _pitch_command(level:float) -> int:
+
+def _pitch_command(level: float) -> int:
     "espeak-ng's pitch setting (50 is neutral) for a factor of 1.25 to the power of `level`; measured."
-    x = level*np.log(1.25)
-    return round(50 + 102*x - 24*x*x)
+    x = level * np.log(1.25)
+    return round(50 + 102 * x - 24 * x * x)
 
 # %% ../nbs/03_talkers.ipynb #a206539d
-def formant_ratio(a, b, # (N,) the same words at the same pitch and pace, 16 kHz
-                 order:int=18 # of the all-pole model
-                 ) -> float:
+def formant_ratio(
+    a,
+    b,  # (N,) the same words at the same pitch and pace, 16 kHz
+    order: int = 18,  # of the all-pole model
+) -> float:
     "How far the formants of `b` lie above those of `a`: the stretch of the frequency axis that makes their envelopes agree."
     import librosa
-    frames = librosa.util.frame(np.stack([a[:min(len(a), len(b))], b[:min(len(a), len(b))]]), frame_length=640, hop_length=320)
-    low, high = librosa.lpc(frames.swapaxes(-1, -2)*np.hanning(640), order=order)               # (frames, order + 1)
-    log_envelope = lambda poly, hz: -np.log(np.abs(poly @ np.exp(-2j*np.pi*np.arange(order + 1)[:, None]*hz/SAMPLE_RATE)))
-    slope = lambda poly, hz: np.diff(log_envelope(poly, hz))                                    # blind to loudness
-    hz, ratios = np.geomspace(300, 3600, 200), np.geomspace(.65, 1.55, 91)
-    return float(max(ratios, key=lambda r: np.sum(slope(low, hz)*slope(high, hz*r))))
+
+    frames = librosa.util.frame(
+        np.stack([a[: min(len(a), len(b))], b[: min(len(a), len(b))]]),
+        frame_length=640,
+        hop_length=320,
+    )
+    low, high = librosa.lpc(
+        frames.swapaxes(-1, -2) * np.hanning(640), order=order
+    )  # (frames, order + 1)
+    log_envelope = lambda poly, hz: (
+        -np.log(
+            np.abs(poly @ np.exp(-2j * np.pi * np.arange(order + 1)[:, None] * hz / SAMPLE_RATE))
+        )
+    )
+    slope = lambda poly, hz: np.diff(log_envelope(poly, hz))  # blind to loudness
+    hz, ratios = np.geomspace(300, 3600, 200), np.geomspace(0.65, 1.55, 91)
+    return float(max(ratios, key=lambda r: np.sum(slope(low, hz) * slope(high, hz * r))))
 
 # %% ../nbs/03_talkers.ipynb #bc79d644
-def draw_levels(rng:np.random.Generator,
-                n:int # words
-               ) -> np.ndarray: # (n,) in [−1, 1]
+def draw_levels(
+    rng: np.random.Generator,
+    n: int,  # words
+) -> np.ndarray:  # (n,) in [−1, 1]
     "Arousal of each word: a level of the clip and a departure of the word."
-    return np.clip(rng.uniform(-.6, .6) + rng.normal(0, .5, n), -1, 1)
+    return np.clip(rng.uniform(-0.6, 0.6) + rng.normal(0, 0.5, n), -1, 1)
 
-def expression_track(levels, # (n,) arousal of each word
-                     words:list, # of (word, start, end) in seconds
-                     n_frames:int) -> np.ndarray: # (n_frames,) float32 in [−1, 1]
+
+def expression_track(
+    levels,  # (n,) arousal of each word
+    words: list,  # of (word, start, end) in seconds
+    n_frames: int,
+) -> np.ndarray:  # (n_frames,) float32 in [−1, 1]
     "A smooth line at 25 fps through the levels of the words."
-    middles = [(start + end)/2 for _, start, end in words]
-    return gaussian_filter1d(np.interp((np.arange(n_frames) + .5)/FPS, middles, levels), 2, mode="nearest").astype(np.float32)
+    middles = [(start + end) / 2 for _, start, end in words]
+    return gaussian_filter1d(
+        np.interp((np.arange(n_frames) + 0.5) / FPS, middles, levels), 2, mode="nearest"
+    ).astype(np.float32)
 
-def apply_loudness(wav, # (640 T,) sound
-                   expression # (T,) arousal
-                  ) -> np.ndarray: # (640 T,) float32
+
+def apply_loudness(
+    wav,  # (640 T,) sound
+    expression,  # (T,) arousal
+) -> np.ndarray:  # (640 T,) float32
     "Make sound louder by 6 dB times the expression, without a step anywhere."
-    a = np.interp((np.arange(len(wav)) + .5)/SAMPLES_PER_FRAME, np.arange(len(expression)) + .5, expression)
-    return (wav*10**(6*a/20)).astype(np.float32)
+    a = np.interp(
+        (np.arange(len(wav)) + 0.5) / SAMPLES_PER_FRAME,
+        np.arange(len(expression)) + 0.5,
+        expression,
+    )
+    return (wav * 10 ** (6 * a / 20)).astype(np.float32)
 
 # %% ../nbs/03_talkers.ipynb #50274d8f
 MOUTH = "open width round teeth tongue press".split()
 CONSONANTS = {  # viseme: phonemes of espeak-ng's US English; target of the six of MOUTH; how much it cares for each
-    "rest":  ("_", (0, 0, 0, 0, 0, .15), (.6, .6, .6, .6, .6, .6)),
-    "p":     ("p b m", (0, 0, 0, 0, 0, 1), (9, .1, .1, 9, 4, 9)),
-    "f":     ("f v", (.1, .1, 0, 1, 0, .25), (6, .3, .8, 9, 4, 6)),
-    "th":    ("T D", (.22, .1, 0, .7, 1, 0), (3, .3, .5, 3, 9, 3)),
-    "t":     ("t t# t2 d n n-", (.22, .1, 0, .6, .65, 0), (1.5, .15, .15, 1.5, 3, 3)),
-    "s":     ("s z", (.1, .4, 0, 1, 0, 0), (4, .6, .5, 5, 3, 3)),
-    "sh":    ("S Z tS dZ", (.2, -.3, .65, .9, 0, 0), (3, 2, 4, 4, 2, 3)),
-    "l":     ("l l# l-", (.4, .1, 0, .4, .85, 0), (2, .3, .5, 1.5, 5, 3)),
-    "r":     ("r r-", (.25, -.4, .55, .2, .1, 0), (2, 1.5, 2.5, 1, 1, 3)),
-    "w":     ("w", (.06, -.9, 1, 0, 0, 0), (6, 5, 7, 3, 2, 4)),
-    "j":     ("j ;", (.2, .7, 0, .5, .2, 0), (1, 1, .6, 1, 1, 2)),
-    "k":     ("k g N x", (.3, .1, 0, .25, 0, 0), (.7, .15, .15, .4, .8, 3)),
-    "h":     ("h ?", (.4, 0, 0, .2, 0, 0), (.3, .1, .1, .3, .3, 2)),
+    "rest": ("_", (0, 0, 0, 0, 0, 0.15), (0.6, 0.6, 0.6, 0.6, 0.6, 0.6)),
+    "p": ("p b m", (0, 0, 0, 0, 0, 1), (9, 0.1, 0.1, 9, 4, 9)),
+    "f": ("f v", (0.1, 0.1, 0, 1, 0, 0.25), (6, 0.3, 0.8, 9, 4, 6)),
+    "th": ("T D", (0.22, 0.1, 0, 0.7, 1, 0), (3, 0.3, 0.5, 3, 9, 3)),
+    "t": ("t t# t2 d n n-", (0.22, 0.1, 0, 0.6, 0.65, 0), (1.5, 0.15, 0.15, 1.5, 3, 3)),
+    "s": ("s z", (0.1, 0.4, 0, 1, 0, 0), (4, 0.6, 0.5, 5, 3, 3)),
+    "sh": ("S Z tS dZ", (0.2, -0.3, 0.65, 0.9, 0, 0), (3, 2, 4, 4, 2, 3)),
+    "l": ("l l# l-", (0.4, 0.1, 0, 0.4, 0.85, 0), (2, 0.3, 0.5, 1.5, 5, 3)),
+    "r": ("r r-", (0.25, -0.4, 0.55, 0.2, 0.1, 0), (2, 1.5, 2.5, 1, 1, 3)),
+    "w": ("w", (0.06, -0.9, 1, 0, 0, 0), (6, 5, 7, 3, 2, 4)),
+    "j": ("j ;", (0.2, 0.7, 0, 0.5, 0.2, 0), (1, 1, 0.6, 1, 1, 2)),
+    "k": ("k g N x", (0.3, 0.1, 0, 0.25, 0, 0), (0.7, 0.15, 0.15, 0.4, 0.8, 3)),
+    "h": ("h ?", (0.4, 0, 0, 0.2, 0, 0), (0.3, 0.1, 0.1, 0.3, 0.3, 2)),
 }
 
 # %% ../nbs/03_talkers.ipynb #6ee1ae26
 VOWELS = {
-    "i":     ("i: i I2", (.22, .95, 0, .65, .1, 0), (2, 2.5, 2, 1.2, 1, 3)),
-    "I":     ("I I#", (.35, .55, 0, .5, .1, 0), (1.5, 1.2, 1.2, 1, 1, 3)),
-    "E":     ("E e", (.58, .45, 0, .4, 0, 0), (2, 1.5, 1.5, 1, 1, 3)),
-    "a":     ("a aa", (.8, .5, 0, .4, 0, 0), (3, 2, 2, 1, 1, 3)),
-    "A":     ("A: A 0", (1, 0, 0, .2, 0, 0), (3, 1.5, 2, 1, 1, 3)),
-    "V":     ("V", (.65, .05, 0, .25, 0, 0), (2, 1, 1.5, 1, 1, 3)),
-    "@":     ("@ @- a# @2", (.38, .05, 0, .25, 0, 0), (.8, .4, .6, .6, .8, 3)),
-    "3":     ("3: 3", (.36, -.2, .4, .25, .1, 0), (1.5, 1.2, 2, .8, 1, 3)),
-    "O":     ("O: O O2 o", (.72, -.4, .55, 0, 0, 0), (3, 2, 3, 1, 1, 3)),
-    "U":     ("U", (.3, -.5, .7, .1, 0, 0), (2, 2, 3, 1, 1, 3)),
-    "u":     ("u: u", (.14, -.8, 1, 0, 0, 0), (3, 3, 4, 1.5, 1, 3)),
+    "i": ("i: i I2", (0.22, 0.95, 0, 0.65, 0.1, 0), (2, 2.5, 2, 1.2, 1, 3)),
+    "I": ("I I#", (0.35, 0.55, 0, 0.5, 0.1, 0), (1.5, 1.2, 1.2, 1, 1, 3)),
+    "E": ("E e", (0.58, 0.45, 0, 0.4, 0, 0), (2, 1.5, 1.5, 1, 1, 3)),
+    "a": ("a aa", (0.8, 0.5, 0, 0.4, 0, 0), (3, 2, 2, 1, 1, 3)),
+    "A": ("A: A 0", (1, 0, 0, 0.2, 0, 0), (3, 1.5, 2, 1, 1, 3)),
+    "V": ("V", (0.65, 0.05, 0, 0.25, 0, 0), (2, 1, 1.5, 1, 1, 3)),
+    "@": ("@ @- a# @2", (0.38, 0.05, 0, 0.25, 0, 0), (0.8, 0.4, 0.6, 0.6, 0.8, 3)),
+    "3": ("3: 3", (0.36, -0.2, 0.4, 0.25, 0.1, 0), (1.5, 1.2, 2, 0.8, 1, 3)),
+    "O": ("O: O O2 o", (0.72, -0.4, 0.55, 0, 0, 0), (3, 2, 3, 1, 1, 3)),
+    "U": ("U", (0.3, -0.5, 0.7, 0.1, 0, 0), (2, 2, 3, 1, 1, 3)),
+    "u": ("u: u", (0.14, -0.8, 1, 0, 0, 0), (3, 3, 4, 1.5, 1, 3)),
 }
 VISEMES = CONSONANTS | VOWELS
-GLIDES = {"aI": "a I", "eI": "E i:", "oU": "O U", "aU": "a U", "OI": "O I", "aI@": "a @", "aI3": "a 3", "i@": "i @", "i@3": "i: 3",
-          "e@": "E 3", "A@": "A: 3", "o@": "O 3", "O@": "O 3", "U@": "U 3", "@L": "@ l"}   # two targets, one after the other
-_TARGETS = {phone: (np.array(target), np.array(cares)) for phones, target, cares in VISEMES.values() for phone in phones.split()}
+GLIDES = {
+    "aI": "a I",
+    "eI": "E i:",
+    "oU": "O U",
+    "aU": "a U",
+    "OI": "O I",
+    "aI@": "a @",
+    "aI3": "a 3",
+    "i@": "i @",
+    "i@3": "i: 3",
+    "e@": "E 3",
+    "A@": "A: 3",
+    "o@": "O 3",
+    "O@": "O 3",
+    "U@": "U 3",
+    "@L": "@ l",
+}  # two targets, one after the other
+_TARGETS = {
+    phone: (np.array(target), np.array(cares))
+    for phones, target, cares in VISEMES.values()
+    for phone in phones.split()
+}
 
 # %% ../nbs/03_talkers.ipynb #38de6170
-def mouth_track(phones:list, # of (symbol, start, end) in seconds
-                n_frames:int) -> np.ndarray: # (n_frames, 6) float32, the columns of MOUTH
+def mouth_track(
+    phones: list,  # of (symbol, start, end) in seconds
+    n_frames: int,
+) -> np.ndarray:  # (n_frames, 6) float32, the columns of MOUTH
     "The mouth at 25 fps: dominance functions over the targets of the phonemes, then contacts made sure of."
-    seconds = n_frames/FPS
+    seconds = n_frames / FPS
     first, last = (phones[0][1], phones[-1][2]) if phones else (seconds, seconds)
-    targets = [t for phone in [("_", 0, first), *phones, ("_", last, seconds)] for t in _split_glide(*phone)]
+    targets = [
+        t
+        for phone in [("_", 0, first), *phones, ("_", last, seconds)]
+        for t in _split_glide(*phone)
+    ]
     y, cares = (np.array([_TARGETS[symbol][i] for symbol, _, _ in targets]) for i in (0, 1))
     start, end = np.array([(s, e) for _, s, e in targets]).T
-    t = (np.arange(n_frames)[:, None] + .5)/FPS
-    tau = np.clip(np.abs(t - (start + end)/2) - (end - start)/4, 0, None)      # seconds beyond the middle half
-    w = np.exp(-tau/0.030)[:, :, None]*cares
-    return _contacts((w*y).sum(1)/w.sum(1), phones).astype(np.float32)
+    t = (np.arange(n_frames)[:, None] + 0.5) / FPS
+    tau = np.clip(
+        np.abs(t - (start + end) / 2) - (end - start) / 4, 0, None
+    )  # seconds beyond the middle half
+    w = np.exp(-tau / 0.030)[:, :, None] * cares
+    return _contacts((w * y).sum(1) / w.sum(1), phones).astype(np.float32)
 
 # %% ../nbs/03_talkers.ipynb #bc2555ef
 def _split_glide(symbol, start, end) -> list:
     "A diphthong as two sounds, anything else as itself."
-    if symbol not in GLIDES: return [(symbol, start, end)]
-    (a, b), middle = GLIDES[symbol].split(), (start + end)/2
+    if symbol not in GLIDES:
+        return [(symbol, start, end)]
+    (a, b), middle = GLIDES[symbol].split(), (start + end) / 2
     return [(a, start, middle), (b, middle, end)]
 
-def _contacts(track:np.ndarray, phones:list) -> np.ndarray:
+
+def _contacts(track: np.ndarray, phones: list) -> np.ndarray:
     "Set opening, teeth and press to their targets while the lips must touch something."
     for symbol, start, end in phones:
-        if symbol not in "p b m f v".split(): continue
-        a, b = round(start*FPS), round(end*FPS)
-        if a == b: a = int((start + end)/2*FPS); b = a + 1
+        if symbol not in "p b m f v".split():
+            continue
+        a, b = round(start * FPS), round(end * FPS)
+        if a == b:
+            a = int((start + end) / 2 * FPS)
+            b = a + 1
         track[a:b, [0, 3, 5]] = _TARGETS[symbol][0][[0, 3, 5]]
     return track
 
 # %% ../nbs/03_talkers.ipynb #499b29d1
-def show_mouth(phones:list, track:np.ndarray, title:str=""):
+def show_mouth(phones: list, track: np.ndarray, title: str = ""):
     "The six numbers of the mouth over the phonemes."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     fig, ax = plt.subplots(figsize=(9, 2.6), layout="constrained", dpi=64)
-    t = (np.arange(len(track)) + .5)/FPS
-    for k, (name, y) in enumerate(zip(MOUTH, track.T)): ax.plot(t, y, lw=1.6, label=name, color=["#000000", "#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#009E73"][k])
+    t = (np.arange(len(track)) + 0.5) / FPS
+    for k, (name, y) in enumerate(zip(MOUTH, track.T)):
+        ax.plot(
+            t,
+            y,
+            lw=1.6,
+            label=name,
+            color=["#000000", "#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#009E73"][k],
+        )
     for symbol, start, end in phones:
-        ax.axvline(start, color="0.85", lw=.8, zorder=0); ax.text((start + end)/2, 1.12, symbol, ha="center", fontsize=8)
-    ax.set(xlabel="seconds", ylim=(-1.05, 1.3), xlim=(0, len(track)/FPS), title=title); ax.legend(ncol=6, loc="lower center", fontsize=8, frameon=False)
+        ax.axvline(start, color="0.85", lw=0.8, zorder=0)
+        ax.text((start + end) / 2, 1.12, symbol, ha="center", fontsize=8)
+    ax.set(xlabel="seconds", ylim=(-1.05, 1.3), xlim=(0, len(track) / FPS), title=title)
+    ax.legend(ncol=6, loc="lower center", fontsize=8, frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    display(fig, metadata={"alt": f"Six curves of mouth shape over the phonemes {' '.join(p for p, _, _ in phones)}"}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": f"Six curves of mouth shape over the phonemes {' '.join(p for p, _, _ in phones)}"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/03_talkers.ipynb #bb5cac47
 import math
@@ -320,69 +532,126 @@ from .video import Face, FaceBackend, grey
 # %% ../nbs/03_talkers.ipynb #614304f2
 class FaceShape(NamedTuple):
     "Geometry (head units) and colours (RGB in [0, 1]) of one drawn head."
-    chin: float         # v of the chin: how long the face is
-    nose: float         # v of the tip of the nose
-    eye: float          # half-width of an eye
-    philtrum: float     # from the tip of the nose to the lips
-    jaw: float          # exponent of the lower face: 2 is an oval, 3 a square jaw
-    brow: float         # half-thickness of a brow
-    brow_gap: float     # from eye to brow
-    lips: float         # thickness of a lip
-    neck: float         # half-width of the neck
-    width: float        # half-width of the head at its widest
-    spacing: float      # ±u of the eyes
+
+    chin: float  # v of the chin: how long the face is
+    nose: float  # v of the tip of the nose
+    eye: float  # half-width of an eye
+    philtrum: float  # from the tip of the nose to the lips
+    jaw: float  # exponent of the lower face: 2 is an oval, 3 a square jaw
+    brow: float  # half-thickness of a brow
+    brow_gap: float  # from eye to brow
+    lips: float  # thickness of a lip
+    neck: float  # half-width of the neck
+    width: float  # half-width of the head at its widest
+    spacing: float  # ±u of the eyes
     mouth_width: float  # half-width of the mouth at rest
-    hair: str           # a key of `HAIR`
-    beard: float        # 0 none to 1 full
-    moustache: float    # 0 none to 1 full
-    glasses: float      # 0 none, else radius of the rims
-    part: float         # where the hair parts, -1 left to 1 right
-    light: float        # where the light comes from, -1 left to 1 right
-    skin: tuple; hair_colour: tuple; iris: tuple; lip_colour: tuple; clothes: tuple
-    background: tuple   # two colours: six numbers
-    texture: int        # seed of strands, skin and cloth
+    hair: str  # a key of `HAIR`
+    beard: float  # 0 none to 1 full
+    moustache: float  # 0 none to 1 full
+    glasses: float  # 0 none, else radius of the rims
+    part: float  # where the hair parts, -1 left to 1 right
+    light: float  # where the light comes from, -1 left to 1 right
+    skin: tuple
+    hair_colour: tuple
+    iris: tuple
+    lip_colour: tuple
+    clothes: tuple
+    background: tuple  # two colours: six numbers
+    texture: int  # seed of strands, skin and cloth
 
 # %% ../nbs/03_talkers.ipynb #e85abf2d
-TOP, EYES, MIDDLE = -0.78, -0.12, -0.10     # v of the skull's top, of the eyes, of the head's widest line
-DROP = 0.13                                 # how far the chin falls when the mouth is fully open
-HAIR = dict(bald=None,  # thickness, v of the side hair's end, v of the hairline, curl, v of the back hair's end and its half-width
-    buzz=(.015, -.18, -.50, .0, None, 0), short=(.06, -.10, -.47, .1, None, 0), parted=(.09, -.05, -.42, .0, None, 0),
-    receding=(.04, -.05, -.62, .1, None, 0), curly=(.13, -.02, -.44, 1., None, 0), afro=(.19, .02, -.48, 1., None, 0),
-    bob=(.08, .12, -.36, .0, .50, .64), long=(.07, .10, -.44, .0, 1.2, .62), waves=(.10, .10, -.42, .6, 1.0, .68),
-    bun=(.05, -.08, -.50, .0, None, 0))
-SKINS = np.array([(.98, .84, .76), (.95, .77, .65), (.87, .66, .50), (.74, .52, .37), (.60, .41, .29), (.46, .31, .23)])
-HAIRS = np.array([(.08, .07, .07), (.20, .12, .08), (.36, .22, .12), (.55, .35, .18), (.82, .65, .36), (.60, .24, .12), (.62, .61, .60)])
-IRISES = np.array([(.30, .18, .10), (.42, .30, .15), (.30, .45, .55), (.35, .48, .30), (.18, .12, .08)])
+TOP, EYES, MIDDLE = (
+    -0.78,
+    -0.12,
+    -0.10,
+)  # v of the skull's top, of the eyes, of the head's widest line
+DROP = 0.13  # how far the chin falls when the mouth is fully open
+HAIR = dict(
+    bald=None,  # thickness, v of the side hair's end, v of the hairline, curl, v of the back hair's end and its half-width
+    buzz=(0.015, -0.18, -0.50, 0.0, None, 0),
+    short=(0.06, -0.10, -0.47, 0.1, None, 0),
+    parted=(0.09, -0.05, -0.42, 0.0, None, 0),
+    receding=(0.04, -0.05, -0.62, 0.1, None, 0),
+    curly=(0.13, -0.02, -0.44, 1.0, None, 0),
+    afro=(0.19, 0.02, -0.48, 1.0, None, 0),
+    bob=(0.08, 0.12, -0.36, 0.0, 0.50, 0.64),
+    long=(0.07, 0.10, -0.44, 0.0, 1.2, 0.62),
+    waves=(0.10, 0.10, -0.42, 0.6, 1.0, 0.68),
+    bun=(0.05, -0.08, -0.50, 0.0, None, 0),
+)
+SKINS = np.array(
+    [
+        (0.98, 0.84, 0.76),
+        (0.95, 0.77, 0.65),
+        (0.87, 0.66, 0.50),
+        (0.74, 0.52, 0.37),
+        (0.60, 0.41, 0.29),
+        (0.46, 0.31, 0.23),
+    ]
+)
+HAIRS = np.array(
+    [
+        (0.08, 0.07, 0.07),
+        (0.20, 0.12, 0.08),
+        (0.36, 0.22, 0.12),
+        (0.55, 0.35, 0.18),
+        (0.82, 0.65, 0.36),
+        (0.60, 0.24, 0.12),
+        (0.62, 0.61, 0.60),
+    ]
+)
+IRISES = np.array(
+    [
+        (0.30, 0.18, 0.10),
+        (0.42, 0.30, 0.15),
+        (0.30, 0.45, 0.55),
+        (0.35, 0.48, 0.30),
+        (0.18, 0.12, 0.08),
+    ]
+)
 
 # %% ../nbs/03_talkers.ipynb #6967e82f
 LINKED = dict(  # feature: weight of the vocal tract, weight of the deep voice, value at z = -1 and at z = 1
-    chin=(1, 0, .55, .69), nose=(.8, .2, .02, .13), eye=(-1, 0, .088, .125), philtrum=(.9, 0, .12, .17),
-    jaw=(.1, .9, 1.9, 3.1), brow=(0, 1, .013, .042), brow_gap=(0, -1, .11, .19), lips=(0, -1, .042, .088), neck=(.2, .8, .22, .42))
+    chin=(1, 0, 0.55, 0.69),
+    nose=(0.8, 0.2, 0.02, 0.13),
+    eye=(-1, 0, 0.088, 0.125),
+    philtrum=(0.9, 0, 0.12, 0.17),
+    jaw=(0.1, 0.9, 1.9, 3.1),
+    brow=(0, 1, 0.013, 0.042),
+    brow_gap=(0, -1, 0.11, 0.19),
+    lips=(0, -1, 0.042, 0.088),
+    neck=(0.2, 0.8, 0.22, 0.42),
+)
 
 # %% ../nbs/03_talkers.ipynb #9da4e16a
-def dials_of(formants:float, # formant scale, 0.85 (long vocal tract) to 1.18
-             log_f0:float # ln Hz
-            ) -> tuple: # s: 1 is the longest tract; d: 1 is the deepest voice
+def dials_of(
+    formants: float,  # formant scale, 0.85 (long vocal tract) to 1.18
+    log_f0: float,  # ln Hz
+) -> tuple:  # s: 1 is the longest tract; d: 1 is the deepest voice
     "A voice as the two numbers, from -1 to 1, that shape a face."
-    return (1.015 - formants)/0.165, (math.log(143) - log_f0)/0.52
+    return (1.015 - formants) / 0.165, (math.log(143) - log_f0) / 0.52
 
-def voice_of(s, d) -> tuple: # formant scale, ln F0
+
+def voice_of(s, d) -> tuple:  # formant scale, ln F0
     "The voice of the two numbers: `dials_of` undone."
-    return 1.015 - 0.165*s, math.log(143) - 0.52*d
+    return 1.015 - 0.165 * s, math.log(143) - 0.52 * d
 
 # %% ../nbs/03_talkers.ipynb #cd408c19
-def make_face(rng:np.random.Generator, # decides everything that the voice does not
-              tract:float, # formant scale, 0.85 (long vocal tract, large head) to 1.18
-              log_f0:float, # ln Hz, of 85 to 240 Hz
-              link:float # 0: the face says nothing of the voice; 1: almost everything
-             ) -> FaceShape:
+def make_face(
+    rng: np.random.Generator,  # decides everything that the voice does not
+    tract: float,  # formant scale, 0.85 (long vocal tract, large head) to 1.18
+    log_f0: float,  # ln Hz, of 85 to 240 Hz
+    link: float,  # 0: the face says nothing of the voice; 1: almost everything
+) -> FaceShape:
     "A head whose shape follows the voice as closely as `link` says."
     s, d = dials_of(tract, log_f0)
     own = {name: (rng.uniform(-1, 1), rng.normal(0, 0.07)) for name in LINKED}
     shape = {}
     for name, (alpha, beta, low, high) in LINKED.items():
-        z = (link*(alpha*s + beta*d) + (1 - link)*own[name][0])/math.hypot(link, 1 - link) + own[name][1]
-        shape[name] = low + (high - low)*(min(max(z, -1.3), 1.3) + 1)/2
+        z = (link * (alpha * s + beta * d) + (1 - link) * own[name][0]) / math.hypot(
+            link, 1 - link
+        ) + own[name][1]
+        shape[name] = low + (high - low) * (min(max(z, -1.3), 1.3) + 1) / 2
     return FaceShape(**shape, **_nuisances(rng))
 
 # %% ../nbs/03_talkers.ipynb #321aa8e6
@@ -390,768 +659,1283 @@ def _nuisances(rng) -> dict:
     "The fields of a face that the voice does not decide."
     tone = rng.uniform(0, len(SKINS) - 1)
     skin = np.array([np.interp(tone, range(len(SKINS)), channel) for channel in SKINS.T])
-    hair, back = HAIRS[rng.integers(len(HAIRS))]*rng.uniform(.8, 1.2), rng.uniform(.25, .9, 3)
-    lip = .5*skin*(.95, .62, .60) + .5*np.array((.74, .22, .26))*(.60 + .40*skin[0])
+    hair, back = HAIRS[rng.integers(len(HAIRS))] * rng.uniform(0.8, 1.2), rng.uniform(0.25, 0.9, 3)
+    lip = 0.5 * skin * (0.95, 0.62, 0.60) + 0.5 * np.array((0.74, 0.22, 0.26)) * (
+        0.60 + 0.40 * skin[0]
+    )
     rgb = lambda c: tuple(float(x) for x in np.clip(c, 0, 1))
-    return dict(width=rng.uniform(.49, .53), spacing=rng.uniform(.215, .235), mouth_width=rng.uniform(.205, .235),
-        hair=str(rng.choice(list(HAIR))), beard=float(rng.choice([0, 0, 0, 0, 0, .35, .7, 1])), moustache=float(rng.choice([0, 0, 0, 0, 0, .6, 1])),
-        glasses=float(rng.choice([0, 0, 0, 0, .15, .175])), part=rng.uniform(-1, 1), light=float(rng.choice([-1, 1])*rng.uniform(.4, 1)),
-        skin=rgb(skin), hair_colour=rgb(hair), iris=rgb(IRISES[rng.integers(len(IRISES))]), lip_colour=rgb(lip),
-        clothes=rgb(rng.uniform(.1, .8, 3)), background=rgb([*back, *(back*rng.uniform(.5, .9))]), texture=int(rng.integers(1 << 30)))
+    return dict(
+        width=rng.uniform(0.49, 0.53),
+        spacing=rng.uniform(0.215, 0.235),
+        mouth_width=rng.uniform(0.205, 0.235),
+        hair=str(rng.choice(list(HAIR))),
+        beard=float(rng.choice([0, 0, 0, 0, 0, 0.35, 0.7, 1])),
+        moustache=float(rng.choice([0, 0, 0, 0, 0, 0.6, 1])),
+        glasses=float(rng.choice([0, 0, 0, 0, 0.15, 0.175])),
+        part=rng.uniform(-1, 1),
+        light=float(rng.choice([-1, 1]) * rng.uniform(0.4, 1)),
+        skin=rgb(skin),
+        hair_colour=rgb(hair),
+        iris=rgb(IRISES[rng.integers(len(IRISES))]),
+        lip_colour=rgb(lip),
+        clothes=rgb(rng.uniform(0.1, 0.8, 3)),
+        background=rgb([*back, *(back * rng.uniform(0.5, 0.9))]),
+        texture=int(rng.integers(1 << 30)),
+    )
 
 # %% ../nbs/03_talkers.ipynb #e724bca1
-def mouth_v(face:FaceShape) -> float: "v of the line between the lips."; return face.nose + face.philtrum + 0.07
+def mouth_v(face: FaceShape) -> float:
+    "v of the line between the lips."
+    return face.nose + face.philtrum + 0.07
 
-def jaw_width(face:FaceShape) -> float:
+
+def jaw_width(face: FaceShape) -> float:
     "Half-width of the lower face half-way between mouth and chin, in head units."
-    y = ((mouth_v(face) + face.chin)/2 - MIDDLE)/(face.chin - MIDDLE)
-    return face.width*(1 - y**face.jaw)**(1/face.jaw)
+    y = ((mouth_v(face) + face.chin) / 2 - MIDDLE) / (face.chin - MIDDLE)
+    return face.width * (1 - y**face.jaw) ** (1 / face.jaw)
 
 # %% ../nbs/03_talkers.ipynb #2fa2b281
-def link_correlation(link:float) -> float:
+def link_correlation(link: float) -> float:
     "Closed form: how a feature that follows one dial of the voice correlates with it."
-    return link/math.hypot(link, 1 - link)/math.sqrt(1 + 3*0.07**2)
+    return link / math.hypot(link, 1 - link) / math.sqrt(1 + 3 * 0.07**2)
 
 # %% ../nbs/03_talkers.ipynb #55f80507
-def random_face(rng, link=1.) -> FaceShape:
+def random_face(rng, link=1.0) -> FaceShape:
     "The face of a random voice."
-    return make_face(rng, rng.uniform(.85, 1.18), math.log(rng.uniform(85, 240)), link)
+    return make_face(rng, rng.uniform(0.85, 1.18), math.log(rng.uniform(85, 240)), link)
 
-def draw_shapes(n:int, link:float, seed:int=0):
+
+def draw_shapes(n: int, link: float, seed: int = 0):
     "Features of `n` random talkers: (n,) formant scale, (n,) ln F0, and a list of `FaceShape`."
     rng = np.random.default_rng(seed)
-    tract, log_f0 = rng.uniform(.85, 1.18, n), np.log(rng.uniform(85, 240, n))
+    tract, log_f0 = rng.uniform(0.85, 1.18, n), np.log(rng.uniform(85, 240, n))
     return tract, log_f0, [make_face(rng, t, f, link) for t, f in zip(tract, log_f0)]
 
 # %% ../nbs/03_talkers.ipynb #ebb5e7c5
-def show_link(links=(0., .5, 1.), n:int=300):
+def show_link(links=(0.0, 0.5, 1.0), n: int = 300):
     "Thickness of the brow against ln F0, one panel for each strength of the link."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    fig, axes = plt.subplots(1, len(links), figsize=(8, 2.6), sharey=True, layout="constrained", dpi=72)
+
+    fig, axes = plt.subplots(
+        1, len(links), figsize=(8, 2.6), sharey=True, layout="constrained", dpi=72
+    )
     for ax, link in zip(axes, links):
         _, log_f0, faces = draw_shapes(n, link)
         brow = [f.brow for f in faces]
-        ax.scatter(log_f0, brow, s=6, color="#0072B2", alpha=.6)
-        ax.set_title(f"link {link:g}\nr = {np.corrcoef(log_f0, brow)[0, 1]:.2f} (closed form {0 - link_correlation(link):.2f})", fontsize=10); ax.set_xlabel("ln F0")
+        ax.scatter(log_f0, brow, s=6, color="#0072B2", alpha=0.6)
+        ax.set_title(
+            f"link {link:g}\nr = {np.corrcoef(log_f0, brow)[0, 1]:.2f} (closed form {0 - link_correlation(link):.2f})",
+            fontsize=10,
+        )
+        ax.set_xlabel("ln F0")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("brow")
-    display(fig, metadata={"alt": "Thickness of the brow against the logarithm of the pitch: no relation at link 0, a cloud at one half, a falling line at link 1"}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": "Thickness of the brow against the logarithm of the pitch: no relation at link 0, a cloud at one half, a falling line at link 1"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/03_talkers.ipynb #144a7c5c
 def smoothstep(x, low, high):
     "0 below `low`, 1 above `high`, smooth between."
-    t = np.clip((x - low)/(high - low), 0, 1)
-    return t*t*(3 - 2*t)
+    t = np.clip((x - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
 
 def inside(d, px):
     "Coverage (0 to 1) of a shape whose signed distance is `d`, its edge `px` wide."
-    return np.clip(.5 - d/px, 0, 1)
+    return np.clip(0.5 - d / px, 0, 1)
+
 
 def blob(u, v, cu, cv, su, sv):
     "A Gaussian bump."
-    return np.exp(-((u - cu)/su)**2 - ((v - cv)/sv)**2)
+    return np.exp(-(((u - cu) / su) ** 2) - ((v - cv) / sv) ** 2)
+
 
 def rgb(colour) -> np.ndarray:
     "(3, 1, 1) float32."
     return np.asarray(colour, np.float32).reshape(3, 1, 1)
 
+
 def paint(image, colour, mask):
     "Blend a (3, 1, 1) or (3, h, w) colour into (3, h, w) `image`, in place, where the (h, w) mask says."
-    image += mask*(colour - image)
+    image += mask * (colour - image)
 
 # %% ../nbs/03_talkers.ipynb #31e1ae01
 def skull(face, u, v):
     "A norm that is 1 on the outline of the head, and the signed distance to it (roughly) in head units."
     p = np.where(v > MIDDLE, np.float32(face.jaw), np.float32(2.15))
-    y = np.abs(v - MIDDLE)/np.where(v > MIDDLE, np.float32(face.chin - MIDDLE), np.float32(MIDDLE - TOP))
-    r = ((np.abs(u)/face.width)**p + y**p + 1e-9)**(1/p)
-    return r, (r - 1)*face.width
+    y = np.abs(v - MIDDLE) / np.where(
+        v > MIDDLE, np.float32(face.chin - MIDDLE), np.float32(MIDDLE - TOP)
+    )
+    r = ((np.abs(u) / face.width) ** p + y**p + 1e-9) ** (1 / p)
+    return r, (r - 1) * face.width
+
 
 def relief(face, u, v):
     "Heights of the head, in head units."
     r, _ = skull(face, u, v)
-    h = .55*np.sqrt(np.clip(1.02 - r**2, 0, None))
-    ridge = smoothstep(v, EYES - .10, face.nose)*smoothstep(-v, -face.nose - .03, -face.nose + .01)
-    h += .10*ridge*np.exp(-(u/(.045 + .02*ridge))**2) + .055*blob(u, v, 0, face.nose, .07, .055)
+    h = 0.55 * np.sqrt(np.clip(1.02 - r**2, 0, None))
+    ridge = smoothstep(v, EYES - 0.10, face.nose) * smoothstep(
+        -v, -face.nose - 0.03, -face.nose + 0.01
+    )
+    h += 0.10 * ridge * np.exp(-((u / (0.045 + 0.02 * ridge)) ** 2)) + 0.055 * blob(
+        u, v, 0, face.nose, 0.07, 0.055
+    )
     for side in (-1, 1):
-        h += .035*blob(u, v, side*.075, face.nose + .015, .04, .04) + .05*blob(u, v, side*.27, .10, .15, .14)
-        h -= .07*blob(u, v, side*face.spacing, EYES, .13, .075)
-        h += 1.2*face.brow*blob(u, v, side*face.spacing*.95, EYES - face.brow_gap, .14, .05)
-    h += .04*blob(u, v, 0, face.chin - .09, .13, .07) - .03*blob(u, v, 0, mouth_v(face) + .13, .14, .03)
-    return h - .012*blob(u, v, 0, face.nose + .12, .02, .05)
+        h += 0.035 * blob(u, v, side * 0.075, face.nose + 0.015, 0.04, 0.04) + 0.05 * blob(
+            u, v, side * 0.27, 0.10, 0.15, 0.14
+        )
+        h -= 0.07 * blob(u, v, side * face.spacing, EYES, 0.13, 0.075)
+        h += (
+            1.2
+            * face.brow
+            * blob(u, v, side * face.spacing * 0.95, EYES - face.brow_gap, 0.14, 0.05)
+        )
+    h += 0.04 * blob(u, v, 0, face.chin - 0.09, 0.13, 0.07) - 0.03 * blob(
+        u, v, 0, mouth_v(face) + 0.13, 0.14, 0.03
+    )
+    return h - 0.012 * blob(u, v, 0, face.nose + 0.12, 0.02, 0.05)
 
 # %% ../nbs/03_talkers.ipynb #835adf3d
 def shade(height, light, du):
     "Brightness (h, w) of a matt surface of these heights lit from above and from one side, with soft creases."
     from scipy.ndimage import gaussian_filter
+
     gv, gu = np.gradient(gaussian_filter(height, 1.5, truncate=2.5), du)
-    l = np.array((.55*light, -.45, .75)); l /= np.linalg.norm(l)
-    cosine = np.clip((-gu*l[0] - gv*l[1] + l[2])/np.sqrt(gu**2 + gv**2 + 1), 0, 1)
-    crease = gaussian_filter(height, .05/du, truncate=2.5) - height
-    return (.42 + .68*cosine - 1.6*np.clip(crease, -.03, .06)).astype(np.float32)
+    l = np.array((0.55 * light, -0.45, 0.75))
+    l /= np.linalg.norm(l)
+    cosine = np.clip((-gu * l[0] - gv * l[1] + l[2]) / np.sqrt(gu**2 + gv**2 + 1), 0, 1)
+    crease = gaussian_filter(height, 0.05 / du, truncate=2.5) - height
+    return (0.42 + 0.68 * cosine - 1.6 * np.clip(crease, -0.03, 0.06)).astype(np.float32)
+
 
 def lit(colour, brightness):
     "(3, h, w): a colour under a brightness; its shadows are warm."
-    b = np.clip(brightness, .02, None)
-    return rgb(colour)*np.stack([b**.9, b*1., b**1.1])
+    b = np.clip(brightness, 0.02, None)
+    return rgb(colour) * np.stack([b**0.9, b * 1.0, b**1.1])
+
 
 def noise(shape, blur, seed):
     "Noise of unit variance, blurred by so many pixels down and across."
     from scipy.ndimage import gaussian_filter
-    x = gaussian_filter(np.random.default_rng(seed).standard_normal(shape, np.float32), blur, truncate=2.5)
-    return x/x.std()
+
+    x = gaussian_filter(
+        np.random.default_rng(seed).standard_normal(shape, np.float32), blur, truncate=2.5
+    )
+    return x / x.std()
 
 # %% ../nbs/03_talkers.ipynb #607ecef0
-REACH = 1.3   # the still layer spans [-REACH, REACH] in u and v
+REACH = 1.3  # the still layer spans [-REACH, REACH] in u and v
+
 
 class Canvas:
     "The head's own plane: coordinates, colours, and coverage of what does not move."
+
     def __init__(self, face, size):
-        n = 2*size
-        self.face, self.du, self.px = face, 2*REACH/n, 2.6*REACH/n
-        axis = (np.arange(n, dtype=np.float32) + .5)*self.du - REACH
+        n = 2 * size
+        self.face, self.du, self.px = face, 2 * REACH / n, 2.6 * REACH / n
+        axis = (np.arange(n, dtype=np.float32) + 0.5) * self.du - REACH
         self.u, self.v = np.meshgrid(axis, axis)
         self.rgb, self.alpha = np.zeros((3, n, n), np.float32), np.zeros((n, n), np.float32)
 
     def add(self, colour, mask):
         "Paint over what is there."
         paint(self.rgb, colour, mask)
-        self.alpha += mask*(1 - self.alpha)
+        self.alpha += mask * (1 - self.alpha)
 
 # %% ../nbs/03_talkers.ipynb #aa5ac53f
-def draw_head(c:Canvas):
+def draw_head(c: Canvas):
     "Ears, skull, nose, and the colour of blood under the skin."
     f, u, v = c.face, c.u, c.v
     r, d = skull(f, u, v)
     for side in (-1, 1):
-        ear = np.hypot((u - side*(f.width + .005))/.075, v/.14) - 1
-        hollow = blob(u, v, side*(f.width + .015), 0, .03, .07)
-        c.add(lit(f.skin, .72 + .12*side*f.light + .25*np.clip(-ear, 0, .5) - .3*hollow), inside(.08*ear, c.px))
-    tone = shade(relief(f, u, v), f.light, c.du) + .012*noise(u.shape, 1.2, f.texture)
-    tone *= 1 - .28*blob(u + .03*f.light, v, 0, f.nose + .085, .085, .035) - .22*smoothstep(r, .86, 1.04)
-    for side in (-1, 1): tone *= 1 - .55*blob(u, v, side*.042, f.nose + .050, .020, .012)
-    blush = sum(blob(u, v, side*.29, .13, .13, .10) for side in (-1, 1)) + .35*blob(u, v, 0, f.nose, .07, .05)
-    gloss = .10*blob(u, v, .03*f.light, f.nose - .02, .022, .03) + .06*blob(u, v, .12*f.light, -.45, .16, .10)
-    skin = lit(f.skin, np.clip(tone, .12, 1.35)) + rgb((.35, -.22, -.15))*(.16*f.skin[0]*blush) + gloss
+        ear = np.hypot((u - side * (f.width + 0.005)) / 0.075, v / 0.14) - 1
+        hollow = blob(u, v, side * (f.width + 0.015), 0, 0.03, 0.07)
+        c.add(
+            lit(f.skin, 0.72 + 0.12 * side * f.light + 0.25 * np.clip(-ear, 0, 0.5) - 0.3 * hollow),
+            inside(0.08 * ear, c.px),
+        )
+    tone = shade(relief(f, u, v), f.light, c.du) + 0.012 * noise(u.shape, 1.2, f.texture)
+    tone *= (
+        1
+        - 0.28 * blob(u + 0.03 * f.light, v, 0, f.nose + 0.085, 0.085, 0.035)
+        - 0.22 * smoothstep(r, 0.86, 1.04)
+    )
+    for side in (-1, 1):
+        tone *= 1 - 0.55 * blob(u, v, side * 0.042, f.nose + 0.050, 0.020, 0.012)
+    blush = sum(blob(u, v, side * 0.29, 0.13, 0.13, 0.10) for side in (-1, 1)) + 0.35 * blob(
+        u, v, 0, f.nose, 0.07, 0.05
+    )
+    gloss = 0.10 * blob(u, v, 0.03 * f.light, f.nose - 0.02, 0.022, 0.03) + 0.06 * blob(
+        u, v, 0.12 * f.light, -0.45, 0.16, 0.10
+    )
+    skin = (
+        lit(f.skin, np.clip(tone, 0.12, 1.35))
+        + rgb((0.35, -0.22, -0.15)) * (0.16 * f.skin[0] * blush)
+        + gloss
+    )
     c.add(np.clip(skin, 0, 1), inside(d, c.px))
 
 # %% ../nbs/03_talkers.ipynb #2774279c
-def draw_body(c:Canvas):
+def draw_body(c: Canvas):
     "Neck, shoulders and a shirt."
     f, u, v = c.face, c.u, c.v
-    top = .80 + .10*(1 - f.neck/.4)
-    shoulder = top + .42*np.clip(np.abs(u) - .30, 0, None)**1.25 + .05*smoothstep(np.abs(u), .9, 1.3)
-    neck = np.abs(u) - f.neck*(1 + .25*smoothstep(v, .62, 1.0)**2)
-    tone = shade(.35*np.sqrt(np.clip(1 - (u/(f.neck*1.25))**2, 0, 1)), f.light, c.du)
-    c.add(lit(f.skin, tone*(1 - .42*blob(u + .06*f.light, v, 0, f.chin + .02, .42, .17))), inside(np.maximum(neck, .2 - v), c.px))
-    collar = np.hypot(u/1.15, (v - top + .10)/.75) - f.neck*.98
-    folds = shade(.25*np.sqrt(np.clip(v - shoulder + .02, 0, .5)) + .012*noise(u.shape, (18, 9), f.texture), f.light, c.du)
-    c.add(lit(f.clothes, folds), inside(np.maximum(shoulder - v, -collar), 1.2*c.px))
-    hem = np.maximum(np.abs(collar) - .022, np.maximum(shoulder - .03, top - .1) - v)
-    c.add(lit(f.clothes, .8*folds), inside(hem, 1.2*c.px))
+    top = 0.80 + 0.10 * (1 - f.neck / 0.4)
+    shoulder = (
+        top
+        + 0.42 * np.clip(np.abs(u) - 0.30, 0, None) ** 1.25
+        + 0.05 * smoothstep(np.abs(u), 0.9, 1.3)
+    )
+    neck = np.abs(u) - f.neck * (1 + 0.25 * smoothstep(v, 0.62, 1.0) ** 2)
+    tone = shade(0.35 * np.sqrt(np.clip(1 - (u / (f.neck * 1.25)) ** 2, 0, 1)), f.light, c.du)
+    c.add(
+        lit(f.skin, tone * (1 - 0.42 * blob(u + 0.06 * f.light, v, 0, f.chin + 0.02, 0.42, 0.17))),
+        inside(np.maximum(neck, 0.2 - v), c.px),
+    )
+    collar = np.hypot(u / 1.15, (v - top + 0.10) / 0.75) - f.neck * 0.98
+    folds = shade(
+        0.25 * np.sqrt(np.clip(v - shoulder + 0.02, 0, 0.5))
+        + 0.012 * noise(u.shape, (18, 9), f.texture),
+        f.light,
+        c.du,
+    )
+    c.add(lit(f.clothes, folds), inside(np.maximum(shoulder - v, -collar), 1.2 * c.px))
+    hem = np.maximum(np.abs(collar) - 0.022, np.maximum(shoulder - 0.03, top - 0.1) - v)
+    c.add(lit(f.clothes, 0.8 * folds), inside(hem, 1.2 * c.px))
 
 # %% ../nbs/03_talkers.ipynb #1c27c72e
-def hair_colours(c:Canvas):
+def hair_colours(c: Canvas):
     "Strands that run from the crown outwards (or curls), with a band of gloss."
     f, curl = c.face, HAIR[c.face.hair][3]
-    angle, radius = np.arctan2(c.u - .25*f.part, TOP + .25 - c.v), np.hypot(c.u, c.v - TOP - .1)
+    angle, radius = (
+        np.arctan2(c.u - 0.25 * f.part, TOP + 0.25 - c.v),
+        np.hypot(c.u, c.v - TOP - 0.1),
+    )
     random = np.random.default_rng(f.texture).normal(size=600)
-    strands = np.interp(angle*38 + 2*np.sin(radius*9 + angle*3), np.arange(-300, 300), random)*smoothstep(radius, .0, .35)
-    texture = (1 - curl)*.13*strands + curl*.16*noise(c.u.shape, 2.2, f.texture)
-    band = np.exp(-((radius - .33 - .03*np.sin(angle*5))/.10)**2)
-    gloss = .15*(1 - .6*curl)*band*(1 + .4*f.light*np.clip(c.u*3, -1, 1))
-    dome = .80 + .30*f.light*c.u - .10*np.clip(c.v, -1, 1)
-    return np.clip(lit(f.hair_colour, np.clip(dome + texture, .25, 1.6)) + gloss*(.5*rgb(f.hair_colour) + .35), 0, 1)
+    strands = np.interp(
+        angle * 38 + 2 * np.sin(radius * 9 + angle * 3), np.arange(-300, 300), random
+    ) * smoothstep(radius, 0.0, 0.35)
+    texture = (1 - curl) * 0.13 * strands + curl * 0.16 * noise(c.u.shape, 2.2, f.texture)
+    band = np.exp(-(((radius - 0.33 - 0.03 * np.sin(angle * 5)) / 0.10) ** 2))
+    gloss = 0.15 * (1 - 0.6 * curl) * band * (1 + 0.4 * f.light * np.clip(c.u * 3, -1, 1))
+    dome = 0.80 + 0.30 * f.light * c.u - 0.10 * np.clip(c.v, -1, 1)
+    return np.clip(
+        lit(f.hair_colour, np.clip(dome + texture, 0.25, 1.6))
+        + gloss * (0.5 * rgb(f.hair_colour) + 0.35),
+        0,
+        1,
+    )
 
-def draw_back_hair(c:Canvas):
+
+def draw_back_hair(c: Canvas):
     "What hangs, or is bound, behind the head."
     f, style, u, v = c.face, HAIR[c.face.hair], c.u, c.v
     if style and style[4]:
-        edge = style[5] - .05*np.cos(v*3) + style[3]*.03*np.sin(v*17 + np.sign(u))
-        edge = edge*np.sqrt(np.clip(1 - (np.clip(-.15 - v, 0, 1)/.72)**2, 0, 1))
-        c.add(.62*hair_colours(c), inside(np.maximum(np.abs(u) - edge, np.maximum(v - style[4], TOP - .1 - v)), 2*c.px))
+        edge = style[5] - 0.05 * np.cos(v * 3) + style[3] * 0.03 * np.sin(v * 17 + np.sign(u))
+        edge = edge * np.sqrt(np.clip(1 - (np.clip(-0.15 - v, 0, 1) / 0.72) ** 2, 0, 1))
+        c.add(
+            0.62 * hair_colours(c),
+            inside(np.maximum(np.abs(u) - edge, np.maximum(v - style[4], TOP - 0.1 - v)), 2 * c.px),
+        )
     if f.hair == "bun":
-        d = np.hypot(u, v - TOP + .06) - .20
-        tone = .45 + .5*shade(.3*np.sqrt(np.clip(-d, 0, 1)), f.light, c.du) + .06*noise(u.shape, (2, 1), f.texture)
+        d = np.hypot(u, v - TOP + 0.06) - 0.20
+        tone = (
+            0.45
+            + 0.5 * shade(0.3 * np.sqrt(np.clip(-d, 0, 1)), f.light, c.du)
+            + 0.06 * noise(u.shape, (2, 1), f.texture)
+        )
         c.add(lit(f.hair_colour, tone), inside(d, c.px))
 
 # %% ../nbs/03_talkers.ipynb #c2d461bb
-def draw_hair(c:Canvas):
+def draw_hair(c: Canvas):
     "Hair over the skull: above a hairline, and beside the face."
     f, u, v = c.face, c.u, c.v
-    if f.hair == "bald": return
+    if f.hair == "bald":
+        return
     thick, side_end, line, curl, end, _ = HAIR[f.hair]
-    d, a, bump = skull(f, u, v)[1], np.abs(u)/f.width, curl*.035*noise(u.shape, 5, f.texture + 3)
-    outer = d - thick*smoothstep(-v, -side_end - .1, -side_end + .45) - (.03 if end else .015) + bump
-    fray = .014*noise(u.shape, (5, 1.2), f.texture + 4)
-    hairline = line + .20*a**4 + .6*bump + fray + .12*f.part*u*(f.hair in ("parted", "bob", "long"))
-    if f.hair == "receding": hairline -= .12*np.exp(-((a - .5)/.2)**2)
-    side = np.maximum(f.width*(.90 if end else .93) - .10*np.clip(side_end - v, -.2, .3) + .4*fray - np.abs(u), v - side_end - bump - fray)
-    shadow = inside(np.maximum(d, np.minimum(v - hairline - .05, side - .02)), .10)*inside(d, c.px)
-    c.rgb *= 1 - .28*shadow
-    c.add(hair_colours(c), inside(np.maximum(outer, np.minimum(v - hairline, side)), c.px*(1.8 + 2*curl))*(.72 if f.hair == "buzz" else 1))
+    d, a, bump = (
+        skull(f, u, v)[1],
+        np.abs(u) / f.width,
+        curl * 0.035 * noise(u.shape, 5, f.texture + 3),
+    )
+    outer = (
+        d
+        - thick * smoothstep(-v, -side_end - 0.1, -side_end + 0.45)
+        - (0.03 if end else 0.015)
+        + bump
+    )
+    fray = 0.014 * noise(u.shape, (5, 1.2), f.texture + 4)
+    hairline = (
+        line
+        + 0.20 * a**4
+        + 0.6 * bump
+        + fray
+        + 0.12 * f.part * u * (f.hair in ("parted", "bob", "long"))
+    )
+    if f.hair == "receding":
+        hairline -= 0.12 * np.exp(-(((a - 0.5) / 0.2) ** 2))
+    side = np.maximum(
+        f.width * (0.90 if end else 0.93)
+        - 0.10 * np.clip(side_end - v, -0.2, 0.3)
+        + 0.4 * fray
+        - np.abs(u),
+        v - side_end - bump - fray,
+    )
+    shadow = inside(np.maximum(d, np.minimum(v - hairline - 0.05, side - 0.02)), 0.10) * inside(
+        d, c.px
+    )
+    c.rgb *= 1 - 0.28 * shadow
+    c.add(
+        hair_colours(c),
+        inside(np.maximum(outer, np.minimum(v - hairline, side)), c.px * (1.8 + 2 * curl))
+        * (0.72 if f.hair == "buzz" else 1),
+    )
 
 # %% ../nbs/03_talkers.ipynb #4fa1d505
-def draw_beard(c:Canvas):
+def draw_beard(c: Canvas):
     "Stubble to full beard, and a moustache."
     f, u, v = c.face, c.u, c.v
-    if f.beard + f.moustache == 0: return
+    if f.beard + f.moustache == 0:
+        return
     r, d = skull(f, u, v)
-    line = mouth_v(f) - .10 - 1.44*np.clip(np.abs(u) - .26, -.1, .3)
-    chin = smoothstep(v, line, line + .07)*inside(d - .012, 2*c.px)*smoothstep(r, .50, .72)
-    lip = blob(u, v, 0, mouth_v(f) - .085, .20, .040)*smoothstep(v, f.nose + .05, f.nose + .08)
-    grain = np.clip(1 + .35*noise(u.shape, (1.6, .8), f.texture + 1), 0, 2)
-    colour = lit(f.hair_colour, .85*np.clip(.85 + .25*f.light*u + .12*noise(u.shape, (2.5, 1), f.texture + 2), .3, 1.4))
-    for mask in (f.beard*chin*(.55 + .4*f.beard), 1.2*max(f.moustache, .6*f.beard)*lip): c.add(colour, np.clip(grain*mask, 0, .95))
+    line = mouth_v(f) - 0.10 - 1.44 * np.clip(np.abs(u) - 0.26, -0.1, 0.3)
+    chin = (
+        smoothstep(v, line, line + 0.07) * inside(d - 0.012, 2 * c.px) * smoothstep(r, 0.50, 0.72)
+    )
+    lip = blob(u, v, 0, mouth_v(f) - 0.085, 0.20, 0.040) * smoothstep(
+        v, f.nose + 0.05, f.nose + 0.08
+    )
+    grain = np.clip(1 + 0.35 * noise(u.shape, (1.6, 0.8), f.texture + 1), 0, 2)
+    colour = lit(
+        f.hair_colour,
+        0.85
+        * np.clip(
+            0.85 + 0.25 * f.light * u + 0.12 * noise(u.shape, (2.5, 1), f.texture + 2), 0.3, 1.4
+        ),
+    )
+    for mask in (
+        f.beard * chin * (0.55 + 0.4 * f.beard),
+        1.2 * max(f.moustache, 0.6 * f.beard) * lip,
+    ):
+        c.add(colour, np.clip(grain * mask, 0, 0.95))
 
 # %% ../nbs/03_talkers.ipynb #ad102dbe
 @lru_cache(maxsize=8)
-def still_layer(face:FaceShape, size:int):
+def still_layer(face: FaceShape, size: int):
     "The (1, 4, 2 size, 2 size) head, hair and shoulders (colours and coverage), and the (3, size, size) background."
     c = Canvas(face, size)
-    for draw in (draw_back_hair, draw_body, draw_head, draw_beard, draw_hair): draw(c)
-    y, x = np.mgrid[:size, :size].astype(np.float32)/size
+    for draw in (draw_back_hair, draw_body, draw_head, draw_beard, draw_hair):
+        draw(c)
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
     near, far = (rgb(k) for k in np.reshape(face.background, (2, 3)))
-    mix = np.clip(.5*y + .6*np.hypot(x - .5 - .25*face.light, y - .35), 0, 1)
+    mix = np.clip(0.5 * y + 0.6 * np.hypot(x - 0.5 - 0.25 * face.light, y - 0.35), 0, 1)
     layer = np.concatenate([np.clip(c.rgb, 0, 1), c.alpha[None]]).astype(np.float32)
-    return torch.from_numpy(layer)[None], (near + (far - near)*mix + .01*noise((size, size), 1.5, face.texture)).astype(np.float32)
+    return torch.from_numpy(layer)[None], (
+        near + (far - near) * mix + 0.01 * noise((size, size), 1.5, face.texture)
+    ).astype(np.float32)
 
 # %% ../nbs/03_talkers.ipynb #78e278ab
 def to_head(x, y, pose, size):
     "Pixels (the centre of the first is 0, 0) → head coordinates u, v."
     dx, dy, roll, scale = map(float, pose)
-    k, c, s = 2/(size*scale), math.cos(roll), math.sin(roll)
-    a, b = (x + .5 - size*(.5 + dx))*k, (y + .5 - size*(.5 + dy))*k
-    return c*a + s*b, c*b - s*a
+    k, c, s = 2 / (size * scale), math.cos(roll), math.sin(roll)
+    a, b = (x + 0.5 - size * (0.5 + dx)) * k, (y + 0.5 - size * (0.5 + dy)) * k
+    return c * a + s * b, c * b - s * a
+
 
 def to_frame(points, pose, size):
     "(N, 2) head coordinates → (N, 2) pixels."
     dx, dy, roll, scale = map(float, pose)
     c, s = math.cos(roll), math.sin(roll)
-    return np.asarray(points) @ np.array([[c, s], [-s, c]])*(size*scale/2) + size*(.5 + np.array((dx, dy))) - .5
+    return (
+        np.asarray(points) @ np.array([[c, s], [-s, c]]) * (size * scale / 2)
+        + size * (0.5 + np.array((dx, dy)))
+        - 0.5
+    )
+
 
 def _warp(face, opening, pose, size):
     "Where in the still layer each pixel comes from: the pose, a neck that bends, a jaw that falls."
     axis = np.arange(size, dtype=np.float32)
     u, v = to_head(axis[None], axis[:, None], pose, size)
-    bend = .8*float(pose[2])*smoothstep(v, face.chin, face.chin + .6)
-    u, v = u - bend*(v - .2), v + .6*bend*u
-    fall = smoothstep(v, mouth_v(face) - .06, mouth_v(face) + .24)*(1 - smoothstep(v, face.chin + .10, face.chin + .5))
-    return u, v - DROP*opening*fall*(1 - smoothstep(np.abs(u), face.width*.98, face.width*1.25))
+    bend = 0.8 * float(pose[2]) * smoothstep(v, face.chin, face.chin + 0.6)
+    u, v = u - bend * (v - 0.2), v + 0.6 * bend * u
+    fall = smoothstep(v, mouth_v(face) - 0.06, mouth_v(face) + 0.24) * (
+        1 - smoothstep(v, face.chin + 0.10, face.chin + 0.5)
+    )
+    return u, v - DROP * opening * fall * (
+        1 - smoothstep(np.abs(u), face.width * 0.98, face.width * 1.25)
+    )
 
 # %% ../nbs/03_talkers.ipynb #652c6225
 class Window(NamedTuple):
     "A piece of the frame with its head coordinates."
-    image: np.ndarray   # (3, h, w) view, painted in place
-    u: np.ndarray       # (h, w)
-    v: np.ndarray       # (h, w)
-    px: float           # a pixel in head units
+
+    image: np.ndarray  # (3, h, w) view, painted in place
+    u: np.ndarray  # (h, w)
+    v: np.ndarray  # (h, w)
+    px: float  # a pixel in head units
+
 
 def window(image, pose, u0, v0, u1, v1) -> Window:
     "The upright box of pixels round a box of the head; empty when it lies outside the frame."
     size = image.shape[-1]
     box = to_frame([(u0, v0), (u1, v0), (u0, v1), (u1, v1)], pose, size)
-    (x0, y0), (x1, y1) = (np.clip(edge, 0, size).astype(int) for edge in (np.floor(box.min(0)), np.ceil(box.max(0)) + 1))
-    u, v = to_head(np.arange(x0, x1, dtype=np.float32)[None], np.arange(y0, y1, dtype=np.float32)[:, None], pose, size)
-    return Window(image[:, y0:y1, x0:x1], u, v, 2/(size*float(pose[3])))
+    (x0, y0), (x1, y1) = (
+        np.clip(edge, 0, size).astype(int)
+        for edge in (np.floor(box.min(0)), np.ceil(box.max(0)) + 1)
+    )
+    u, v = to_head(
+        np.arange(x0, x1, dtype=np.float32)[None],
+        np.arange(y0, y1, dtype=np.float32)[:, None],
+        pose,
+        size,
+    )
+    return Window(image[:, y0:y1, x0:x1], u, v, 2 / (size * float(pose[3])))
 
 # %% ../nbs/03_talkers.ipynb #02cf42f1
 def draw_eye(image, face, pose, side, expression, blink):
     "One eye: lid, ball, iris, pupil, highlight, lashes, crease."
-    cu, e = side*face.spacing, face.eye
-    w = window(image, pose, cu - .16, EYES - .13, cu + .16, EYES + .12)
-    x, y = (w.u - cu)/e*side, w.v - EYES                              # x: -1 at the nose, 1 at the temple
-    arc, wide = np.clip(1 - x*x, 0, None), (1 + (.38 if expression > 0 else .42)*expression)*(1 - blink)
-    upper, lower = -.62*e*wide*arc**.75 - .008*x, .36*e*(.35 + .65*wide)*(1 - .8*blink)*arc - .008*x + .02*blink*arc
-    dark, ends = rgb(face.skin)*.52, smoothstep(1 - np.abs(x), 0, .35)
-    paint(w.image, lit(face.skin, .88 - .25*smoothstep(y - upper, -.06, 0)), .55*inside(np.maximum(upper - .045 - y, y - upper), 3*w.px)*smoothstep(arc, 0, .3))
-    ball = inside(np.maximum(upper - y, y - lower), w.px)*inside(np.abs(w.u - cu) - e, w.px)
-    r = np.hypot(w.u - cu, y + .008)
-    paint(w.image, rgb((1, .98, .96))*(.93 - .35*np.exp(-np.clip(y - upper, 0, None)/.02) - .12*x*x), ball)
-    paint(w.image, rgb(face.iris)*(.75 + .7*smoothstep(y, -.05, .05) - .35*smoothstep(r, .038, .056)), ball*inside(r - .054, w.px))
-    paint(w.image, rgb((.03, .03, .03)), ball*inside(r - .026, w.px))
-    paint(w.image, rgb((1, 1, 1)), .95*ball*inside(np.hypot(w.u - cu - .018*face.light, y + .028) - .014, 1.2*w.px))
-    lashes = np.abs(y - upper + .004) - .010*(.4 + .6*smoothstep(x, -1, .8))
-    paint(w.image, .3*rgb(face.hair_colour) + .02, inside(lashes, 1.2*w.px)*smoothstep(1.08 - np.abs(x), 0, .12))
-    paint(w.image, dark, ends*(.5*inside(np.abs(y - lower) - .003, 1.4*w.px) + .45*inside(np.abs(y - upper + .022 + .012*wide) - .004, 1.4*w.px)))
+    cu, e = side * face.spacing, face.eye
+    w = window(image, pose, cu - 0.16, EYES - 0.13, cu + 0.16, EYES + 0.12)
+    x, y = (w.u - cu) / e * side, w.v - EYES  # x: -1 at the nose, 1 at the temple
+    arc, wide = (
+        np.clip(1 - x * x, 0, None),
+        (1 + (0.38 if expression > 0 else 0.42) * expression) * (1 - blink),
+    )
+    upper, lower = (
+        -0.62 * e * wide * arc**0.75 - 0.008 * x,
+        0.36 * e * (0.35 + 0.65 * wide) * (1 - 0.8 * blink) * arc - 0.008 * x + 0.02 * blink * arc,
+    )
+    dark, ends = rgb(face.skin) * 0.52, smoothstep(1 - np.abs(x), 0, 0.35)
+    paint(
+        w.image,
+        lit(face.skin, 0.88 - 0.25 * smoothstep(y - upper, -0.06, 0)),
+        0.55 * inside(np.maximum(upper - 0.045 - y, y - upper), 3 * w.px) * smoothstep(arc, 0, 0.3),
+    )
+    ball = inside(np.maximum(upper - y, y - lower), w.px) * inside(np.abs(w.u - cu) - e, w.px)
+    r = np.hypot(w.u - cu, y + 0.008)
+    paint(
+        w.image,
+        rgb((1, 0.98, 0.96))
+        * (0.93 - 0.35 * np.exp(-np.clip(y - upper, 0, None) / 0.02) - 0.12 * x * x),
+        ball,
+    )
+    paint(
+        w.image,
+        rgb(face.iris)
+        * (0.75 + 0.7 * smoothstep(y, -0.05, 0.05) - 0.35 * smoothstep(r, 0.038, 0.056)),
+        ball * inside(r - 0.054, w.px),
+    )
+    paint(w.image, rgb((0.03, 0.03, 0.03)), ball * inside(r - 0.026, w.px))
+    paint(
+        w.image,
+        rgb((1, 1, 1)),
+        0.95
+        * ball
+        * inside(np.hypot(w.u - cu - 0.018 * face.light, y + 0.028) - 0.014, 1.2 * w.px),
+    )
+    lashes = np.abs(y - upper + 0.004) - 0.010 * (0.4 + 0.6 * smoothstep(x, -1, 0.8))
+    paint(
+        w.image,
+        0.3 * rgb(face.hair_colour) + 0.02,
+        inside(lashes, 1.2 * w.px) * smoothstep(1.08 - np.abs(x), 0, 0.12),
+    )
+    paint(
+        w.image,
+        dark,
+        ends
+        * (
+            0.5 * inside(np.abs(y - lower) - 0.003, 1.4 * w.px)
+            + 0.45 * inside(np.abs(y - upper + 0.022 + 0.012 * wide) - 0.004, 1.4 * w.px)
+        ),
+    )
 
 # %% ../nbs/03_talkers.ipynb #4cf09371
 def draw_brow(image, face, pose, side, expression):
     "One brow, and the lines that it makes on the forehead."
-    cu, up, down = face.spacing*.95, max(expression, 0), max(-expression, 0)
-    w = window(image, pose, side*cu - .20, EYES - face.brow_gap - .24, side*cu + .20, EYES - .02)
-    x = (w.u*side - cu)/.155                                         # -1 at the nose, 1 at the temple
-    lift = .085*up - .045*down + (.055*down - .02*up)*np.clip(x, -1, 1)
-    middle = EYES - face.brow_gap - lift - .035*(1 - x*x) + .012
-    half = face.brow*(1 - .55*smoothstep(x, -.2, 1.1))*(1 + .15*down)
-    hairs = .62 + .15*np.sin(70*w.u*side + 60*w.v + face.texture % 7)
-    skin, ends = rgb(face.skin), smoothstep(1 - np.abs(x), 0, .5)
-    paint(w.image, rgb(face.hair_colour)*hairs, .92*inside(np.maximum(np.abs(w.v - middle) - half, (np.abs(x) - 1)*.155), 1.8*w.px))
-    paint(w.image, skin*.5, .4*down*blob(w.u*side, w.v, .055, EYES - .11, .010, .045))
-    paint(w.image, skin*.6, .25*up*np.exp(-((w.v - middle + .11)/.010)**2)*ends)
+    cu, up, down = face.spacing * 0.95, max(expression, 0), max(-expression, 0)
+    w = window(
+        image, pose, side * cu - 0.20, EYES - face.brow_gap - 0.24, side * cu + 0.20, EYES - 0.02
+    )
+    x = (w.u * side - cu) / 0.155  # -1 at the nose, 1 at the temple
+    lift = 0.085 * up - 0.045 * down + (0.055 * down - 0.02 * up) * np.clip(x, -1, 1)
+    middle = EYES - face.brow_gap - lift - 0.035 * (1 - x * x) + 0.012
+    half = face.brow * (1 - 0.55 * smoothstep(x, -0.2, 1.1)) * (1 + 0.15 * down)
+    hairs = 0.62 + 0.15 * np.sin(70 * w.u * side + 60 * w.v + face.texture % 7)
+    skin, ends = rgb(face.skin), smoothstep(1 - np.abs(x), 0, 0.5)
+    paint(
+        w.image,
+        rgb(face.hair_colour) * hairs,
+        0.92 * inside(np.maximum(np.abs(w.v - middle) - half, (np.abs(x) - 1) * 0.155), 1.8 * w.px),
+    )
+    paint(w.image, skin * 0.5, 0.4 * down * blob(w.u * side, w.v, 0.055, EYES - 0.11, 0.010, 0.045))
+    paint(w.image, skin * 0.6, 0.25 * up * np.exp(-(((w.v - middle + 0.11) / 0.010) ** 2)) * ends)
+
 
 def draw_glasses(image, face, pose):
     "Rims, bridge and a gleam."
-    if face.glasses == 0: return
-    w = window(image, pose, -.62, EYES - .24, .62, EYES + .24)
-    a, p = np.abs(np.abs(w.u) - face.spacing - .01), 2 if face.glasses < .16 else 4
-    r = (a**p + np.abs((w.v - EYES - .015)*1.12)**p)**(1/p) - face.glasses
-    bar = np.maximum(np.abs(w.v - EYES + .02) - .010, np.maximum(np.abs(w.u) - face.width, -r))
-    gleam = inside(np.abs((w.u - face.spacing*np.sign(w.u))*.8 + w.v*.7 + .10) - .022, 2*w.px)
-    paint(w.image, rgb((1, 1, 1)), inside(r, w.px)*(.07 + .10*gleam))
-    paint(w.image, rgb(face.clothes)*.35, .95*inside(np.minimum(np.abs(r) - .010, bar), 1.2*w.px))
+    if face.glasses == 0:
+        return
+    w = window(image, pose, -0.62, EYES - 0.24, 0.62, EYES + 0.24)
+    a, p = np.abs(np.abs(w.u) - face.spacing - 0.01), 2 if face.glasses < 0.16 else 4
+    r = (a**p + np.abs((w.v - EYES - 0.015) * 1.12) ** p) ** (1 / p) - face.glasses
+    bar = np.maximum(np.abs(w.v - EYES + 0.02) - 0.010, np.maximum(np.abs(w.u) - face.width, -r))
+    gleam = inside(
+        np.abs((w.u - face.spacing * np.sign(w.u)) * 0.8 + w.v * 0.7 + 0.10) - 0.022, 2 * w.px
+    )
+    paint(w.image, rgb((1, 1, 1)), inside(r, w.px) * (0.07 + 0.10 * gleam))
+    paint(
+        w.image,
+        rgb(face.clothes) * 0.35,
+        0.95 * inside(np.minimum(np.abs(r) - 0.010, bar), 1.2 * w.px),
+    )
 
 # %% ../nbs/03_talkers.ipynb #1664c3c1
 class Lips(NamedTuple):
     "A mouth's shape, in head units."
-    half: float      # half-width
-    gap_up: float    # how far the upper lip rises above the mouth's line, in the middle
+
+    half: float  # half-width
+    gap_up: float  # how far the upper lip rises above the mouth's line, in the middle
     gap_down: float  # how far the lower lip falls below it
-    upper: float     # thickness of the upper lip
-    lower: float     # thickness of the lower lip
-    corner: float    # how far the corners lie below the mouth's line
-    power: float     # exponent of the opening: small is round
+    upper: float  # thickness of the upper lip
+    lower: float  # thickness of the lower lip
+    corner: float  # how far the corners lie below the mouth's line
+    power: float  # exponent of the opening: small is round
 
-def tucked(mouth) -> float: "How far the lower lip is drawn under bared teeth, 0 to 1: *f*, *v*."; return float(mouth[3])*min(1., 4*float(mouth[5]))
 
-def lips_of(face:FaceShape, mouth) -> Lips:
+def tucked(mouth) -> float:
+    "How far the lower lip is drawn under bared teeth, 0 to 1: *f*, *v*."
+    return float(mouth[3]) * min(1.0, 4 * float(mouth[5]))
+
+
+def lips_of(face: FaceShape, mouth) -> Lips:
     "The shape of the lips for six mouth numbers."
     opening, width, rnd, teeth, tongue, press = map(float, mouth)
     tuck = tucked(mouth)
-    opening = max(opening, .22*teeth*(1 - press), .36*tongue*(1 - press))*(1 - .9*press*(1 - tuck))
-    half = face.mouth_width*(1 + (.20 if width > 0 else .12)*width - .42*rnd - .05*opening*(1 - width))
-    full = face.lips*(1 - .72*press)*(1 - .16*max(width, 0) + .30*rnd)
-    return Lips(half, .055*opening + .030*rnd*(1 - press) + .024*tuck, .175*opening*(1 - .5*tuck) + .012*rnd*(1 - press), .80*full*(1 - .2*tuck) + .02*tuck, full*(1.05 - .5*tuck),
-        -.030*max(width, 0) + .012*max(-width, 0) + .025*opening + .01*press, .80 - .32*rnd - .12*opening)
+    opening = max(opening, 0.22 * teeth * (1 - press), 0.36 * tongue * (1 - press)) * (
+        1 - 0.9 * press * (1 - tuck)
+    )
+    half = face.mouth_width * (
+        1 + (0.20 if width > 0 else 0.12) * width - 0.42 * rnd - 0.05 * opening * (1 - width)
+    )
+    full = face.lips * (1 - 0.72 * press) * (1 - 0.16 * max(width, 0) + 0.30 * rnd)
+    return Lips(
+        half,
+        0.055 * opening + 0.030 * rnd * (1 - press) + 0.024 * tuck,
+        0.175 * opening * (1 - 0.5 * tuck) + 0.012 * rnd * (1 - press),
+        0.80 * full * (1 - 0.2 * tuck) + 0.02 * tuck,
+        full * (1.05 - 0.5 * tuck),
+        -0.030 * max(width, 0) + 0.012 * max(-width, 0) + 0.025 * opening + 0.01 * press,
+        0.80 - 0.32 * rnd - 0.12 * opening,
+    )
 
 # %% ../nbs/03_talkers.ipynb #a8772dc6
 def draw_mouth(image, face, mouth, pose):
     "Folds of skin, lips, what is seen between them, and the seam when they meet."
     m, v0 = lips_of(face, mouth), mouth_v(face)
-    w = window(image, pose, -.47, v0 - .22, .47, v0 + .36)
-    x, y, gap = w.u/m.half, w.v - v0, m.gap_up + m.gap_down
-    arc, line = np.clip(1 - x*x, 0, None), m.corner*x*x
+    w = window(image, pose, -0.47, v0 - 0.22, 0.47, v0 + 0.36)
+    x, y, gap = w.u / m.half, w.v - v0, m.gap_up + m.gap_down
+    arc, line = np.clip(1 - x * x, 0, None), m.corner * x * x
     opening = arc**m.power
-    bow = 1 - .26*np.exp(-(x/.13)**2) + .06*np.exp(-((np.abs(x) - .3)/.2)**2)
-    roof, floor = line - m.gap_up*opening, line + m.gap_down*opening
-    top, bottom = roof - m.upper*bow*arc**.62, floor + m.lower*arc**.55
+    bow = 1 - 0.26 * np.exp(-((x / 0.13) ** 2)) + 0.06 * np.exp(-(((np.abs(x) - 0.3) / 0.2) ** 2))
+    roof, floor = line - m.gap_up * opening, line + m.gap_down * opening
+    top, bottom = roof - m.upper * bow * arc**0.62, floor + m.lower * arc**0.55
     _paint_folds(w, face, m, mouth, y, bottom)
-    lips = inside(np.maximum(top - y, y - bottom), 1.2*w.px)*inside(np.abs(w.u) - m.half, 1.5*w.px)
+    lips = inside(np.maximum(top - y, y - bottom), 1.2 * w.px) * inside(
+        np.abs(w.u) - m.half, 1.5 * w.px
+    )
     paint(w.image, _lip_colours(w, face, mouth, x, y, top, roof, floor, bottom), lips)
-    hole = inside(np.maximum(roof - y, y - floor), w.px)*inside(np.abs(w.u) - .985*m.half, w.px)*smoothstep(gap, .004, .03)
-    if gap > .004: _paint_inside(w, m, mouth, x, y, roof, floor, hole)
-    seam = smoothstep(.05 - gap, 0, .05)*inside(np.abs(y - line - .004*np.cos(x*6)) - .006 - .004*float(mouth[5]), 1.3*w.px)
-    paint(w.image, rgb(face.lip_colour)*.28, .9*seam*inside(np.abs(x) - 1.03, .05))
+    hole = (
+        inside(np.maximum(roof - y, y - floor), w.px)
+        * inside(np.abs(w.u) - 0.985 * m.half, w.px)
+        * smoothstep(gap, 0.004, 0.03)
+    )
+    if gap > 0.004:
+        _paint_inside(w, m, mouth, x, y, roof, floor, hole)
+    seam = smoothstep(0.05 - gap, 0, 0.05) * inside(
+        np.abs(y - line - 0.004 * np.cos(x * 6)) - 0.006 - 0.004 * float(mouth[5]), 1.3 * w.px
+    )
+    paint(w.image, rgb(face.lip_colour) * 0.28, 0.9 * seam * inside(np.abs(x) - 1.03, 0.05))
 
 # %% ../nbs/03_talkers.ipynb #f0098c8f
 def _paint_folds(w, face, m, mouth, y, bottom):
     "Skin round the mouth: the shadow of the lower lip, dimples, the folds from nose to mouth, a pucker."
     side, spread = np.abs(w.u), max(float(mouth[1]), 0)
-    fold = side - m.half - .035 - .05*(1 - np.clip(-y/.2, 0, 1)) + .10*np.clip(-y, 0, .25)
-    shadow = .42*np.exp(-((y - bottom - .030)/.024)**2)*(y > bottom - .01)*np.exp(-(w.u/(m.half*.72))**4)
-    shadow += (.35 + .25*spread)*blob(side, y, m.half + .012, m.corner, .020, .022)
-    shadow += (.14 + .22*spread + .10*float(mouth[0]))*np.exp(-(fold/.016)**2)*smoothstep(y, -.22, -.10)*smoothstep(-y, -.10, .02)
-    shadow += .22*float(mouth[2])*np.exp(-(((w.u/(m.half*1.5))**2 + (y/.16)**2 - 1)/.25)**2)
-    paint(w.image, rgb(face.skin)*rgb((.45, .38, .36)), np.clip(shadow, 0, .8))
+    fold = (
+        side - m.half - 0.035 - 0.05 * (1 - np.clip(-y / 0.2, 0, 1)) + 0.10 * np.clip(-y, 0, 0.25)
+    )
+    shadow = (
+        0.42
+        * np.exp(-(((y - bottom - 0.030) / 0.024) ** 2))
+        * (y > bottom - 0.01)
+        * np.exp(-((w.u / (m.half * 0.72)) ** 4))
+    )
+    shadow += (0.35 + 0.25 * spread) * blob(side, y, m.half + 0.012, m.corner, 0.020, 0.022)
+    shadow += (
+        (0.14 + 0.22 * spread + 0.10 * float(mouth[0]))
+        * np.exp(-((fold / 0.016) ** 2))
+        * smoothstep(y, -0.22, -0.10)
+        * smoothstep(-y, -0.10, 0.02)
+    )
+    shadow += (
+        0.22
+        * float(mouth[2])
+        * np.exp(-((((w.u / (m.half * 1.5)) ** 2 + (y / 0.16) ** 2 - 1) / 0.25) ** 2))
+    )
+    paint(w.image, rgb(face.skin) * rgb((0.45, 0.38, 0.36)), np.clip(shadow, 0, 0.8))
+
 
 def _lip_colours(w, face, mouth, x, y, top, roof, floor, bottom):
     "Two rolls of flesh, the lower one wet."
-    up = np.clip((y - top)/np.maximum(roof - top, 1e-3), 0, 1)               # 0 at the outer edge, 1 at the mouth
-    low = np.clip((bottom - y)/np.maximum(bottom - floor, 1e-3), 0, 1)
-    below = y > (roof + floor)/2
-    tone = np.where(below, .78 + 1.0*low*(1 - low) - .22*low**3, .84 - .30*up**2)
-    tone = tone*(1 - .10*x*x) + .03*np.sin(w.u*150)*(1 - np.abs(x))
-    wet = (.16 + .16*float(mouth[2]))*np.exp(-((low - .55)/.20)**2 - ((x - .18*face.light)/.33)**2)*below
-    return rgb(face.lip_colour)*tone + wet
+    up = np.clip(
+        (y - top) / np.maximum(roof - top, 1e-3), 0, 1
+    )  # 0 at the outer edge, 1 at the mouth
+    low = np.clip((bottom - y) / np.maximum(bottom - floor, 1e-3), 0, 1)
+    below = y > (roof + floor) / 2
+    tone = np.where(below, 0.78 + 1.0 * low * (1 - low) - 0.22 * low**3, 0.84 - 0.30 * up**2)
+    tone = tone * (1 - 0.10 * x * x) + 0.03 * np.sin(w.u * 150) * (1 - np.abs(x))
+    wet = (
+        (0.16 + 0.16 * float(mouth[2]))
+        * np.exp(-(((low - 0.55) / 0.20) ** 2) - ((x - 0.18 * face.light) / 0.33) ** 2)
+        * below
+    )
+    return rgb(face.lip_colour) * tone + wet
 
 # %% ../nbs/03_talkers.ipynb #38087d54
 def _paint_inside(w, m, mouth, x, y, roof, floor, hole):
     "Darkness, the tongue, the lower and the upper teeth."
     opening, width, rnd, teeth, tongue, _ = map(float, mouth)
-    gap, ends = m.gap_up + m.gap_down, np.clip(1 - x*x, 0, None)
-    paint(w.image, rgb((.16, .04, .04))*(.5 + .6*np.clip(1 - (y - roof)/.12, 0, 1)), hole)
-    hill = m.gap_down + m.corner*x*x - gap*(.30 + .56*tongue)*(.35 + .65*max(opening, tongue))*np.clip(1 - (x/.80)**2, 0, None)**.6
-    flesh = .62 + .45*np.exp(-((y - hill - .03)/.035)**2) - .12*np.exp(-(x/.07)**2)
-    paint(w.image, rgb((.86, .42, .42))*flesh, hole*inside(hill - y, 1.5*w.px)*smoothstep(opening + tongue, .12, .4))
-    ivory = rgb((.97, .95, .88))*((1 - .22*np.exp(-((np.abs((w.u + 10)/.062 % 1 - .5) - .5)/.10)**2))*(1 - .22*x*x))
-    low = min(.028, .2*gap)*max(teeth, .35*opening)*(1 + .4*width)*(1 - tucked(mouth))
-    high = .012*opening + min(.072, (.72 + .4*tucked(mouth))*gap)*teeth*(1 - .35*rnd)*(1 - .55*tongue)
-    paint(w.image, .80*ivory, hole*inside(floor - .010*opening - low - y, w.px)*smoothstep(low, .004, .012)*(1 - .8*tongue)*smoothstep(ends, .1, .4))
-    paint(w.image, ivory*(.72 + .28*smoothstep(y - roof, 0, .03)), hole*inside(y - roof - high*(.75 + .25*ends), w.px)*smoothstep(high, .008, .02)*smoothstep(ends, .05, .35))
+    gap, ends = m.gap_up + m.gap_down, np.clip(1 - x * x, 0, None)
+    paint(
+        w.image, rgb((0.16, 0.04, 0.04)) * (0.5 + 0.6 * np.clip(1 - (y - roof) / 0.12, 0, 1)), hole
+    )
+    hill = (
+        m.gap_down
+        + m.corner * x * x
+        - gap
+        * (0.30 + 0.56 * tongue)
+        * (0.35 + 0.65 * max(opening, tongue))
+        * np.clip(1 - (x / 0.80) ** 2, 0, None) ** 0.6
+    )
+    flesh = (
+        0.62
+        + 0.45 * np.exp(-(((y - hill - 0.03) / 0.035) ** 2))
+        - 0.12 * np.exp(-((x / 0.07) ** 2))
+    )
+    paint(
+        w.image,
+        rgb((0.86, 0.42, 0.42)) * flesh,
+        hole * inside(hill - y, 1.5 * w.px) * smoothstep(opening + tongue, 0.12, 0.4),
+    )
+    ivory = rgb((0.97, 0.95, 0.88)) * (
+        (1 - 0.22 * np.exp(-(((np.abs((w.u + 10) / 0.062 % 1 - 0.5) - 0.5) / 0.10) ** 2)))
+        * (1 - 0.22 * x * x)
+    )
+    low = (
+        min(0.028, 0.2 * gap) * max(teeth, 0.35 * opening) * (1 + 0.4 * width) * (1 - tucked(mouth))
+    )
+    high = 0.012 * opening + min(0.072, (0.72 + 0.4 * tucked(mouth)) * gap) * teeth * (
+        1 - 0.35 * rnd
+    ) * (1 - 0.55 * tongue)
+    paint(
+        w.image,
+        0.80 * ivory,
+        hole
+        * inside(floor - 0.010 * opening - low - y, w.px)
+        * smoothstep(low, 0.004, 0.012)
+        * (1 - 0.8 * tongue)
+        * smoothstep(ends, 0.1, 0.4),
+    )
+    paint(
+        w.image,
+        ivory * (0.72 + 0.28 * smoothstep(y - roof, 0, 0.03)),
+        hole
+        * inside(y - roof - high * (0.75 + 0.25 * ends), w.px)
+        * smoothstep(high, 0.008, 0.02)
+        * smoothstep(ends, 0.05, 0.35),
+    )
 
 # %% ../nbs/03_talkers.ipynb #eed88fb5
-def draw_face(face:FaceShape,
-              mouth, # (6,) open, width, round, teeth, tongue, press
-              expression:float, # brows and eyes, -1 to 1
-              pose, # (4,) dx, dy (fractions of the frame), roll (radians), scale
-              blink:float=0., # 1: eyes shut
-              size:int=160 # pixels
-             ) -> np.ndarray: # (size, size, 3) uint8
+def draw_face(
+    face: FaceShape,
+    mouth,  # (6,) open, width, round, teeth, tongue, press
+    expression: float,  # brows and eyes, -1 to 1
+    pose,  # (4,) dx, dy (fractions of the frame), roll (radians), scale
+    blink: float = 0.0,  # 1: eyes shut
+    size: int = 160,  # pixels
+) -> np.ndarray:  # (size, size, 3) uint8
     "One frame of a talker."
     layer, background = still_layer(face, size)
-    where = np.stack(_warp(face, float(mouth[0]), pose, size), -1).astype(np.float32)[None]/np.float32(REACH)
-    got = F.grid_sample(layer, torch.from_numpy(where), padding_mode="border", align_corners=False)[0].numpy()
-    image = got[:3] + (1 - got[3])*background
+    where = np.stack(_warp(face, float(mouth[0]), pose, size), -1).astype(np.float32)[
+        None
+    ] / np.float32(REACH)
+    got = F.grid_sample(layer, torch.from_numpy(where), padding_mode="border", align_corners=False)[
+        0
+    ].numpy()
+    image = got[:3] + (1 - got[3]) * background
     for side in (-1, 1):
         draw_eye(image, face, pose, side, float(expression), float(blink))
         draw_brow(image, face, pose, side, float(expression))
     draw_mouth(image, face, mouth, pose)
     draw_glasses(image, face, pose)
-    return np.ascontiguousarray((np.clip(image, 0, 1)*255 + .5).astype(np.uint8).transpose(1, 2, 0))
+    return np.ascontiguousarray(
+        (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+    )
 
 # %% ../nbs/03_talkers.ipynb #670fb610
-def face_points(face:FaceShape,
-                mouth, # (6,)
-                expression:float, # moves none of the five, taken so that the call reads like `draw_face`
-                pose, # (4,)
-                size:int=160
-               ) -> np.ndarray: # (5, 2) pixels: eye, eye, nose, mouth corner, mouth corner; image-left first
+def face_points(
+    face: FaceShape,
+    mouth,  # (6,)
+    expression: float,  # moves none of the five, taken so that the call reads like `draw_face`
+    pose,  # (4,)
+    size: int = 160,
+) -> np.ndarray:  # (5, 2) pixels: eye, eye, nose, mouth corner, mouth corner; image-left first
     "Where the drawing put the five points that alignment needs."
     m, v = lips_of(face, mouth), mouth_v(face)
-    at = [(-face.spacing, EYES), (face.spacing, EYES), (0, face.nose), (-m.half, v + m.corner), (m.half, v + m.corner)]
+    at = [
+        (-face.spacing, EYES),
+        (face.spacing, EYES),
+        (0, face.nose),
+        (-m.half, v + m.corner),
+        (m.half, v + m.corner),
+    ]
     return to_frame(at, pose, size)
 
 # %% ../nbs/03_talkers.ipynb #39f8c4a0
-def show_faces(pictures, # (H, W, 3) uint8 each
-               titles=(), # one a picture, or none
-               columns:int=8,
-               alt:str="drawn faces" # text alternative
-              ):
+def show_faces(
+    pictures,  # (H, W, 3) uint8 each
+    titles=(),  # one a picture, or none
+    columns: int = 8,
+    alt: str = "drawn faces",  # text alternative
+):
     "A grid of pictures."
     import io
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
-    rows, file = -(-len(pictures)//columns), io.BytesIO()
-    fig, axes = plt.subplots(rows, columns, figsize=(9, 9/columns*rows*(1.15 if titles else 1)), layout="constrained", squeeze=False, dpi=72)
-    for ax in axes.flat: ax.axis("off")
-    for ax, picture in zip(axes.flat, pictures): ax.imshow(picture)
-    for ax, title in zip(axes.flat, titles): ax.set_title(title, fontsize=8)
-    fig.savefig(file, format="jpeg"); plt.close(fig)
+
+    rows, file = -(-len(pictures) // columns), io.BytesIO()
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(9, 9 / columns * rows * (1.15 if titles else 1)),
+        layout="constrained",
+        squeeze=False,
+        dpi=72,
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, picture in zip(axes.flat, pictures):
+        ax.imshow(picture)
+    for ax, title in zip(axes.flat, titles):
+        ax.set_title(title, fontsize=8)
+    fig.savefig(file, format="jpeg")
+    plt.close(fig)
     display(Image(file.getvalue(), format="jpeg", alt=alt))
 
-REST, FRONT = (0, 0, 0, 0, 0, 0), (0, 0, 0, 1)   # a mouth at rest, a head in the middle
+
+REST, FRONT = (0, 0, 0, 0, 0, 0), (0, 0, 0, 1)  # a mouth at rest, a head in the middle
 
 # %% ../nbs/03_talkers.ipynb #9eb0f835
 class Locator(nn.Module):
     "Five points and a face-or-not logit from a small grey picture."
-    size = 80   # side of the picture it looks at
+
+    size = 80  # side of the picture it looks at
+
     def __init__(self):
         super().__init__()
-        block = lambda i, o, stride=1: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        self.fine = nn.Sequential(block(1, 16, 2), block(16, 32, 2), block(32, 32))                    # 20 × 20
-        self.coarse = nn.Sequential(block(32, 48, 2), block(48, 48), nn.Upsample(scale_factor=2))      # 10 × 10, then back
+        block = lambda i, o, stride=1: nn.Sequential(
+            nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
+        )
+        self.fine = nn.Sequential(block(1, 16, 2), block(16, 32, 2), block(32, 32))  # 20 × 20
+        self.coarse = nn.Sequential(
+            block(32, 48, 2), block(48, 48), nn.Upsample(scale_factor=2)
+        )  # 10 × 10, then back
         self.maps = nn.Sequential(nn.Conv2d(32 + 48, 32, 1), block(32, 32), nn.Conv2d(32, 5, 1))
         self.is_face = nn.Linear(48, 1)
-        self.register_buffer("axis", (torch.arange(20) + .5)/20, persistent=False)
+        self.register_buffer("axis", (torch.arange(20) + 0.5) / 20, persistent=False)
 
-    def heat(self, grey): # (B, 1, 80, 80) of any brightness → (B, 5, 20, 20) sums to 1, (B,) logit of there being a face
+    def heat(
+        self, grey
+    ):  # (B, 1, 80, 80) of any brightness → (B, 5, 20, 20) sums to 1, (B,) logit of there being a face
         "One heat map a point."
-        x = (grey - grey.mean((2, 3), keepdim=True))/(grey.std((2, 3), keepdim=True) + 1e-2)
+        x = (grey - grey.mean((2, 3), keepdim=True)) / (grey.std((2, 3), keepdim=True) + 1e-2)
         fine = self.fine(x)
         coarse = self.coarse(fine)
         p = self.maps(torch.cat([fine, coarse], 1)).flatten(2).softmax(-1).unflatten(-1, (20, 20))
         return p, self.is_face(coarse.amax((2, 3)))[:, 0]
 
-    def forward(self, grey): # (B, 1, 80, 80) → (B, 5, 2) fractions of the side, (B,) logit
+    def forward(self, grey):  # (B, 1, 80, 80) → (B, 5, 2) fractions of the side, (B,) logit
         "Soft-argmax of the heat maps."
         p, logit = self.heat(grey)
-        return torch.stack([(p.sum(2)*self.axis).sum(-1), (p.sum(3)*self.axis).sum(-1)], -1), logit
+        return torch.stack(
+            [(p.sum(2) * self.axis).sum(-1), (p.sum(3) * self.axis).sum(-1)], -1
+        ), logit
 
 # %% ../nbs/03_talkers.ipynb #98cdc947
-def face_pool(n:int, # pictures
-              seed:int,
-              per_face:int=4 # pictures of one face
-             ): # (n, 1, 160, 160) grey in [0, 1], (n, 5, 2) points as fractions of the side
+def face_pool(
+    n: int,  # pictures
+    seed: int,
+    per_face: int = 4,  # pictures of one face
+):  # (n, 1, 160, 160) grey in [0, 1], (n, 5, 2) points as fractions of the side
     "Random talkers in random poses."
     rng, pictures, points = np.random.default_rng(seed), [], []
     for i in range(n):
-        if i % per_face == 0: face = random_face(rng, rng.uniform())
+        if i % per_face == 0:
+            face = random_face(rng, rng.uniform())
         a, b = (np.array(VISEMES[k][1]) for k in rng.choice(list(VISEMES), 2))
-        shown = a + rng.uniform()*(b - a), rng.uniform(-1, 1), (*rng.uniform(-.07, .07, 2), rng.normal(0, .08), rng.uniform(.88, 1.1))
-        pictures.append(grey(draw_face(face, *shown, blink=float(rng.random() < .1))))
-        points.append((face_points(face, *shown) + .5)/160)
-    return torch.from_numpy(np.stack(pictures))[:, None]/255, torch.from_numpy(np.stack(points)).float()
+        shown = (
+            a + rng.uniform() * (b - a),
+            rng.uniform(-1, 1),
+            (*rng.uniform(-0.07, 0.07, 2), rng.normal(0, 0.08), rng.uniform(0.88, 1.1)),
+        )
+        pictures.append(grey(draw_face(face, *shown, blink=float(rng.random() < 0.1))))
+        points.append((face_points(face, *shown) + 0.5) / 160)
+    return torch.from_numpy(np.stack(pictures))[:, None] / 255, torch.from_numpy(
+        np.stack(points)
+    ).float()
 
 # %% ../nbs/03_talkers.ipynb #f5dd3368
 def _canvas(B, side, g):
     "(B, 1, side, side): black, or clouds of random size."
-    k = int(2**(1 + 5*torch.rand((), generator=g)))
-    clouds = F.interpolate(torch.rand(B, 1, k + 1, k + 1, generator=g), size=(side, side), mode="bilinear", align_corners=True)
-    return clouds*(torch.rand(B, 1, 1, 1, generator=g) > .4)
+    k = int(2 ** (1 + 5 * torch.rand((), generator=g)))
+    clouds = F.interpolate(
+        torch.rand(B, 1, k + 1, k + 1, generator=g),
+        size=(side, side),
+        mode="bilinear",
+        align_corners=True,
+    )
+    return clouds * (torch.rand(B, 1, 1, 1, generator=g) > 0.4)
 
-def scatter_faces(pictures, points, g:torch.Generator, side=80, no_face=.25):
+
+def scatter_faces(pictures, points, g: torch.Generator, side=80, no_face=0.25):
     "Throw (B, 1, S, S) pictures on random canvases: (B, 1, side, side), (B, 5, 2) fractions, (B,) 1 where a face is left."
-    B, u = len(pictures), lambda low, high: low + (high - low)*torch.rand(B, 1, generator=g)
-    at, zoom, angle, is_face = 2*points - 1, u(.5, 1.45), u(-.15, .15), torch.rand(B, generator=g) > no_face
+    B, u = len(pictures), lambda low, high: low + (high - low) * torch.rand(B, 1, generator=g)
+    at, zoom, angle, is_face = (
+        2 * points - 1,
+        u(0.5, 1.45),
+        u(-0.15, 0.15),
+        torch.rand(B, generator=g) > no_face,
+    )
     R = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], -1).reshape(B, 2, 2)
-    middle = (at.amax(1) + at.amin(1))/2
-    turned = (at - middle[:, None]) @ R*zoom[:, None]
-    room = (.92 - turned.abs().amax(1)).clamp(min=0)
-    centre = torch.cat([u(-1, 1), u(-1, 1)], 1)*room
+    middle = (at.amax(1) + at.amin(1)) / 2
+    turned = (at - middle[:, None]) @ R * zoom[:, None]
+    room = (0.92 - turned.abs().amax(1)).clamp(min=0)
+    centre = torch.cat([u(-1, 1), u(-1, 1)], 1) * room
     out = turned + centre[:, None]
-    axis = (torch.arange(2*side) + .5)/side - 1
+    axis = (torch.arange(2 * side) + 0.5) / side - 1
     pixel = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None] - centre[:, None, None]
-    where = (pixel.flatten(1, 2)/zoom[:, None] @ R.mT).unflatten(1, (2*side, 2*side)) + middle[:, None, None]
-    blot = (pixel - (out.mean(1) - centre)[:, None, None]).norm(dim=-1) > 1.6*turned.norm(dim=-1).amax(1)[:, None, None]*torch.where(u(0, 1) < .5, 1., 9.)[..., None]
+    where = (pixel.flatten(1, 2) / zoom[:, None] @ R.mT).unflatten(
+        1, (2 * side, 2 * side)
+    ) + middle[:, None, None]
+    blot = (pixel - (out.mean(1) - centre)[:, None, None]).norm(dim=-1) > 1.6 * turned.norm(
+        dim=-1
+    ).amax(1)[:, None, None] * torch.where(u(0, 1) < 0.5, 1.0, 9.0)[..., None]
     cover = (where.abs().amax(-1) < 1) & (is_face[:, None, None] | blot)
-    x = torch.where(cover[:, None], F.grid_sample(pictures, where, padding_mode="border", align_corners=False), _canvas(B, 2*side, g))
-    x = F.avg_pool2d(x, 2)*u(.5, 1.3)[..., None, None] + u(-.1, .2)[..., None, None]
-    return x + torch.randn(x.shape, generator=g)*u(0, .05)[..., None, None], (out + 1)/2, is_face.float()
+    x = torch.where(
+        cover[:, None],
+        F.grid_sample(pictures, where, padding_mode="border", align_corners=False),
+        _canvas(B, 2 * side, g),
+    )
+    x = F.avg_pool2d(x, 2) * u(0.5, 1.3)[..., None, None] + u(-0.1, 0.2)[..., None, None]
+    return (
+        x + torch.randn(x.shape, generator=g) * u(0, 0.05)[..., None, None],
+        (out + 1) / 2,
+        is_face.float(),
+    )
 
 # %% ../nbs/03_talkers.ipynb #a96427a3
-def train_locator(steps:int=1500, # optimiser steps
-                  batch:int=32, # pictures a step
-                  seed:int=0,
-                  progress:bool=True # show a bar
-                 ) -> Locator: # in evaluation mode
+def train_locator(
+    steps: int = 1500,  # optimiser steps
+    batch: int = 32,  # pictures a step
+    seed: int = 0,
+    progress: bool = True,  # show a bar
+) -> Locator:  # in evaluation mode
     "Draw a pool of talkers and learn to find their eyes, nose and mouth."
     from tqdm.auto import trange
+
     torch.manual_seed(seed := whole_seed(seed))
     g, model = torch.Generator().manual_seed(seed), Locator()
     pictures, points = face_pool(min(600, steps), seed)
     optim = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optim, 4e-3, total_steps=steps, pct_start=.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optim, 4e-3, total_steps=steps, pct_start=0.1)
     bar = trange(steps, disable=not progress, desc="locator")
     for _ in bar:
         pick = torch.randint(len(pictures), (batch,), generator=g)
         x, at, is_face = scatter_faces(pictures[pick], points[pick], g)
         guess, logit = model(x)
-        loss = 10*(guess - at)[is_face > 0].norm(dim=-1).mean() + F.binary_cross_entropy_with_logits(logit, is_face)
-        optim.zero_grad(); loss.backward(); optim.step(); schedule.step()
+        loss = 10 * (guess - at)[is_face > 0].norm(
+            dim=-1
+        ).mean() + F.binary_cross_entropy_with_logits(logit, is_face)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return model.eval()
 
 # %% ../nbs/03_talkers.ipynb #b6118fdf
 @torch.no_grad()
-def locate(locator:Locator,
-           frame, # (H, W, 3) uint8
-           x0:int, y0:int, side:int # a square window, px; what lies outside the frame is black
-          ): # (5, 2) pixels of the frame, probability of a face
+def locate(
+    locator: Locator,
+    frame,  # (H, W, 3) uint8
+    x0: int,
+    y0: int,
+    side: int,  # a square window, px; what lies outside the frame is black
+):  # (5, 2) pixels of the frame, probability of a face
     "One look of the locator at a part of a frame."
     h, w = frame.shape[:2]
-    cut = frame[max(y0, 0):min(y0 + side, h), max(x0, 0):min(x0 + side, w)]
-    x = F.pad(torch.from_numpy(grey(cut))[None, None]/255, (max(-x0, 0), max(x0 + side - w, 0), max(-y0, 0), max(y0 + side - h, 0)))
+    cut = frame[max(y0, 0) : min(y0 + side, h), max(x0, 0) : min(x0 + side, w)]
+    x = F.pad(
+        torch.from_numpy(grey(cut))[None, None] / 255,
+        (max(-x0, 0), max(x0 + side - w, 0), max(-y0, 0), max(y0 + side - h, 0)),
+    )
     x = F.interpolate(x, size=(locator.size, locator.size), mode="bilinear", antialias=True)
     points, logit = locator(x.to(locator.axis.device))
-    return points[0].cpu().numpy()*side + (x0, y0) - .5, float(logit.sigmoid())
+    return points[0].cpu().numpy() * side + (x0, y0) - 0.5, float(logit.sigmoid())
 
 # %% ../nbs/03_talkers.ipynb #6b45aa2a
 class LocatorBackend(FaceBackend):
     "Finds drawn faces with a trained `Locator`: once in the whole picture, once more in a closer look."
+
     name = "locator"
-    def __init__(self, locator:Locator): self.locator = locator
+
+    def __init__(self, locator: Locator):
+        self.locator = locator
+
     def detect(self, frame):
         "At most one face."
         (h, w), side = frame.shape[:2], max(frame.shape[:2])
-        points, score = locate(self.locator, frame, (w - side)//2, (h - side)//2, side)
-        if score < .5: return []
+        points, score = locate(self.locator, frame, (w - side) // 2, (h - side) // 2, side)
+        if score < 0.5:
+            return []
         eyes, mouth = points[:2].mean(0), points[3:].mean(0)
-        centre, span = (eyes + mouth)/2, np.linalg.norm(eyes - mouth)
-        side = int(3.4*span) + 8
-        points, _ = locate(self.locator, frame, *np.round(centre - side/2).astype(int).tolist(), side)
-        return [Face(np.concatenate([centre - 1.2*span, centre + 1.2*span]).astype(np.float32), points.astype(np.float32), score)]
+        centre, span = (eyes + mouth) / 2, np.linalg.norm(eyes - mouth)
+        side = int(3.4 * span) + 8
+        points, _ = locate(
+            self.locator, frame, *np.round(centre - side / 2).astype(int).tolist(), side
+        )
+        return [
+            Face(
+                np.concatenate([centre - 1.2 * span, centre + 1.2 * span]).astype(np.float32),
+                points.astype(np.float32),
+                score,
+            )
+        ]
 
 # %% ../nbs/03_talkers.ipynb #6932831c
-def locator_error(backend, n:int=60, seed:int=1000):
+def locator_error(backend, n: int = 60, seed: int = 1000):
     "Distance from found to true points, (found, 5) pixels of a 160-pixel frame, over `n` unseen talkers; missed ones are left out."
     rng, error = np.random.default_rng(seed), []
     for _ in range(n):
         face, mouth = random_face(rng), VISEMES[str(rng.choice(list(VISEMES)))][1]
-        shown = mouth, rng.uniform(-1, 1), (*rng.uniform(-.06, .06, 2), rng.normal(0, .06), rng.uniform(.9, 1.08))
+        shown = (
+            mouth,
+            rng.uniform(-1, 1),
+            (*rng.uniform(-0.06, 0.06, 2), rng.normal(0, 0.06), rng.uniform(0.9, 1.08)),
+        )
         found = backend.detect(draw_face(face, *shown))
-        if found: error.append(np.linalg.norm(found[0].points - face_points(face, *shown), axis=-1))
+        if found:
+            error.append(np.linalg.norm(found[0].points - face_points(face, *shown), axis=-1))
     return np.array(error).reshape(-1, 5)
 
 # %% ../nbs/03_talkers.ipynb #e87f3c6d
-def show_motion(moved, # (N,) how far something moved, px
-                alt:str="found against true motion", **found # name → (N,) how far it seemed to move
-               ):
+def show_motion(
+    moved,  # (N,) how far something moved, px
+    alt: str = "found against true motion",
+    **found,  # name → (N,) how far it seemed to move
+):
     "Found motion against true motion."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     fig, ax = plt.subplots(figsize=(6, 2.2), layout="constrained", dpi=72)
-    for (name, seen), colour in zip(found.items(), ("#D55E00", "#0072B2")): ax.plot(moved, seen, ".-", color=colour, label=name)
+    for (name, seen), colour in zip(found.items(), ("#D55E00", "#0072B2")):
+        ax.plot(moved, seen, ".-", color=colour, label=name)
     ax.plot(moved, moved, "k:", lw=1, label="truth")
-    ax.set(xlabel="talker moved, px", ylabel="nose moved, px"); ax.legend(frameon=False); ax.spines[["top", "right"]].set_visible(False)
-    display(fig, metadata={"alt": alt}); plt.close(fig)
+    ax.set(xlabel="talker moved, px", ylabel="nose moved, px")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    display(fig, metadata={"alt": alt})
+    plt.close(fig)
 
 # %% ../nbs/03_talkers.ipynb #4316d2aa
 class Talker(NamedTuple):
     "Somebody of the drawn world."
+
     seed: int
-    tract: float    # vocal-tract scale: formants are divided by it
-    f0: float       # mean pitch, Hz
+    tract: float  # vocal-tract scale: formants are divided by it
+    f0: float  # mean pitch, Hz
     face: FaceShape
 
-def make_talker(seed:int,
-                link:float=1. # how much the face says of the voice: 0 nothing, 1 almost everything
-               ) -> Talker:
+
+def make_talker(
+    seed: int,
+    link: float = 1.0,  # how much the face says of the voice: 0 nothing, 1 almost everything
+) -> Talker:
     "A talker from a seed; the same seed has the same voice whatever the link."
     rng = np.random.default_rng((seed, 0))
     tract, f0 = draw_voice(rng)
-    return Talker(seed, tract, f0, make_face(rng, 1/tract, np.log(f0), link))
+    return Talker(seed, tract, f0, make_face(rng, 1 / tract, np.log(f0), link))
 
 # %% ../nbs/03_talkers.ipynb #27eaadb7
-def sketch(length:float=0., # of the face, -1 short to 1 long: the vocal tract
-           weight:float=0., # of brow and jaw, -1 light to 1 heavy: the vocal folds
-           brows:float=0., # -1 down to 1 up: arousal
-           stranger:int=39, # seed of all that says nothing of the voice
-           text:str="hello"
-          ) -> tuple: # (160, 160, 3) uint8, (N,) float32 at 16 kHz
+def sketch(
+    length: float = 0.0,  # of the face, -1 short to 1 long: the vocal tract
+    weight: float = 0.0,  # of brow and jaw, -1 light to 1 heavy: the vocal folds
+    brows: float = 0.0,  # -1 down to 1 up: arousal
+    stranger: int = 39,  # seed of all that says nothing of the voice
+    text: str = "hello",
+) -> tuple:  # (160, 160, 3) uint8, (N,) float32 at 16 kHz
     "A face drawn by hand, and the voice that belongs to it."
     formants, log_f0 = voice_of(length, weight)
-    face = make_face(np.random.default_rng(stranger), formants, log_f0, 1.)
-    said = speak(text, 1/formants, math.exp(log_f0), [brows]*len(text.split()))
+    face = make_face(np.random.default_rng(stranger), formants, log_f0, 1.0)
+    said = speak(text, 1 / formants, math.exp(log_f0), [brows] * len(text.split()))
     return draw_face(face, REST, brows, FRONT), apply_loudness(said.wav, np.full(2, brows))
 
 # %% ../nbs/03_talkers.ipynb #7d9bc329
-def talker_widget(stranger:int=39, text:str="hello"):
+def talker_widget(stranger: int = 39, text: str = "hello"):
     "Sliders for a face, its picture and its voice."
     import io, soundfile
     import ipywidgets as W
     import matplotlib.pyplot as plt
-    dials = [W.FloatSlider(0., min=-1, max=1, step=.25, description=name, continuous_update=False) for name in ("length", "weight", "brows")]
-    picture, sound = W.Image(format="jpeg", width=240), W.Audio(format="wav", autoplay=False, loop=False)
+
+    dials = [
+        W.FloatSlider(0.0, min=-1, max=1, step=0.25, description=name, continuous_update=False)
+        for name in ("length", "weight", "brows")
+    ]
+    picture, sound = (
+        W.Image(format="jpeg", width=240),
+        W.Audio(format="wav", autoplay=False, loop=False),
+    )
+
     def follow(change=None):
         face, wav = sketch(*(d.value for d in dials), stranger, text)
         jpeg, pcm = io.BytesIO(), io.BytesIO()
-        plt.imsave(jpeg, face, format="jpeg"); soundfile.write(pcm, wav.clip(-1, 1), SAMPLE_RATE, format="WAV")
-        sound.autoplay, sound.value, picture.value = change is not None, pcm.getvalue(), jpeg.getvalue()
-    for d in dials: d.observe(follow, "value")
+        plt.imsave(jpeg, face, format="jpeg")
+        soundfile.write(pcm, wav.clip(-1, 1), SAMPLE_RATE, format="WAV")
+        sound.autoplay, sound.value, picture.value = (
+            change is not None,
+            pcm.getvalue(),
+            jpeg.getvalue(),
+        )
+
+    for d in dials:
+        d.observe(follow, "value")
     follow()
     return W.HBox([W.VBox([*dials, sound]), picture])
 
 # %% ../nbs/03_talkers.ipynb #298b6f90
-PAD = 0.15   # seconds before and after the sentence
+PAD = 0.15  # seconds before and after the sentence
+
 
 class Performance(NamedTuple):
     "A sentence said by a talker: the sound, and all that is known of it."
-    wav: np.ndarray         # (640 T,) float32, 16 kHz
+
+    wav: np.ndarray  # (640 T,) float32, 16 kHz
     text: str
-    phones: list            # of (symbol, start, end), seconds
-    levels: np.ndarray      # (words,) arousal of each word
+    phones: list  # of (symbol, start, end), seconds
+    levels: np.ndarray  # (words,) arousal of each word
     expression: np.ndarray  # (T,) float32, arousal in [−1, 1]
 
-def perform(rng:np.random.Generator,
-            talker:Talker,
-            text:str=None # drawn from the grammar if not given
-           ) -> Performance:
+
+def perform(
+    rng: np.random.Generator,
+    talker: Talker,
+    text: str = None,  # drawn from the grammar if not given
+) -> Performance:
     "Let a talker say a sentence with a random expression."
     text = text or make_sentence(rng)
     levels = draw_levels(rng, len(text.split()))
     said = speak(text, talker.tract, talker.f0, levels)
-    T, start = -(-(len(said.wav) + int(2*PAD*SAMPLE_RATE))//SAMPLES_PER_FRAME), int(PAD*SAMPLE_RATE)
-    phones, words = ([(x, a + PAD, b + PAD) for x, a, b in marks] for marks in (said.phones, said.words))
+    T, start = (
+        -(-(len(said.wav) + int(2 * PAD * SAMPLE_RATE)) // SAMPLES_PER_FRAME),
+        int(PAD * SAMPLE_RATE),
+    )
+    phones, words = (
+        [(x, a + PAD, b + PAD) for x, a, b in marks] for marks in (said.phones, said.words)
+    )
     expression = expression_track(levels, words, T)
-    wav = apply_loudness(np.pad(said.wav, (start, T*SAMPLES_PER_FRAME - start - len(said.wav))), expression)
-    noise = 10**(-65/20)*rng.standard_normal(len(wav), np.float32)
+    wav = apply_loudness(
+        np.pad(said.wav, (start, T * SAMPLES_PER_FRAME - start - len(said.wav))), expression
+    )
+    noise = 10 ** (-65 / 20) * rng.standard_normal(len(wav), np.float32)
     return Performance(np.clip(wav + noise, -1, 1), text, phones, levels, expression)
 
 # %% ../nbs/03_talkers.ipynb #014c2122
 class Nuisance(NamedTuple):
     "How strong each thing is that is seen and says nothing; 0 turns it off."
-    motion: float = 1.  # where the head is, and its drift
-    light: float = 1.   # brightness of the clip, and a gradient
-    noise: float = 1.   # of the sensor
-    blinks: float = 1.  # how often, in units of once in three seconds
+
+    motion: float = 1.0  # where the head is, and its drift
+    light: float = 1.0  # brightness of the clip, and a gradient
+    noise: float = 1.0  # of the sensor
+    blinks: float = 1.0  # how often, in units of once in three seconds
+
 
 def strengths(nuisance) -> Nuisance:
     "A number stands for all four."
-    return nuisance if isinstance(nuisance, Nuisance) else Nuisance(*[nuisance]*4)
+    return nuisance if isinstance(nuisance, Nuisance) else Nuisance(*[nuisance] * 4)
 
 # %% ../nbs/03_talkers.ipynb #edf9c905
-def head_motion(rng:np.random.Generator, n_frames:int,
-                strength:float=1. # 0: still and centred
-               ) -> np.ndarray: # (n_frames, 4) dx, dy (fractions of the width), roll (radians), scale
+def head_motion(
+    rng: np.random.Generator,
+    n_frames: int,
+    strength: float = 1.0,  # 0: still and centred
+) -> np.ndarray:  # (n_frames, 4) dx, dy (fractions of the width), roll (radians), scale
     "Where the head is: a place in the picture, and a slow drift about it."
-    drift = gaussian_filter1d(rng.standard_normal((n_frames + 60, 4)), 10, axis=0, mode="wrap")[30:-30]*(2*10*np.pi**.5)**.5
-    place = rng.uniform(-1, 1, 4)*(.035, .03, .03, .06)
-    return np.array([0, 0, 0, 1.]) + strength*(place + drift*(.010, .008, .018, .008))
+    drift = (
+        gaussian_filter1d(rng.standard_normal((n_frames + 60, 4)), 10, axis=0, mode="wrap")[30:-30]
+        * (2 * 10 * np.pi**0.5) ** 0.5
+    )
+    place = rng.uniform(-1, 1, 4) * (0.035, 0.03, 0.03, 0.06)
+    return np.array([0, 0, 0, 1.0]) + strength * (place + drift * (0.010, 0.008, 0.018, 0.008))
 
-def blinks(rng:np.random.Generator, n_frames:int, strength:float=1.) -> np.ndarray:
+
+def blinks(rng: np.random.Generator, n_frames: int, strength: float = 1.0) -> np.ndarray:
     "How far the lids are closed in each frame; at strength 1 about one blink every three seconds."
-    closed, shape = np.zeros(n_frames + 8), (.4, 1, 1, .6, .2)
-    for frame in np.flatnonzero(rng.random(n_frames) < strength/(3*FPS)): closed[frame:frame + 5] = np.maximum(closed[frame:frame + 5], shape)
+    closed, shape = np.zeros(n_frames + 8), (0.4, 1, 1, 0.6, 0.2)
+    for frame in np.flatnonzero(rng.random(n_frames) < strength / (3 * FPS)):
+        closed[frame : frame + 5] = np.maximum(closed[frame : frame + 5], shape)
     return closed[:n_frames]
 
-def light_and_noise(rng:np.random.Generator, frames:np.ndarray, light:float=1., noise:float=1.) -> np.ndarray:
+
+def light_and_noise(
+    rng: np.random.Generator, frames: np.ndarray, light: float = 1.0, noise: float = 1.0
+) -> np.ndarray:
     "A brightness and a gradient for the clip, and sensor noise for each pixel."
     T, H, W, _ = frames.shape
-    level, across, down = light*rng.uniform(-1, 1, 3)*(.15, .12, .08)
-    gain = 1 + level + across*np.linspace(-1, 1, W) + down*np.linspace(-1, 1, H)[:, None]
-    grain = noise*2.5*rng.standard_normal((T, H, W, 1), np.float32)
-    return np.clip(frames*gain[..., None].astype(np.float32) + grain + .5, 0, 255).astype(np.uint8)
+    level, across, down = light * rng.uniform(-1, 1, 3) * (0.15, 0.12, 0.08)
+    gain = 1 + level + across * np.linspace(-1, 1, W) + down * np.linspace(-1, 1, H)[:, None]
+    grain = noise * 2.5 * rng.standard_normal((T, H, W, 1), np.float32)
+    return np.clip(frames * gain[..., None].astype(np.float32) + grain + 0.5, 0, 255).astype(
+        np.uint8
+    )
 
 # %% ../nbs/03_talkers.ipynb #05153596
 class TalkerClip(NamedTuple):
     "A talker saying a sentence, and all that is known of it."
-    frames: np.ndarray      # (T, 160, 160, 3) uint8
-    wav: np.ndarray         # (640 T,) float32, 16 kHz
-    text: str
-    phones: list            # of (symbol, start, end), seconds
-    expression: np.ndarray  # (T,) float32 in [−1, 1]
-    factors: dict           # what JSON can hold of who and how
-    points: np.ndarray      # (T, 5, 2) true eyes, nose and mouth corners, pixels
 
-def factors(talker:Talker, said:Performance) -> dict:
+    frames: np.ndarray  # (T, 160, 160, 3) uint8
+    wav: np.ndarray  # (640 T,) float32, 16 kHz
+    text: str
+    phones: list  # of (symbol, start, end), seconds
+    expression: np.ndarray  # (T,) float32 in [−1, 1]
+    factors: dict  # what JSON can hold of who and how
+    points: np.ndarray  # (T, 5, 2) true eyes, nose and mouth corners, pixels
+
+
+def factors(talker: Talker, said: Performance) -> dict:
     "Who, and how: what a manifest keeps of a clip."
     rounded = lambda x: np.round(np.asarray(x, float), 4).tolist()
-    return dict(talker=talker.seed, tract=rounded(talker.tract), f0=rounded(talker.f0), levels=rounded(said.levels), expression=rounded(said.expression),
-                phones=[(symbol, rounded(start), rounded(end)) for symbol, start, end in said.phones])
+    return dict(
+        talker=talker.seed,
+        tract=rounded(talker.tract),
+        f0=rounded(talker.f0),
+        levels=rounded(said.levels),
+        expression=rounded(said.expression),
+        phones=[(symbol, rounded(start), rounded(end)) for symbol, start, end in said.phones],
+    )
 
 # %% ../nbs/03_talkers.ipynb #e9c8605c
-def make_clip(seed, # an integer, or a tuple of them
-              talker:Talker,
-              text:str=None, # drawn from the grammar if not given
-              nuisance=1. # a `Nuisance`, or a number for all of them; 0: none
-             ) -> TalkerClip:
+def make_clip(
+    seed,  # an integer, or a tuple of them
+    talker: Talker,
+    text: str = None,  # drawn from the grammar if not given
+    nuisance=1.0,  # a `Nuisance`, or a number for all of them; 0: none
+) -> TalkerClip:
     "Sound and picture of one sentence; the same arguments give the same bytes."
     rng, nuisance = np.random.default_rng(seed), strengths(nuisance)
     said = perform(rng, talker, text)
     T = len(said.expression)
-    mouth, pose, closed = mouth_track(said.phones, T), head_motion(rng, T, nuisance.motion), blinks(rng, T, nuisance.blinks)
+    mouth, pose, closed = (
+        mouth_track(said.phones, T),
+        head_motion(rng, T, nuisance.motion),
+        blinks(rng, T, nuisance.blinks),
+    )
     frames = [draw_face(talker.face, *shown) for shown in zip(mouth, said.expression, pose, closed)]
     points = [face_points(talker.face, *shown) for shown in zip(mouth, said.expression, pose)]
     frames = light_and_noise(rng, np.stack(frames), nuisance.light, nuisance.noise)
-    return TalkerClip(frames, said.wav, said.text, said.phones, said.expression, factors(talker, said), np.stack(points))
+    return TalkerClip(
+        frames,
+        said.wav,
+        said.text,
+        said.phones,
+        said.expression,
+        factors(talker, said),
+        np.stack(points),
+    )
 
 # %% ../nbs/03_talkers.ipynb #0f496cab
-def show_strip(clip:TalkerClip,
-               n:int=9 # frames shown
-              ):
+def show_strip(
+    clip: TalkerClip,
+    n: int = 9,  # frames shown
+):
     "Frames over waveform and phonemes on one time axis, and a player."
     import io
     import matplotlib.pyplot as plt
     from IPython.display import Audio, Image, display
-    T, seconds, file = len(clip.frames), len(clip.wav)/SAMPLE_RATE, io.BytesIO()
-    fig, (top, low) = plt.subplots(2, 1, figsize=(9, 2.7), height_ratios=[1.15, 1], layout="constrained", dpi=80)
-    top.imshow(np.concatenate(clip.frames[((np.arange(n) + .5)*T/n).astype(int)], 1), extent=(0, seconds, 0, 1), aspect="auto")
-    top.axis("off"); top.set_title(clip.text)
-    low.plot(np.arange(len(clip.wav))/SAMPLE_RATE, clip.wav, lw=.4, color="#0072B2", label="sound")
-    low.plot((np.arange(T) + .5)/FPS, .5*clip.expression, lw=1.5, color="#D55E00", label="expression")
-    for symbol, start, end in clip.phones: low.text((start + end)/2, .62, symbol, ha="center", fontsize=7)
-    low.set(xlim=(0, seconds), ylim=(-.75, .75), yticks=[], xlabel="seconds"); low.legend(fontsize=7, ncol=2, loc="lower right", frameon=False)
+
+    T, seconds, file = len(clip.frames), len(clip.wav) / SAMPLE_RATE, io.BytesIO()
+    fig, (top, low) = plt.subplots(
+        2, 1, figsize=(9, 2.7), height_ratios=[1.15, 1], layout="constrained", dpi=80
+    )
+    top.imshow(
+        np.concatenate(clip.frames[((np.arange(n) + 0.5) * T / n).astype(int)], 1),
+        extent=(0, seconds, 0, 1),
+        aspect="auto",
+    )
+    top.axis("off")
+    top.set_title(clip.text)
+    low.plot(
+        np.arange(len(clip.wav)) / SAMPLE_RATE, clip.wav, lw=0.4, color="#0072B2", label="sound"
+    )
+    low.plot(
+        (np.arange(T) + 0.5) / FPS,
+        0.5 * clip.expression,
+        lw=1.5,
+        color="#D55E00",
+        label="expression",
+    )
+    for symbol, start, end in clip.phones:
+        low.text((start + end) / 2, 0.62, symbol, ha="center", fontsize=7)
+    low.set(xlim=(0, seconds), ylim=(-0.75, 0.75), yticks=[], xlabel="seconds")
+    low.legend(fontsize=7, ncol=2, loc="lower right", frameon=False)
     low.spines[["top", "right", "left"]].set_visible(False)
-    fig.savefig(file, format="jpeg"); plt.close(fig)
-    display(Image(file.getvalue(), format="jpeg", alt=f"{n} frames of a drawn talker above the waveform of: {clip.text}"))
+    fig.savefig(file, format="jpeg")
+    plt.close(fig)
+    display(
+        Image(
+            file.getvalue(),
+            format="jpeg",
+            alt=f"{n} frames of a drawn talker above the waveform of: {clip.text}",
+        )
+    )
     display(Audio(np.clip(clip.wav, -1, 1), rate=SAMPLE_RATE, normalize=False))
 
 # %% ../nbs/03_talkers.ipynb #958bfc15
-def write_clip(clip:TalkerClip, path, overwrite:bool=False):
+def write_clip(clip: TalkerClip, path, overwrite: bool = False):
     "Write a clip as an ordinary mp4 (H.264, and AAC at 16 kHz)."
     write_video(path, clip.frames, clip.wav, overwrite=overwrite)
 
-def split_of(talker:int) -> str:
+
+def split_of(talker: int) -> str:
     "Talkers 7, 15, 23 … are for testing, 6, 14, 22 … for validation."
     return {7: "test", 6: "val"}.get(talker % 8, "train")
 
-def _corpus_line(job:tuple) -> dict:
+
+def _corpus_line(job: tuple) -> dict:
     "Make one clip of a corpus, unless its file is there, and return its line of the manifest."
     folder, world, nuisance, number, k = job
     torch.set_num_threads(1)
-    talker, name = make_talker(10_000*world["seed"] + number, world["link"]), f"t{number:04d}_{k:03d}"
-    clip_seed, path = (world["seed"], number, k), folder/f"{name}.mp4"
+    talker, name = (
+        make_talker(10_000 * world["seed"] + number, world["link"]),
+        f"t{number:04d}_{k:03d}",
+    )
+    clip_seed, path = (world["seed"], number, k), folder / f"{name}.mp4"
     if path.exists():
         said = perform(np.random.default_rng(clip_seed), talker)
         text, known = said.text, factors(talker, said)
@@ -1159,33 +1943,58 @@ def _corpus_line(job:tuple) -> dict:
         clip = make_clip(clip_seed, talker, nuisance=nuisance)
         write_clip(clip, path)
         text, known = clip.text, clip.factors
-    return dict(name=name, path=path.name, speaker=f"t{number:04d}", text=text, split=split_of(number), link=world["link"], nuisance=world["nuisance"]) | known
+    return (
+        dict(
+            name=name,
+            path=path.name,
+            speaker=f"t{number:04d}",
+            text=text,
+            split=split_of(number),
+            link=world["link"],
+            nuisance=world["nuisance"],
+        )
+        | known
+    )
 
 # %% ../nbs/03_talkers.ipynb #c91acbdb
-def _same_world(path:Path, world:dict):
+def _same_world(path: Path, world: dict):
     "Write down what a corpus is made from, or check that this folder was made from the same."
     if path.exists():
-        if (old := json.loads(path.read_text())) != world: raise CorpusError(path.parent, f"holds another world, {old}", f"Give another folder for {world}")
+        if (old := json.loads(path.read_text())) != world:
+            raise CorpusError(
+                path.parent, f"holds another world, {old}", f"Give another folder for {world}"
+            )
     else:
-        with atomic_path(path) as tmp: tmp.write_text(json.dumps(world))
+        with atomic_path(path) as tmp:
+            tmp.write_text(json.dumps(world))
 
 # %% ../nbs/03_talkers.ipynb #91b0ef7d
-def make_corpus(folder, # where to; may hold part of the same corpus already
-                n_talkers:int,
-                n_clips:int, # of each talker
-                seed:int=0, # of the whole world
-                first_talker:int=0,
-                link:float=1., # how much faces say of voices
-                nuisance=1., # a `Nuisance`, or a number for all of them
-                workers:int=2 # processes; 1: this one
-               ) -> Path: # the manifest
+def make_corpus(
+    folder,  # where to; may hold part of the same corpus already
+    n_talkers: int,
+    n_clips: int,  # of each talker
+    seed: int = 0,  # of the whole world
+    first_talker: int = 0,
+    link: float = 1.0,  # how much faces say of voices
+    nuisance=1.0,  # a `Nuisance`, or a number for all of them
+    workers: int = 2,  # processes; 1: this one
+) -> Path:  # the manifest
     "Write a corpus of talkers as mp4 files and a manifest; files that are there already are kept."
     folder, seed = Path(folder), whole_seed(seed)
-    world = dict(seed=seed, link=link, nuisance=nuisance._asdict() if isinstance(nuisance, Nuisance) else nuisance)
-    _same_world(folder/"world.json", world)
-    jobs = [(folder, world, nuisance, number, k) for number in range(first_talker, first_talker + n_talkers) for k in range(n_clips)]
+    world = dict(
+        seed=seed,
+        link=link,
+        nuisance=nuisance._asdict() if isinstance(nuisance, Nuisance) else nuisance,
+    )
+    _same_world(folder / "world.json", world)
+    jobs = [
+        (folder, world, nuisance, number, k)
+        for number in range(first_talker, first_talker + n_talkers)
+        for k in range(n_clips)
+    ]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         made = pool.map(_corpus_line, jobs, chunksize=4) if workers > 1 else map(_corpus_line, jobs)
         lines = list(tqdm(made, total=len(jobs), desc="talkers", unit="clip"))
-    with atomic_path(folder/"manifest.jsonl", overwrite=True) as tmp: tmp.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder/"manifest.jsonl"
+    with atomic_path(folder / "manifest.jsonl", overwrite=True) as tmp:
+        tmp.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "manifest.jsonl"

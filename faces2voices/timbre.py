@@ -25,9 +25,10 @@ from .talkers import LINKED, draw_face, face_points, head_motion, make_talker, p
 from .video import align_face
 
 # %% ../nbs/08_timbre.ipynb #8ce0afc4
-def masked_mean(h, # (B, T, D)
-                mask # (B, T) bool
-               ): # (B, D)
+def masked_mean(
+    h,  # (B, T, D)
+    mask,  # (B, T) bool
+):  # (B, D)
     "Mean over the frames that are not padding."
     m = mask[..., None].to(h.dtype)
     return (h * m).sum(1) / m.sum(1).clamp(min=1)
@@ -35,363 +36,549 @@ def masked_mean(h, # (B, T, D)
 # %% ../nbs/08_timbre.ipynb #51f2bdd1
 class SpeakerEncoder(nn.Module):
     "A d-vector: three convolutions (100 → 25 Hz), a GRU, the mean over time, a point on the unit sphere."
-    def __init__(self, speaker_dim:int=256, # size of the embedding
-                 width:int=128 # channels of the convolutions and the GRU
-                ):
+
+    def __init__(
+        self,
+        speaker_dim: int = 256,  # size of the embedding
+        width: int = 128,  # channels of the convolutions and the GRU
+    ):
         super().__init__()
-        self.convs = nn.ModuleList([nn.Conv1d(80, width, 5, 2, 2), nn.Conv1d(width, width, 5, 2, 2), nn.Conv1d(width, width, 3, 1, 1)])
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv1d(80, width, 5, 2, 2),
+                nn.Conv1d(width, width, 5, 2, 2),
+                nn.Conv1d(width, width, 3, 1, 1),
+            ]
+        )
         self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in self.convs])
         self.gru = nn.GRU(width, width, batch_first=True)
         self.out = nn.Linear(width, speaker_dim)
 
 # %% ../nbs/08_timbre.ipynb #61501708
 @patch
-def forward(self:SpeakerEncoder, mel, # (B, 80, L) normalised ln mel
-            mask=None  # (B, L) bool; None: no padding
-           ): # (B, speaker_dim), unit norm
+def forward(
+    self: SpeakerEncoder,
+    mel,  # (B, 80, L) normalised ln mel
+    mask=None,  # (B, L) bool; None: no padding
+):  # (B, speaker_dim), unit norm
     "The embedding of the voice in each mel spectrogram."
     h = mel.transpose(1, 2)
-    if mask is None: mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+    if mask is None:
+        mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
     for conv, norm in zip(self.convs, self.norms):
         h = conv((h * mask[..., None]).transpose(1, 2)).transpose(1, 2)
-        h, mask = F.relu(norm(h)), mask[:, ::conv.stride[0]]
+        h, mask = F.relu(norm(h)), mask[:, :: conv.stride[0]]
     return F.normalize(self.out(masked_mean(self.gru(h)[0], mask)), dim=-1)
 
 # %% ../nbs/08_timbre.ipynb #5113518c
-def ge2e_similarity(embeddings, # (S, U, D) S speakers, U ≥ 2 utterances each, unit norm
-                    w=10.,      # scale, > 0
-                    b=-5.       # offset
-                   ): # (S, U, S): of each utterance to each speaker's centroid
+def ge2e_similarity(
+    embeddings,  # (S, U, D) S speakers, U ≥ 2 utterances each, unit norm
+    w=10.0,  # scale, > 0
+    b=-5.0,  # offset
+):  # (S, U, S): of each utterance to each speaker's centroid
     "Scaled cosine to every centroid (Wan et al. Eq. 5, 9); an utterance is left out of its own speaker's centroid (Eq. 8)."
     S, U, D = embeddings.shape
-    total = embeddings.sum(1)                                         # U · c_k
+    total = embeddings.sum(1)  # U · c_k
     sim = torch.einsum("sud,kd->suk", embeddings, F.normalize(total, dim=-1))
     own = (embeddings * F.normalize(total[:, None] - embeddings, dim=-1)).sum(-1)
     diagonal = torch.eye(S, dtype=torch.bool, device=sim.device)[:, None]
     return w * torch.where(diagonal, own[..., None], sim) + b
 
 # %% ../nbs/08_timbre.ipynb #35d8f6c2
-def ge2e_loss(embeddings, # (S, U, D) S speakers, U ≥ 2 utterances each, unit norm
-              w=10.,      # scale, > 0
-              b=-5.       # offset
-             ): # scalar: mean over utterances
+def ge2e_loss(
+    embeddings,  # (S, U, D) S speakers, U ≥ 2 utterances each, unit norm
+    w=10.0,  # scale, > 0
+    b=-5.0,  # offset
+):  # scalar: mean over utterances
     "Generalized end-to-end loss, softmax variant (Wan et al. Eq. 6): pick the own speaker's centroid among all."
     sim = ge2e_similarity(embeddings, w, b)
     own = torch.arange(len(sim), device=sim.device)[:, None].expand(sim.shape[:2])
     return F.cross_entropy(sim.flatten(0, 1), own.flatten())
 
 # %% ../nbs/08_timbre.ipynb #831900b0
-def random_window(clips, # of one speaker, (80, L) normalised mels
-                  window:int, generator # frames; torch.Generator
-                 ): # (80, window), (window,) bool
+def random_window(
+    clips,  # of one speaker, (80, L) normalised mels
+    window: int,
+    generator,  # frames; torch.Generator
+):  # (80, window), (window,) bool
     "A random stretch of a random clip; what is shorter than a window is padded."
     pick = lambda n: int(torch.randint(n, (), generator=generator))
     clip = clips[pick(len(clips))]
     start = pick(max(clip.shape[1] - window, 0) + 1)
-    part = clip[:, start:start + window]
+    part = clip[:, start : start + window]
     return F.pad(part, (0, window - part.shape[1])), torch.arange(window) < part.shape[1]
 
 # %% ../nbs/08_timbre.ipynb #20d28975
-def draw_windows(mels_by_speaker, # per speaker, a list of (80, L) normalised mels
-                 speakers:int, utterances:int, # S, U
-                 window:int, generator # as in `random_window`
-                ): # mel (S·U, 80, window), mask (S·U, window)
+def draw_windows(
+    mels_by_speaker,  # per speaker, a list of (80, L) normalised mels
+    speakers: int,
+    utterances: int,  # S, U
+    window: int,
+    generator,  # as in `random_window`
+):  # mel (S·U, 80, window), mask (S·U, window)
     "Random windows of random speakers."
     chosen = torch.randperm(len(mels_by_speaker), generator=generator)[:speakers].tolist()
-    mel, mask = zip(*(random_window(mels_by_speaker[k], window, generator) for k in chosen for _ in range(utterances)))
+    mel, mask = zip(
+        *(
+            random_window(mels_by_speaker[k], window, generator)
+            for k in chosen
+            for _ in range(utterances)
+        )
+    )
     return torch.stack(mel), torch.stack(mask)
 
 # %% ../nbs/08_timbre.ipynb #4c48bbe3
-def descend(params, loss_of, # what learns; generator → scalar
-            steps:int, lr:float, seed:int=0, desc:str="" # optimiser steps, peak learning rate; of the draws; on the progress bar
-           ) -> list: # losses
+def descend(
+    params,
+    loss_of,  # what learns; generator → scalar
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    desc: str = "",  # optimiser steps, peak learning rate; of the draws; on the progress bar
+) -> list:  # losses
     "AdamW under a one-cycle schedule; neither touches nor depends on the global generator."
     seed = whole_seed(seed)
     params, losses, generator = list(params), [], torch.Generator().manual_seed(seed)
     opt = torch.optim.AdamW(params, lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)                                       # of dropout
+        torch.manual_seed(seed)  # of dropout
         for _ in (bar := tqdm(range(steps), desc=desc)):
             loss = loss_of(generator)
-            opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
-            losses.append(loss.item()); bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            schedule.step()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
     return losses
 
 # %% ../nbs/08_timbre.ipynb #9ea3ee47
-def seeded(seed:int, make): # what `make()` gives
+def seeded(seed: int, make):  # what `make()` gives
     "Make something with the global generator at a seed, and leave the generator as it was."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(whole_seed(seed))
         return make()
 
 # %% ../nbs/08_timbre.ipynb #4088709b
-def train_speaker_encoder(mels_by_speaker,  # dict or list: per speaker, a list of (80, L) normalised mels
-                          steps:int=400, batch:int=64, lr:float=1e-3, # optimiser steps, windows in each, peak learning rate
-                          utterances:int=4, # U, windows a speaker
-                          window:int=120,   # frames of a window (1.2 s)
-                          device="cpu",     # where to train
-                          seed:int=0        # of weights and draws
-                         ): # (SpeakerEncoder in eval mode, list of losses)
+def train_speaker_encoder(
+    mels_by_speaker,  # dict or list: per speaker, a list of (80, L) normalised mels
+    steps: int = 400,
+    batch: int = 64,
+    lr: float = 1e-3,  # optimiser steps, windows in each, peak learning rate
+    utterances: int = 4,  # U, windows a speaker
+    window: int = 120,  # frames of a window (1.2 s)
+    device="cpu",  # where to train
+    seed: int = 0,  # of weights and draws
+):  # (SpeakerEncoder in eval mode, list of losses)
     "Train a speaker encoder with the GE2E loss; `w` and `b` are learned beside it and dropped."
     mels = list(mels_by_speaker.values() if isinstance(mels_by_speaker, dict) else mels_by_speaker)
-    encoder, S = seeded(seed, SpeakerEncoder).to(device), min(max(1, batch//utterances), len(mels))
-    w, b = (nn.Parameter(torch.tensor(v, device=device)) for v in (10., -5.))
+    encoder, S = (
+        seeded(seed, SpeakerEncoder).to(device),
+        min(max(1, batch // utterances), len(mels)),
+    )
+    w, b = (nn.Parameter(torch.tensor(v, device=device)) for v in (10.0, -5.0))
+
     def loss(generator):
         mel, mask = draw_windows(mels, S, utterances, window, generator)
-        return ge2e_loss(encoder(mel.to(device), mask.to(device)).unflatten(0, (S, utterances)), w.clamp(min=1e-6), b)
+        return ge2e_loss(
+            encoder(mel.to(device), mask.to(device)).unflatten(0, (S, utterances)),
+            w.clamp(min=1e-6),
+            b,
+        )
+
     losses = descend([*encoder.parameters(), w, b], loss, steps, lr, seed, "speaker encoder")
     return encoder.eval(), losses
 
 # %% ../nbs/08_timbre.ipynb #4c26b959
-def sentence(talker, # Talker
-             k:int   # which of the talker's sentences
-            ): # (640 T,) sound
+def sentence(
+    talker,  # Talker
+    k: int,  # which of the talker's sentences
+):  # (640 T,) sound
     "A random sentence of a talker, with a random expression."
     return torch.from_numpy(perform(np.random.default_rng((talker.seed, k)), talker).wav)
 
 # %% ../nbs/08_timbre.ipynb #807dde2b
 @torch.no_grad()
-def embed_voices(encoder, # SpeakerEncoder
-                 mels     # per talker, K normalised mels (80, L)
-                ): # (N, K, D), unit norm
+def embed_voices(
+    encoder,  # SpeakerEncoder
+    mels,  # per talker, K normalised mels (80, L)
+):  # (N, K, D), unit norm
     "The embedding of every clip of every talker."
     return torch.stack([torch.cat([encoder(m[None]) for m in clips]) for clips in mels])
 
 # %% ../nbs/08_timbre.ipynb #617a1a1d
 class Retrieval(NamedTuple):
     "How often the right voice is found among all."
-    rank1: float       # share of queries whose own voice is the nearest
-    median_rank: float # 1 is best
-    chance: float      # rank1 of a guess, 1/N
+
+    rank1: float  # share of queries whose own voice is the nearest
+    median_rank: float  # 1 is best
+    chance: float  # rank1 of a guess, 1/N
     ranks: torch.Tensor
 
-def retrieval(pred, # (N, D) unit norm: embeddings from faces
-              true  # (N, D) unit norm: embeddings from voices, row for row
-             ) -> Retrieval:
+
+def retrieval(
+    pred,  # (N, D) unit norm: embeddings from faces
+    true,  # (N, D) unit norm: embeddings from voices, row for row
+) -> Retrieval:
     "Rank of each face's own voice among all voices, by cosine."
     sim = pred @ true.T
     ranks = 1 + (sim > sim.diagonal()[:, None]).sum(1)
-    return Retrieval((ranks == 1).float().mean().item(), ranks.float().median().item(), 1/len(sim), ranks)
+    return Retrieval(
+        (ranks == 1).float().mean().item(), ranks.float().median().item(), 1 / len(sim), ranks
+    )
 
 # %% ../nbs/08_timbre.ipynb #99b84663
-def line_up(ranks, # (N,) rank of each one's own voice among all N
-            n:int=20 # voices in a line-up: one's own and n − 1 others
-           ): # (N, n): column k − 1 holds the chance that one's own is among the first k
+def line_up(
+    ranks,  # (N,) rank of each one's own voice among all N
+    n: int = 20,  # voices in a line-up: one's own and n − 1 others
+):  # (N, n): column k − 1 holds the chance that one's own is among the first k
     "From ranks among all to what is expected of random line-ups of `n`: hypergeometric."
     from scipy.stats import hypergeom
+
     N, ranks = len(ranks), np.asarray(ranks)[:, None]
     return hypergeom.cdf(np.arange(n), N - 1, ranks - 1, n - 1)
 
 # %% ../nbs/08_timbre.ipynb #b0a29a8f
-def show_voices(embeddings, # (N, D)
-                **factors   # name = (N,) what to colour by
-               ):
+def show_voices(
+    embeddings,  # (N, D)
+    **factors,  # name = (N,) what to colour by
+):
     "Embeddings on their two principal axes, one panel a factor."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     at = torch.pca_lowrank(embeddings, 2)[0]
-    fig, axs = plt.subplots(1, len(factors), figsize=(4*len(factors), 3.2), squeeze=False, layout="constrained")
+    fig, axs = plt.subplots(
+        1, len(factors), figsize=(4 * len(factors), 3.2), squeeze=False, layout="constrained"
+    )
     for ax, (name, value) in zip(axs[0], factors.items()):
         fig.colorbar(ax.scatter(*at.T, c=value, cmap="viridis", s=24), ax=ax, label=name)
         ax.set(xticks=[], yticks=[], title=f"coloured by {name}")
-    display(fig, metadata={"alt": f"One dot a talker on the two principal axes of the embeddings, coloured by {' and by '.join(factors)}"}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": f"One dot a talker on the two principal axes of the embeddings, coloured by {' and by '.join(factors)}"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/08_timbre.ipynb #aead8192
-def speech_part(wav, # (N,) at 16 kHz
-                below:float=35., # dB under the loud parts, where speech ends
-                pause:int=8 # frames of 20 ms that are kept on each side of it
-               ) -> torch.Tensor: # (n,), n ≤ N, a multiple of 320
+def speech_part(
+    wav,  # (N,) at 16 kHz
+    below: float = 35.0,  # dB under the loud parts, where speech ends
+    pause: int = 8,  # frames of 20 ms that are kept on each side of it
+) -> torch.Tensor:  # (n,), n ≤ N, a multiple of 320
     "The sound without its long pauses; the loud parts are the loudest twentieth of all that is no silence."
-    wav = wav[:len(wav)//320*320]
+    wav = wav[: len(wav) // 320 * 320]
     e = energy(wav)
     heard = e[e > math.log(1e-4)]
-    if not len(heard): return wav[:0]
-    on = (e > heard.quantile(.95) - below*math.log(10)/20).float()
-    wide = F.max_pool1d(on[None], 2*pause + 1, 1, pause)[0] > 0
+    if not len(heard):
+        return wav[:0]
+    on = (e > heard.quantile(0.95) - below * math.log(10) / 20).float()
+    wide = F.max_pool1d(on[None], 2 * pause + 1, 1, pause)[0] > 0
     return wav[wide.repeat_interleave(320)]
 
-def to_loudness(wav, # (N,)
-                decibels:float # of the root mean square; 0 is full scale
-               ) -> torch.Tensor: # (N,)
+
+def to_loudness(
+    wav,  # (N,)
+    decibels: float,  # of the root mean square; 0 is full scale
+) -> torch.Tensor:  # (N,)
     "The sound, made louder or quieter."
-    return wav*10**(decibels/20)/wav.square().mean().sqrt().clamp(min=1e-8)
+    return wav * 10 ** (decibels / 20) / wav.square().mean().sqrt().clamp(min=1e-8)
 
 # %% ../nbs/08_timbre.ipynb #bd88c3c4
 @lru_cache(maxsize=1)
 def _resemblyzer():
     "Resemblyzer's encoder, loaded once; its weights are in the package."
-    try: from resemblyzer import VoiceEncoder
-    except ImportError as e: raise ToolMissingError("resemblyzer", "is not installed", "pip install faces2voices[judges]") from e
+    try:
+        from resemblyzer import VoiceEncoder
+    except ImportError as e:
+        raise ToolMissingError(
+            "resemblyzer", "is not installed", "pip install faces2voices[judges]"
+        ) from e
     return VoiceEncoder("cpu", verbose=False)
 
-def real_voice(wav # (N,) at 16 kHz
-              ) -> torch.Tensor: # (256,), unit norm, nothing negative
+
+def real_voice(
+    wav,  # (N,) at 16 kHz
+) -> torch.Tensor:  # (256,), unit norm, nothing negative
     "The GE2E embedding of real speech by Resemblyzer, an encoder that had no part in our training."
     return torch.from_numpy(_resemblyzer().embed_utterance(torch.as_tensor(wav).float().numpy()))
 
 # %% ../nbs/08_timbre.ipynb #437492d4
 class FaceEncoder(nn.Module):
     "A small CNN on an aligned face, halved first; where things are matters, so the last map is flattened and not pooled."
-    def __init__(self, dim:int=256 # size of the feature
-                ):
-        super().__init__()
-        widths = (3, 32, 64, 96, 64)                                  # 56 → 28 → 14 → 7 → 4 pixels
-        self.convs = nn.Sequential(*[nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.ReLU())
-                                     for i, o in zip(widths, widths[1:])])
-        self.out = nn.Linear(widths[-1]*4*4, dim)
 
-    def forward(self, face # (B, 3, 112, 112), in [−1, 1]
-               ): # (B, dim)
+    def __init__(
+        self,
+        dim: int = 256,  # size of the feature
+    ):
+        super().__init__()
+        widths = (3, 32, 64, 96, 64)  # 56 → 28 → 14 → 7 → 4 pixels
+        self.convs = nn.Sequential(
+            *[
+                nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.ReLU())
+                for i, o in zip(widths, widths[1:])
+            ]
+        )
+        self.out = nn.Linear(widths[-1] * 4 * 4, dim)
+
+    def forward(
+        self,
+        face,  # (B, 3, 112, 112), in [−1, 1]
+    ):  # (B, dim)
         "Features of one face a clip."
         return self.out(self.convs(F.avg_pool2d(face, 2)).flatten(1))
 
 # %% ../nbs/08_timbre.ipynb #b2ed4998
 class TimbreEncoder(nn.Module):
     "Face → speaker: from the face crop where there is no identity vector, else from that vector."
-    def __init__(self, preset # Preset
-                ):
+
+    def __init__(
+        self,
+        preset,  # Preset
+    ):
         super().__init__()
         self.from_face = preset.identity_dim == 0
         features = FaceEncoder(256) if self.from_face else nn.Linear(preset.identity_dim, 256)
-        self.net = nn.Sequential(features, nn.LayerNorm(256), nn.ReLU(), nn.Dropout(preset.dropout), nn.Linear(256, preset.speaker_dim))
+        self.net = nn.Sequential(
+            features,
+            nn.LayerNorm(256),
+            nn.ReLU(),
+            nn.Dropout(preset.dropout),
+            nn.Linear(256, preset.speaker_dim),
+        )
 
-    def forward(self, face, # (B, 3, 112, 112)
-                identity    # (B, D), not looked at when the preset's identity_dim is 0
-               ): # (B, speaker_dim), unit norm
+    def forward(
+        self,
+        face,  # (B, 3, 112, 112)
+        identity,  # (B, D), not looked at when the preset's identity_dim is 0
+    ):  # (B, speaker_dim), unit norm
         "The voice that this face is believed to have."
         return F.normalize(self.net(face if self.from_face else identity), dim=-1)
 
 # %% ../nbs/08_timbre.ipynb #74aafe21
-def timbre_loss(pred, # (B, D) unit norm
-                true  # (B, D) unit norm
-               ): # scalar
+def timbre_loss(
+    pred,  # (B, D) unit norm
+    true,  # (B, D) unit norm
+):  # scalar
     "1 − cosine, mean over the batch."
     return 1 - F.cosine_similarity(pred, true, dim=-1).mean()
 
 # %% ../nbs/08_timbre.ipynb #8f24d554
-def snapshot(talker, # Talker
-             k:int   # which moment
-            ): # (3, 112, 112) in [−1, 1]
+def snapshot(
+    talker,  # Talker
+    k: int,  # which moment
+):  # (3, 112, 112) in [−1, 1]
     "The aligned face of a talker at some moment."
     rng = np.random.default_rng((talker.seed, k))
-    shown = np.full(6, .1), rng.uniform(-.5, .5), head_motion(rng, 1)[0]
-    face = align_face(draw_face(talker.face, *shown, size=80), face_points(talker.face, *shown, size=80))
-    return torch.from_numpy(face).permute(2, 0, 1)/127.5 - 1
+    shown = np.full(6, 0.1), rng.uniform(-0.5, 0.5), head_motion(rng, 1)[0]
+    face = align_face(
+        draw_face(talker.face, *shown, size=80), face_points(talker.face, *shown, size=80)
+    )
+    return torch.from_numpy(face).permute(2, 0, 1) / 127.5 - 1
 
-def snapshots(talkers, k:int=3): # (N, k, 3, 112, 112)
+
+def snapshots(talkers, k: int = 3):  # (N, k, 3, 112, 112)
     "The first `k` snapshots of each talker."
     return torch.stack([torch.stack([snapshot(t, i) for i in range(k)]) for t in talkers])
 
 # %% ../nbs/08_timbre.ipynb #7def5b43
-def train_timbre(seen,    # (N, K, 3, 112, 112) K faces, or (N, K, D) identity vectors, of each of N talkers
-                 voices,  # (N, 256) unit norm
-                 steps:int=300, batch:int=32, lr:float=1.5e-3, # of `descend`; faces in a step
-                 seed:int=0 # of weights and draws
-                ): # (TimbreEncoder in eval mode, losses)
+def train_timbre(
+    seen,  # (N, K, 3, 112, 112) K faces, or (N, K, D) identity vectors, of each of N talkers
+    voices,  # (N, 256) unit norm
+    steps: int = 300,
+    batch: int = 32,
+    lr: float = 1.5e-3,  # of `descend`; faces in a step
+    seed: int = 0,  # of weights and draws
+):  # (TimbreEncoder in eval mode, losses)
     "Learn which voice belongs to a face."
-    encoder = seeded(seed, lambda: TimbreEncoder(replace(TINY, identity_dim=seen.shape[2] if seen.ndim == 3 else 0)))
+    encoder = seeded(
+        seed,
+        lambda: TimbreEncoder(replace(TINY, identity_dim=seen.shape[2] if seen.ndim == 3 else 0)),
+    )
+
     def loss(generator):
         who, k = (torch.randint(n, (batch,), generator=generator) for n in seen.shape[:2])
         return timbre_loss(encoder(seen[who, k], seen[who, k]), voices[who])
+
     losses = descend(encoder.parameters(), loss, steps, lr, seed, "face → voice")
     return encoder.eval(), losses
 
 # %% ../nbs/08_timbre.ipynb #3406d7f1
-def show_ranks(n=20, # voices in a line-up
-               **ranks # name = (N,) ranks among all
-              ):
+def show_ranks(
+    n=20,  # voices in a line-up
+    **ranks,  # name = (N,) ranks among all
+):
     "How often one's own voice is among the first k of a line-up, over k, with 95 % intervals; the diagonal is chance."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     fig, ax = plt.subplots(figsize=(4.6, 3.2), layout="constrained")
     for (name, r), colour in zip(ranks.items(), ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]):
         at, low, high = np.array([bootstrap_interval(x)[:3] for x in line_up(r, n).T]).T
         k = np.arange(1, n + 1)
-        ax.plot(k, at, "o-", ms=3, color=colour, label=f"{name.replace('_', ' ')}: first in {at[0]:.0%}")
-        ax.fill_between(k, low, high, color=colour, alpha=.15, lw=0)
-    ax.plot(k, k/n, "k:", label=f"a guess: {1/n:.0%}")
-    ax.set(xlabel="k", ylabel="own voice among the first k", ylim=(0, 1.03), xticks=[1, *range(5, n + 1, 5)]); ax.legend(frameon=False, fontsize=8)
-    display(fig, metadata={"alt": f"Share of faces whose own voice is among the first k of {n}, over k: " + ", ".join(ranks).replace("_", " ")}); plt.close(fig)
+        ax.plot(
+            k, at, "o-", ms=3, color=colour, label=f"{name.replace('_', ' ')}: first in {at[0]:.0%}"
+        )
+        ax.fill_between(k, low, high, color=colour, alpha=0.15, lw=0)
+    ax.plot(k, k / n, "k:", label=f"a guess: {1 / n:.0%}")
+    ax.set(
+        xlabel="k",
+        ylabel="own voice among the first k",
+        ylim=(0, 1.03),
+        xticks=[1, *range(5, n + 1, 5)],
+    )
+    ax.legend(frameon=False, fontsize=8)
+    display(
+        fig,
+        metadata={
+            "alt": f"Share of faces whose own voice is among the first k of {n}, over k: "
+            + ", ".join(ranks).replace("_", " ")
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/08_timbre.ipynb #de813758
-def shapes(talkers, k:int=1): # (N, k, 9) about [−1, 1]
+def shapes(talkers, k: int = 1):  # (N, k, 9) about [−1, 1]
     "The nine true measures of a face that follow the voice: what perfect eyes would see."
-    nine = [[2*(getattr(t.face, name) - low)/(high - low) - 1 for name, (_, _, low, high) in LINKED.items()] for t in talkers]
+    nine = [
+        [
+            2 * (getattr(t.face, name) - low) / (high - low) - 1
+            for name, (_, _, low, high) in LINKED.items()
+        ]
+        for t in talkers
+    ]
     return torch.tensor(nine).float()[:, None].expand(-1, k, -1)
 
 # %% ../nbs/08_timbre.ipynb #27a0f330
 class People(NamedTuple):
     "Talkers to learn from and new ones, as heard by an encoder that was trained on others."
-    known: list           # their seeds
-    new: list             # their seeds
-    voices: torch.Tensor  # (known, 256) of one sentence each
-    centres: torch.Tensor # (new, 256) of two sentences each
-    another: torch.Tensor # (new, 256) of a third
 
-def meet(known:int, new:int, others:int=100, steps:int=200) -> People:
+    known: list  # their seeds
+    new: list  # their seeds
+    voices: torch.Tensor  # (known, 256) of one sentence each
+    centres: torch.Tensor  # (new, 256) of two sentences each
+    another: torch.Tensor  # (new, 256) of a third
+
+
+def meet(known: int, new: int, others: int = 100, steps: int = 200) -> People:
     "Three groups of talkers: one trains the speaker encoder, one the face encoder, one is met in the test."
-    others, new, known = (list(range(start, start + n)) for start, n in ((10**6, others), (2*10**6, new), (3*10**6, known)))
-    hear = lambda seeds, n: [[MEL.normalize(MEL(sentence(make_talker(s), k))) for k in range(n)] for s in seeds]
+    others, new, known = (
+        list(range(start, start + n))
+        for start, n in ((10**6, others), (2 * 10**6, new), (3 * 10**6, known))
+    )
+    hear = lambda seeds, n: [
+        [MEL.normalize(MEL(sentence(make_talker(s), k))) for k in range(n)] for s in seeds
+    ]
     encoder, _ = train_speaker_encoder(hear(others, 3), steps=steps)
     e = embed_voices(encoder, hear(new, 3))
-    return People(known, new, embed_voices(encoder, hear(known, 1))[:, 0], F.normalize(e[:, 1:].mean(1), dim=-1), e[:, 0])
+    return People(
+        known,
+        new,
+        embed_voices(encoder, hear(known, 1))[:, 0],
+        F.normalize(e[:, 1:].mean(1), dim=-1),
+        e[:, 0],
+    )
 
 # %% ../nbs/08_timbre.ipynb #304225a9
-def score(guess, centres) -> dict: # both (N, 256)
+def score(guess, centres) -> dict:  # both (N, 256)
     "The rank curve among twenty, what comes first with its 95 % interval over the faces, and the mean cosine."
     among = line_up(retrieval(guess, centres).ranks)
     curve = [round(float(x), 4) for x in among.mean(0)]
     first = bootstrap_interval(among[:, 0])
-    cosine = float((guess*centres).sum(-1).mean())
-    return dict(top1=curve[0], low=round(first.low, 4), high=round(first.high, 4), cosine=round(cosine, 4), curve=curve)
+    cosine = float((guess * centres).sum(-1).mean())
+    return dict(
+        top1=curve[0],
+        low=round(first.low, 4),
+        high=round(first.high, 4),
+        cosine=round(cosine, 4),
+        curve=curve,
+    )
 
-def seek(people:People, link:float, faces:int, steps:int, look=snapshots, lr:float=1.5e-3) -> dict:
+
+def seek(
+    people: People, link: float, faces: int, steps: int, look=snapshots, lr: float = 1.5e-3
+) -> dict:
     "Learn from the first `faces` known talkers of a world; let the new faces look for their voices."
     see = lambda seeds: look([make_talker(s, link) for s in seeds], 1)
     encoder, _ = train_timbre(see(people.known[:faces]), people.voices[:faces], steps, lr=lr)
-    with torch.no_grad(): guess = torch.cat([encoder(x, x) for x in see(people.new)[:, 0].split(50)])
-    return dict(eyes=look.__name__, link=link, faces=faces, steps=steps) | score(guess, people.centres)
+    with torch.no_grad():
+        guess = torch.cat([encoder(x, x) for x in see(people.new)[:, 0].split(50)])
+    return dict(eyes=look.__name__, link=link, faces=faces, steps=steps) | score(
+        guess, people.centres
+    )
 
 # %% ../nbs/08_timbre.ipynb #cdef67ef
-def measure_link(links=(1., .75, .5, .25, 0.), # strengths
-                 few:int=250, many:int=1000, new:int=100 # faces to learn from, and new ones
-                ) -> dict: # what JSON can hold
+def measure_link(
+    links=(1.0, 0.75, 0.5, 0.25, 0.0),  # strengths
+    few: int = 250,
+    many: int = 1000,
+    new: int = 100,  # faces to learn from, and new ones
+) -> dict:  # what JSON can hold
     "Five strengths of the link with few faces; one with many; and what true shapes and another sentence give."
     began, people = time.process_time(), meet(many, new)
     rows = [dict(eyes="another sentence") | score(people.another, people.centres)]
-    rows += [seek(people, 1., n, 500, shapes, lr=3e-3) for n in (few, many)]
+    rows += [seek(people, 1.0, n, 500, shapes, lr=3e-3) for n in (few, many)]
     rows += [seek(people, link, few, 200) for link in links]
-    rows.append(seek(people, 1., many, 600))
+    rows.append(seek(people, 1.0, many, 600))
     return dict(cpu_seconds=round(time.process_time() - began), new=new, rows=rows)
 
 # %% ../nbs/08_timbre.ipynb #2f334306
-def show_strength(recorded # what `measure_link` found
-                 ):
+def show_strength(
+    recorded,  # what `measure_link` found
+):
     "First among twenty, over the strength of the link and over the number of faces learned from, with 95 % intervals."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     fig, axs = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
-    rows = lambda eyes, **want: [r for r in recorded["rows"] if r["eyes"] == eyes and all(r[k] == v for k, v in want.items())]
+    rows = lambda eyes, **want: [
+        r for r in recorded["rows"] if r["eyes"] == eyes and all(r[k] == v for k, v in want.items())
+    ]
     few, [heard] = min(r["faces"] for r in rows("snapshots")), rows("another sentence")
-    for ax, x, found, label, colour in ((axs[0], "link", rows("snapshots", faces=few), f"from the picture, {few} faces learned from", "#0072B2"),
-            (axs[1], "faces", rows("snapshots", link=1.), "from the picture, link 1", "#0072B2"), (axs[1], "faces", rows("shapes"), "from the true shape, link 1", "#009E73")):
-        at, top1, low, high = np.array(sorted([r[x], r["top1"], r["low"], r["high"]] for r in found)).T
-        ax.errorbar(at, top1, [top1 - low, high - top1], fmt="o-", capsize=3, color=colour, label=label); ax.set_xlabel(dict(link="strength of the link", faces="faces learned from")[x])
+    for ax, x, found, label, colour in (
+        (
+            axs[0],
+            "link",
+            rows("snapshots", faces=few),
+            f"from the picture, {few} faces learned from",
+            "#0072B2",
+        ),
+        (axs[1], "faces", rows("snapshots", link=1.0), "from the picture, link 1", "#0072B2"),
+        (axs[1], "faces", rows("shapes"), "from the true shape, link 1", "#009E73"),
+    ):
+        at, top1, low, high = np.array(
+            sorted([r[x], r["top1"], r["low"], r["high"]] for r in found)
+        ).T
+        ax.errorbar(
+            at, top1, [top1 - low, high - top1], fmt="o-", capsize=3, color=colour, label=label
+        )
+        ax.set_xlabel(dict(link="strength of the link", faces="faces learned from")[x])
     for ax in axs:
-        ax.axhline(heard["top1"], color="#D55E00", ls="--", label="from another sentence"); ax.axhline(.05, color="k", ls=":", label="a guess")
+        ax.axhline(heard["top1"], color="#D55E00", ls="--", label="from another sentence")
+        ax.axhline(0.05, color="k", ls=":", label="a guess")
         ax.set_ylim(0, 1)
-    axs[0].legend(frameon=False, fontsize=8, loc="upper left"); axs[1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, .08))
+    axs[0].legend(frameon=False, fontsize=8, loc="upper left")
+    axs[1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.08))
     axs[0].set_ylabel("own voice first among twenty")
-    display(fig, metadata={"alt": "Share of new faces whose own voice comes first among twenty: it rises with the strength of the link and with the number of faces learned from"}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": "Share of new faces whose own voice comes first among twenty: it rises with the strength of the link and with the number of faces learned from"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/08_timbre.ipynb #32463084
-def arcface_loss(embeddings, # (B, D)
-                 weights,    # (K, D) one direction a class
-                 labels,     # (B,) long
-                 scale=64.,  # s, radius of the sphere
-                 margin=.5   # m, radians added to the angle to the own class
-                ): # scalar
+def arcface_loss(
+    embeddings,  # (B, D)
+    weights,  # (K, D) one direction a class
+    labels,  # (B,) long
+    scale=64.0,  # s, radius of the sphere
+    margin=0.5,  # m, radians added to the angle to the own class
+):  # scalar
     "Additive angular margin loss (Deng et al. 2019, Eq. 3): softmax in which the own angle is made to look wider."
     cos = F.normalize(embeddings, dim=-1) @ F.normalize(weights, dim=-1).T
     theta = torch.acos(cos.clamp(-1 + 1e-6, 1 - 1e-6))
@@ -399,68 +586,124 @@ def arcface_loss(embeddings, # (B, D)
     return F.cross_entropy(scale * torch.where(own, torch.cos(theta + margin), cos), labels)
 
 # %% ../nbs/08_timbre.ipynb #5f25aa3c
-def show_margin(margins=(0., .5), scale=8.):
+def show_margin(margins=(0.0, 0.5), scale=8.0):
     "ArcFace loss of a face on the circle, walking from its own class (0°) to the other (90°)."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    theta = torch.linspace(0, torch.pi/2, 91)
+
+    theta = torch.linspace(0, torch.pi / 2, 91)
     points, classes = torch.stack([theta.cos(), theta.sin()], 1), torch.eye(2)
     fig, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
     for m, colour in zip(margins, ("#0072B2", "#D55E00", "#009E73")):
-        loss = torch.stack([arcface_loss(p[None], classes, torch.tensor([0]), scale, m) for p in points])
+        loss = torch.stack(
+            [arcface_loss(p[None], classes, torch.tensor([0]), scale, m) for p in points]
+        )
         ax.plot(theta.rad2deg(), loss, lw=2, color=colour, label=f"margin {m:g} rad")
     ax.axhline(math.log(2), color="k", ls=":", lw=1, label="ln 2: a draw")
-    ax.set(xlabel="angle to the own class (degrees)", ylabel="loss"); ax.legend(frameon=False)
-    display(fig, metadata={"alt": "Loss over the angle to one's own class, without and with a margin: the margin moves the rise towards the own class"}); plt.close(fig)
+    ax.set(xlabel="angle to the own class (degrees)", ylabel="loss")
+    ax.legend(frameon=False)
+    display(
+        fig,
+        metadata={
+            "alt": "Loss over the angle to one's own class, without and with a margin: the margin moves the rise towards the own class"
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/08_timbre.ipynb #bbbf98cc
-def train_arcface(faces, # (N, K, 3, 112, 112) K pictures of each of N people
-                  margin:float=.5, scale:float=16., dim:int=64, # of the loss; size of the embedding
-                  steps:int=150, batch:int=32, lr:float=1.5e-3, seed:int=0 # as in `train_timbre`
-                 ): # (FaceEncoder in eval mode, losses)
+def train_arcface(
+    faces,  # (N, K, 3, 112, 112) K pictures of each of N people
+    margin: float = 0.5,
+    scale: float = 16.0,
+    dim: int = 64,  # of the loss; size of the embedding
+    steps: int = 150,
+    batch: int = 32,
+    lr: float = 1.5e-3,
+    seed: int = 0,  # as in `train_timbre`
+):  # (FaceEncoder in eval mode, losses)
     "Learn to tell people apart by the angle; the directions of the classes are dropped."
     encoder = seeded(seed, lambda: FaceEncoder(dim))
     weights = nn.Parameter(seeded(seed, lambda: torch.randn(len(faces), dim)))
+
     def loss(generator):
         who, k = (torch.randint(n, (batch,), generator=generator) for n in faces.shape[:2])
         return arcface_loss(encoder(faces[who, k]), weights, who, scale, margin)
-    return encoder.eval(), descend([*encoder.parameters(), weights], loss, steps, lr, seed, "ArcFace")
+
+    return encoder.eval(), descend(
+        [*encoder.parameters(), weights], loss, steps, lr, seed, "ArcFace"
+    )
 
 # %% ../nbs/08_timbre.ipynb #6c5d548e
-def same_and_other(identity # (N, K, D) unit norm: K pictures of each of N people
-                  ): # degrees, (N·K·(K−1)/2,) and (N·(N−1)/2,)
+def same_and_other(
+    identity,  # (N, K, D) unit norm: K pictures of each of N people
+):  # degrees, (N·K·(K−1)/2,) and (N·(N−1)/2,)
     "Angles between pictures of one person, and between first pictures of two."
     degrees = lambda cos: torch.rad2deg(torch.acos(cos.clamp(-1, 1)))
     pairs = lambda x: degrees(x @ x.mT)[(..., *torch.triu_indices(x.shape[-2], x.shape[-2], 1))]
     return pairs(identity).flatten(), pairs(identity[:, 0])
 
-def show_angles(**identities # name = (N, K, D)
-               ):
+
+def show_angles(
+    **identities,  # name = (N, K, D)
+):
     "Histograms of both, one panel each."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    fig, axs = plt.subplots(1, len(identities), figsize=(3.6*len(identities), 2.4), sharex=True, squeeze=False, layout="constrained")
+
+    fig, axs = plt.subplots(
+        1,
+        len(identities),
+        figsize=(3.6 * len(identities), 2.4),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, (name, identity) in zip(axs[0], identities.items()):
-        for angles, label, colour in zip(same_and_other(identity), ("one person", "two people"), ("#0072B2", "#D55E00")):
-            ax.hist(angles.numpy(), 30, range=(0, 150), density=True, color=colour, alpha=.6, label=label)
-        ax.set(title=name.replace("_", " "), xlabel="angle between two pictures (degrees)", yticks=[])
+        for angles, label, colour in zip(
+            same_and_other(identity), ("one person", "two people"), ("#0072B2", "#D55E00")
+        ):
+            ax.hist(
+                angles.numpy(),
+                30,
+                range=(0, 150),
+                density=True,
+                color=colour,
+                alpha=0.6,
+                label=label,
+            )
+        ax.set(
+            title=name.replace("_", " "), xlabel="angle between two pictures (degrees)", yticks=[]
+        )
     axs[0, 0].legend(frameon=False)
-    display(fig, metadata={"alt": "Histograms of the angle between two pictures of one new person and of two: " + ", ".join(identities).replace("_", " ")}); plt.close(fig)
+    display(
+        fig,
+        metadata={
+            "alt": "Histograms of the angle between two pictures of one new person and of two: "
+            + ", ".join(identities).replace("_", " ")
+        },
+    )
+    plt.close(fig)
 
 # %% ../nbs/08_timbre.ipynb #ea8ce291
 class FiLM(nn.Module):
     "Feature-wise linear modulation (Perez et al. 2018) of a layer-normed sequence by the speaker; the identity at the start."
-    def __init__(self, dim:int, # of the sequence
-                 speaker_dim:int=256 # of the condition
-                ):
+
+    def __init__(
+        self,
+        dim: int,  # of the sequence
+        speaker_dim: int = 256,  # of the condition
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
-        self.to_film = nn.Linear(speaker_dim, 2*dim)
-        nn.init.zeros_(self.to_film.weight); nn.init.zeros_(self.to_film.bias)
+        self.to_film = nn.Linear(speaker_dim, 2 * dim)
+        nn.init.zeros_(self.to_film.weight)
+        nn.init.zeros_(self.to_film.bias)
 
-    def forward(self, hidden, # (B, T, dim)
-                speaker       # (B, speaker_dim)
-               ): # (B, T, dim)
+    def forward(
+        self,
+        hidden,  # (B, T, dim)
+        speaker,  # (B, speaker_dim)
+    ):  # (B, T, dim)
         "(1 + γ(s)) · LN(h) + β(s), the same γ and β at every frame."
         gamma, beta = self.to_film(speaker)[:, None].chunk(2, -1)
         return (1 + gamma) * self.norm(hidden) + beta

@@ -33,53 +33,74 @@ from accelerate.utils import gather_object, send_to_device
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from .core import CheckpointError, F2VError, atomic_path, one_thread, seed_everything, whole_seed
+from faces2voices.core import (
+    CheckpointError,
+    F2VError,
+    atomic_path,
+    one_thread,
+    seed_everything,
+    whole_seed,
+)
 
 # %% ../nbs/16_training.ipynb #587780f9
-def shuffled(n:int, # examples in the data set
-             batch:int, # examples in a batch
-             seed:int=0):
+def shuffled(
+    n: int,  # examples in the data set
+    batch: int,  # examples in a batch
+    seed: int = 0,
+):
     "A function from a step to its example numbers: every example once in each pass, in an order that the pass decides."
     seed = whole_seed(seed)
-    @lru_cache(2) # a batch may begin in one pass and end in the next
+
+    @lru_cache(2)  # a batch may begin in one pass and end in the next
     def order(epoch):
-        g = torch.Generator().manual_seed(seed*100_003 + epoch)
+        g = torch.Generator().manual_seed(seed * 100_003 + epoch)
         return torch.randperm(n, generator=g).tolist()
+
     def indices(step):
-        return [order(k//n)[k % n] for k in range(step*batch, (step + 1)*batch)]
+        return [order(k // n)[k % n] for k in range(step * batch, (step + 1) * batch)]
+
     return indices
 
 # %% ../nbs/16_training.ipynb #db8c6ae3
-def schedule(step:int, # from 0
-             steps:int, # of the whole run
-             warmup:int # steps of the straight rise
-            ) -> float: # factor on the peak learning rate, in (0, 1]
+def schedule(
+    step: int,  # from 0
+    steps: int,  # of the whole run
+    warmup: int,  # steps of the straight rise
+) -> float:  # factor on the peak learning rate, in (0, 1]
     "Linear warm-up, then half a cosine down to nearly zero."
-    if step < warmup: return (step + 1)/warmup
-    return (1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))/2
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 # %% ../nbs/16_training.ipynb #fcc3781c
 class EMA:
     "A slowly moving copy of a module."
-    def __init__(self, module, decay:float=.999): # decay 0.999: the average looks back about 1000 steps
+
+    def __init__(
+        self, module, decay: float = 0.999
+    ):  # decay 0.999: the average looks back about 1000 steps
         self.module, self.decay = copy.deepcopy(module).eval().requires_grad_(False), decay
 
     @torch.no_grad()
-    def update(self, module, step:int): # step from 0
+    def update(self, module, step: int):  # step from 0
         "Move the copy towards `module`; buffers (batch norm's statistics) are copied as they are."
-        d = min(self.decay, (1 + step)/(10 + step))
-        for a, b in zip(self.module.parameters(), module.parameters()): a.lerp_(b, 1 - d)
-        for a, b in zip(self.module.buffers(), module.buffers()): a.copy_(b)
+        d = min(self.decay, (1 + step) / (10 + step))
+        for a, b in zip(self.module.parameters(), module.parameters()):
+            a.lerp_(b, 1 - d)
+        for a, b in zip(self.module.buffers(), module.buffers()):
+            a.copy_(b)
 
 # %% ../nbs/16_training.ipynb #daddd92c
-def terms(losses # a named tuple or dict with a `total`, or a 0-d tensor
-         ) -> dict: # name → 0-d tensor
+def terms(
+    losses,  # a named tuple or dict with a `total`, or a 0-d tensor
+) -> dict:  # name → 0-d tensor
     "The losses of one batch by name."
-    if hasattr(losses, "_asdict"): losses = losses._asdict()
+    if hasattr(losses, "_asdict"):
+        losses = losses._asdict()
     return losses if isinstance(losses, dict) else dict(total=losses)
 
 # %% ../nbs/16_training.ipynb #5c0fd1a7
-WAIT = timedelta(hours=6) # that processes wait for one that draws a world or clusters units
+WAIT = timedelta(hours=6)  # that processes wait for one that draws a world or clusters units
 
 # %% ../nbs/16_training.ipynb #2e90b7d6
 def make_accelerator() -> Accelerator:
@@ -87,13 +108,17 @@ def make_accelerator() -> Accelerator:
     return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
 
 # %% ../nbs/16_training.ipynb #bf227301
-def average_gradients(params, # list of parameters
-                      accelerator):
+def average_gradients(
+    params,  # list of parameters
+    accelerator,
+):
     "Replace each gradient by its mean over all processes."
     grads = [p.grad for p in params if p.grad is not None]
-    if accelerator.num_processes == 1 or not grads: return
+    if accelerator.num_processes == 1 or not grads:
+        return
     flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), "mean")
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(part.view_as(g))
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
 
 # %% ../nbs/16_training.ipynb #7d3b5e90
 @torch.no_grad()
@@ -103,27 +128,33 @@ def spread(module, accelerator):
         broadcast([x.data for x in (*module.parameters(), *module.buffers())])
 
 # %% ../nbs/16_training.ipynb #e2c4a816
-def batch_number(step:int, k:int, # the k-th batch of a step, from 0
-                 accumulate:int, accelerator) -> int:
+def batch_number(
+    step: int,
+    k: int,  # the k-th batch of a step, from 0
+    accumulate: int,
+    accelerator,
+) -> int:
     "The number of a batch among those of all steps and processes."
-    return (step*accumulate + k)*accelerator.num_processes + accelerator.process_index
+    return (step * accumulate + k) * accelerator.num_processes + accelerator.process_index
 
 # %% ../nbs/16_training.ipynb #87222acf
 class Recipe(NamedTuple):
     "How long, and with what care."
-    steps: int       # of the optimiser, in the whole run
-    warmup: int      # of them, while the learning rate rises
-    clip: float      # longest gradient
-    bf16: bool       # bfloat16 autocast in the loss
+
+    steps: int  # of the optimiser, in the whole run
+    warmup: int  # of them, while the learning rate rises
+    clip: float  # longest gradient
+    bf16: bool  # bfloat16 autocast in the loss
     accumulate: int  # batches in a step
-    log_every: int   # steps averaged in a line of the log
-    save_every: float # seconds between checkpoints
+    log_every: int  # steps averaged in a line of the log
+    save_every: float  # seconds between checkpoints
     seed: int
 
 # %% ../nbs/16_training.ipynb #4882ed47
 class Learner:
     "A module, the loss that trains it, its optimiser and its average; the same in all processes."
-    def __init__(self, module, loss_fn, lr:float, ema:float, betas:tuple, accelerator):
+
+    def __init__(self, module, loss_fn, lr: float, ema: float, betas: tuple, accelerator):
         self.module, self.loss_fn = module.to(accelerator.device), loss_fn
         self.lr, self.accelerator = lr, accelerator
         spread(module, accelerator)
@@ -133,7 +164,9 @@ class Learner:
 
 # %% ../nbs/16_training.ipynb #df32cf77
 @patch
-def backward(self:Learner, step:int, batches:list, how:Recipe) -> dict: # detached mean losses by name
+def backward(
+    self: Learner, step: int, batches: list, how: Recipe
+) -> dict:  # detached mean losses by name
     """The gradient of the mean loss over some batches, one in memory at a time.
 
     The number of a batch seeds what is drawn for it: dropout, the times of the flow, its noise."""
@@ -141,37 +174,47 @@ def backward(self:Learner, step:int, batches:list, how:Recipe) -> dict: # detach
     found = []
     for k, batch in enumerate(batches):
         number = batch_number(step, k, len(batches), self.accelerator)
-        seed_everything(how.seed*1_000_003 + number)
+        seed_everything(how.seed * 1_000_003 + number)
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=how.bf16):
             losses = terms(self.loss_fn(batch))
-        (losses["total"]/len(batches)).backward()
+        (losses["total"] / len(batches)).backward()
         found.append({k: v.detach().float() for k, v in losses.items()})
     return {k: torch.stack([f[k] for f in found]).mean() for k in found[0]}
 
 # %% ../nbs/16_training.ipynb #749c5c96
 @patch
-def step(self:Learner, step:int, batches:list, how:Recipe) -> dict: # losses by name
+def step(self: Learner, step: int, batches: list, how: Recipe) -> dict:  # losses by name
     "One optimiser step; raises FloatingPointError, with the weights untouched, when a number is not finite."
     losses = self.backward(step, batches, how)
     average_gradients(self.params, self.accelerator)
     length = torch.nn.utils.clip_grad_norm_(self.params, how.clip)
-    if not (length + losses["total"]).isfinite(): raise FloatingPointError(report(step, batches, losses))
-    for group in self.opt.param_groups: group["lr"] = self.lr*schedule(step, how.steps, how.warmup)
-    self.opt.step(); self.ema.update(self.module, step)
+    if not (length + losses["total"]).isfinite():
+        raise FloatingPointError(report(step, batches, losses))
+    for group in self.opt.param_groups:
+        group["lr"] = self.lr * schedule(step, how.steps, how.warmup)
+    self.opt.step()
+    self.ema.update(self.module, step)
     return losses
 
 # %% ../nbs/16_training.ipynb #b3c2c1eb
 @patch
-def freeze(self:Learner, frozen:bool=True): "Take this learner's weights out of (or back into) the gradient."; [p.requires_grad_(not frozen) for p in self.params]
+def freeze(self: Learner, frozen: bool = True):
+    "Take this learner's weights out of (or back into) the gradient."
+    [p.requires_grad_(not frozen) for p in self.params]
 
 # %% ../nbs/16_training.ipynb #f31104e8
 @patch
-def state(self:Learner) -> dict: return dict(module=self.module.state_dict(), ema=self.ema.module.state_dict(), opt=self.opt.state_dict())
+def state(self: Learner) -> dict:
+    return dict(
+        module=self.module.state_dict(), ema=self.ema.module.state_dict(), opt=self.opt.state_dict()
+    )
 
 # %% ../nbs/16_training.ipynb #277c6ca4
 @patch
-def load(self:Learner, state:dict):
-    self.module.load_state_dict(state["module"]); self.ema.module.load_state_dict(state["ema"]); self.opt.load_state_dict(state["opt"])
+def load(self: Learner, state: dict):
+    self.module.load_state_dict(state["module"])
+    self.ema.module.load_state_dict(state["ema"])
+    self.opt.load_state_dict(state["opt"])
 
 # %% ../nbs/16_training.ipynb #e3536b09
 def report(step, batches, losses) -> str:
@@ -180,27 +223,52 @@ def report(step, batches, losses) -> str:
     return f"step {step}: a loss or its gradient is not finite ({values}); batch: {[n for b in batches for n in getattr(b, 'names', [])]}"
 
 # %% ../nbs/16_training.ipynb #1f66feef
-def fit(loss_fn, # batch → losses (see `terms`); a tuple of them for adversaries that take turns
-        module, # what learns; a tuple, one for each loss function
-        batches, # step number → batch
-        steps:int, # optimiser steps of the whole run
-        lr:float, # peak learning rate
-        *, name:str, # of the run: its files are `name.ckpt` and `name.jsonl`
-        run_dir=None, # folder for checkpoints and log; None: nothing is written
-        ema:float=.999, # decay of the average that `module` holds at the end
-        warmup:int=100, # steps
-        clip:float=1., betas:tuple=(.9, .99), # longest gradient; of AdamW
-        log_every:int=50, save_every_seconds:float=120, # steps averaged in a line of the log; between checkpoints
-        resume:bool=True, # go on from the checkpoint in `run_dir`, if there is one
-        bf16:bool=False, # bfloat16 autocast in the loss
-        accumulate:int=1, workers:int=0, # batches in a step; processes that draw batches ahead (0: this one draws them)
-        seed:int=0, callback=None # called with each new line of the log and the averaged module (of the first learner)
-       ) -> list: # lines of the log: {"step", "lr", "seconds", and the mean of each loss}
+def fit(
+    loss_fn,  # batch → losses (see `terms`); a tuple of them for adversaries that take turns
+    module,  # what learns; a tuple, one for each loss function
+    batches,  # step number → batch
+    steps: int,  # optimiser steps of the whole run
+    lr: float,  # peak learning rate
+    *,
+    name: str,  # of the run: its files are `name.ckpt` and `name.jsonl`
+    run_dir=None,  # folder for checkpoints and log; None: nothing is written
+    ema: float = 0.999,  # decay of the average that `module` holds at the end
+    warmup: int = 100,  # steps
+    clip: float = 1.0,
+    betas: tuple = (0.9, 0.99),  # longest gradient; of AdamW
+    log_every: int = 50,
+    save_every_seconds: float = 120,  # steps averaged in a line of the log; between checkpoints
+    resume: bool = True,  # go on from the checkpoint in `run_dir`, if there is one
+    bf16: bool = False,  # bfloat16 autocast in the loss
+    accumulate: int = 1,
+    workers: int = 0,  # batches in a step; processes that draw batches ahead (0: this one draws them)
+    seed: int = 0,
+    callback=None,  # called with each new line of the log and the averaged module (of the first learner)
+) -> list:  # lines of the log: {"step", "lr", "seconds", and the mean of each loss}
     "Train `module` on `batches`, and leave the averaged weights in it."
-    accelerator, pairs = make_accelerator(), zip(loss_fn, module) if isinstance(loss_fn, tuple) else [(loss_fn, module)]
-    how = Recipe(steps, min(warmup, steps), clip, bf16, accumulate, log_every, save_every_seconds, whole_seed(seed))
-    run = Run([Learner(m, f, lr, ema, betas, accelerator) for f, m in pairs], how, name, run_dir, accelerator)
-    if resume: run.resume()
+    accelerator, pairs = (
+        make_accelerator(),
+        zip(loss_fn, module) if isinstance(loss_fn, tuple) else [(loss_fn, module)],
+    )
+    how = Recipe(
+        steps,
+        min(warmup, steps),
+        clip,
+        bf16,
+        accumulate,
+        log_every,
+        save_every_seconds,
+        whole_seed(seed),
+    )
+    run = Run(
+        [Learner(m, f, lr, ema, betas, accelerator) for f, m in pairs],
+        how,
+        name,
+        run_dir,
+        accelerator,
+    )
+    if resume:
+        run.resume()
     run.loop(batches, callback, workers)
     run.finish()
     return run.log
@@ -208,134 +276,209 @@ def fit(loss_fn, # batch → losses (see `terms`); a tuple of them for adversari
 # %% ../nbs/16_training.ipynb #2a084a4f
 class Run:
     "The state of one `fit`: learners, step, log, and their files."
-    def __init__(self, learners, how:Recipe, name, run_dir, accelerator):
+
+    def __init__(self, learners, how: Recipe, name, run_dir, accelerator):
         self.learners, self.how, self.name, self.accelerator = learners, how, name, accelerator
-        self.path = Path(run_dir)/f"{name}.ckpt" if run_dir is not None else None
-        self.step, self.seconds, self.log = 0, 0., []
+        self.path = Path(run_dir) / f"{name}.ckpt" if run_dir is not None else None
+        self.step, self.seconds, self.log = 0, 0.0, []
 
 # %% ../nbs/16_training.ipynb #04886aca
 @patch
-def save(self:Run):
+def save(self: Run):
     "Write the checkpoint whole, and the log beside it; only the main process does."
-    if self.path is None or not self.accelerator.is_main_process: return
+    if self.path is None or not self.accelerator.is_main_process:
+        return
     with atomic_path(self.path, overwrite=True) as tmp:
-        torch.save(dict(step=self.step, seconds=self.seconds, log=json.dumps(self.log), learners=[l.state() for l in self.learners]), tmp)
+        torch.save(
+            dict(
+                step=self.step,
+                seconds=self.seconds,
+                log=json.dumps(self.log),
+                learners=[l.state() for l in self.learners],
+            ),
+            tmp,
+        )
     with atomic_path(self.path.with_suffix(".jsonl"), overwrite=True) as tmp:
         tmp.write_text("".join(json.dumps(line) + "\n" for line in self.log))
 
 # %% ../nbs/16_training.ipynb #44acc83c
-def milestones(steps:int) -> set: "Where a run is a quarter, half and three quarters done."; return {steps*k//4 for k in (1, 2, 3)} - {0}
+def milestones(steps: int) -> set:
+    "Where a run is a quarter, half and three quarters done."
+    return {steps * k // 4 for k in (1, 2, 3)} - {0}
 
 # %% ../nbs/16_training.ipynb #5d483fb2
 @patch
-def keep(self:Run):
+def keep(self: Run):
     "The averaged weights as they are now: `name-step.safetensors`."
-    if self.path is None or not self.accelerator.is_main_process: return
+    if self.path is None or not self.accelerator.is_main_process:
+        return
     weights = {k: v.contiguous() for k, v in self.learners[0].ema.module.state_dict().items()}
-    with atomic_path(self.path.with_name(f"{self.name}-{self.step}.safetensors"), overwrite=True) as tmp: save_file(weights, tmp)
+    with atomic_path(
+        self.path.with_name(f"{self.name}-{self.step}.safetensors"), overwrite=True
+    ) as tmp:
+        save_file(weights, tmp)
 
 # %% ../nbs/16_training.ipynb #5b1df928
 @patch
-def resume(self:Run):
+def resume(self: Run):
     "Take up the checkpoint, if there is one."
-    if self.path is None: return
-    if self.path.exists(): self.restore()
+    if self.path is None:
+        return
+    if self.path.exists():
+        self.restore()
     if len(set(gather_object([self.step]))) > 1:
-        raise CheckpointError(self.path, "is not seen alike by all processes",
-                              "Give a run folder that all machines share")
+        raise CheckpointError(
+            self.path,
+            "is not seen alike by all processes",
+            "Give a run folder that all machines share",
+        )
 
 # %% ../nbs/16_training.ipynb #f18b9c24
 @patch
-def restore(self:Run):
+def restore(self: Run):
     "Weights, averages, optimisers, step and log of the checkpoint."
     try:
         state = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
-        for learner, s in zip(self.learners, state["learners"], strict=True): learner.load(s)
+        for learner, s in zip(self.learners, state["learners"], strict=True):
+            learner.load(s)
     except Exception as e:
-        raise CheckpointError(self.path, f"cannot be resumed ({e})", "Give another run folder, or remove the file") from e
+        raise CheckpointError(
+            self.path, f"cannot be resumed ({e})", "Give another run folder, or remove the file"
+        ) from e
     self.step, self.seconds, self.log = state["step"], state["seconds"], json.loads(state["log"])
 
 # %% ../nbs/16_training.ipynb #7b86c298
 class Steps(torch.utils.data.Dataset):
     "Item k: the batches of step k that fall to this process, computed with one thread, so that it does not matter who computes them."
-    def __init__(self, batches, accumulate:int, place): # batch number → batch; batches a step; with `process_index` and `num_processes`
-        self.batches, self.accumulate = batches, accumulate
-        self.place = SimpleNamespace(process_index=place.process_index, num_processes=place.num_processes)
 
-    def __getitem__(self, step:int) -> list:
-        with one_thread(): return [self.batches(batch_number(step, k, self.accumulate, self.place)) for k in range(self.accumulate)]
+    def __init__(
+        self, batches, accumulate: int, place
+    ):  # batch number → batch; batches a step; with `process_index` and `num_processes`
+        self.batches, self.accumulate = batches, accumulate
+        self.place = SimpleNamespace(
+            process_index=place.process_index, num_processes=place.num_processes
+        )
+
+    def __getitem__(self, step: int) -> list:
+        with one_thread():
+            return [
+                self.batches(batch_number(step, k, self.accumulate, self.place))
+                for k in range(self.accumulate)
+            ]
 
 # %% ../nbs/16_training.ipynb #b6e3c917
-def as_it_is(x): return x
+def as_it_is(x):
+    return x
 
-def _say_nothing(*error): pass
+
+def _say_nothing(*error):
+    pass
+
 
 def _die_at_once(worker):
     "In a process that draws: signals find no handler of the parent's, and a thread that loses the parent is silent."
     sys.excepthook = _say_nothing
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)): signal.signal(getattr(signal, name), signal.SIG_DFL)
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
 
 @patch
 @contextmanager
-def draw(self:Run, batches, workers:int):
+def draw(self: Run, batches, workers: int):
     "The batches of every step that is still to do. With `workers`, processes draw ahead; they are forked, so `batches` may be any function, and must not touch a GPU."
     acc, how = self.accelerator, self.how
     ahead = dict(prefetch_factor=2, multiprocessing_context="fork") if workers else {}
-    loader = DataLoader(Steps(batches, how.accumulate, acc), sampler=range(self.step, how.steps), batch_size=None,
-        collate_fn=as_it_is, num_workers=workers, pin_memory=acc.device.type == "cuda", generator=torch.Generator(), worker_init_fn=_die_at_once, **ahead)
+    loader = DataLoader(
+        Steps(batches, how.accumulate, acc),
+        sampler=range(self.step, how.steps),
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=workers,
+        pin_memory=acc.device.type == "cuda",
+        generator=torch.Generator(),
+        worker_init_fn=_die_at_once,
+        **ahead,
+    )
     drawn = iter(loader)
-    try: yield (send_to_device(step, acc.device, non_blocking=True) for step in drawn)
+    try:
+        yield (send_to_device(step, acc.device, non_blocking=True) for step in drawn)
     finally:
-        if workers: drawn._shutdown_workers()     # at once, although a traceback may hold `drawn` for long
+        if workers:
+            drawn._shutdown_workers()  # at once, although a traceback may hold `drawn` for long
 
 # %% ../nbs/16_training.ipynb #bfd4592a
 @patch
-def loop(self:Run, batches, callback, workers:int):
+def loop(self: Run, batches, callback, workers: int):
     "The steps that are still to do."
-    how, start, saved, totals, first = self.how, time.time() - self.seconds, time.time(), {}, self.step
-    bar = tqdm(total=how.steps, initial=self.step, desc=self.name, mininterval=1, disable=not self.accelerator.is_main_process)
-    for learner in self.learners: learner.module.train()
+    how, start, saved, totals, first = (
+        self.how,
+        time.time() - self.seconds,
+        time.time(),
+        {},
+        self.step,
+    )
+    bar = tqdm(
+        total=how.steps,
+        initial=self.step,
+        desc=self.name,
+        mininterval=1,
+        disable=not self.accelerator.is_main_process,
+    )
+    for learner in self.learners:
+        learner.module.train()
     with self.draw(batches, workers) as drawn, bar:
         try:
             for batch in drawn:
-                for k, v in self.turns(batch).items(): totals.setdefault(k, []).append(v)
-                self.step += 1; self.seconds = time.time() - start; bar.update()
-                if self.step % how.log_every == 0 or self.step == how.steps: self.note(totals, bar, callback)
-                if self.step in milestones(how.steps): self.keep()
-                if time.time() - saved > how.save_every: self.save(); saved = time.time()
-        except (KeyboardInterrupt, SystemExit):      # Ctrl-C, or a signal: see the command line
+                for k, v in self.turns(batch).items():
+                    totals.setdefault(k, []).append(v)
+                self.step += 1
+                self.seconds = time.time() - start
+                bar.update()
+                if self.step % how.log_every == 0 or self.step == how.steps:
+                    self.note(totals, bar, callback)
+                if self.step in milestones(how.steps):
+                    self.keep()
+                if time.time() - saved > how.save_every:
+                    self.save()
+                    saved = time.time()
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or a signal: see the command line
             self.save()
             raise
-        if self.step > first: self.save()
+        if self.step > first:
+            self.save()
 
 # %% ../nbs/16_training.ipynb #acf7adeb
 @patch
-def turns(self:Run, batches:list) -> dict:
+def turns(self: Run, batches: list) -> dict:
     "Each learner takes its step while the others stand still."
     losses = {}
     for learner in self.learners:
-        for other in self.learners: other.freeze(other is not learner)
+        for other in self.learners:
+            other.freeze(other is not learner)
         prefix = "" if learner is self.learners[0] else f"{type(learner.module).__name__.lower()}_"
         losses |= {prefix + k: v for k, v in learner.step(self.step, batches, self.how).items()}
-    for learner in self.learners: learner.freeze(False)
+    for learner in self.learners:
+        learner.freeze(False)
     return losses
 
 # %% ../nbs/16_training.ipynb #04a1bfe2
 @patch
-def note(self:Run, totals:dict, bar, callback):
+def note(self: Run, totals: dict, bar, callback):
     "Add the means since the last line, over all processes, to the log; the main one shows it."
     rate = schedule(self.step - 1, self.how.steps, self.how.warmup)
     means = torch.stack([torch.stack(v).mean() for v in totals.values()])
     means = self.accelerator.reduce(means, "mean")
-    line = dict(step=self.step, lr=self.learners[0].lr*rate, seconds=round(self.seconds, 2))
+    line = dict(step=self.step, lr=self.learners[0].lr * rate, seconds=round(self.seconds, 2))
     line |= {k: round(v, 6) for k, v in zip(totals, means.tolist())}
-    totals.clear(); self.log.append(line)
+    totals.clear()
+    self.log.append(line)
     bar.set_postfix_str(f"total {line['total']:.4g}")
-    if callback and self.accelerator.is_main_process: callback(line, self.learners[0].ema.module)
+    if callback and self.accelerator.is_main_process:
+        callback(line, self.learners[0].ema.module)
 
 # %% ../nbs/16_training.ipynb #91be60d3
 @patch
-def finish(self:Run):
+def finish(self: Run):
     "The averages become the weights; statistics of batch norm are the main process's."
     for learner in self.learners:
         learner.module.load_state_dict(learner.ema.module.state_dict())
@@ -343,19 +486,30 @@ def finish(self:Run):
         learner.module.eval()
 
 # %% ../nbs/16_training.ipynb #4ed40ab7
-def show_history(log, # lines of `fit`, or the path of its .jsonl
-                 title:str=""):
+def show_history(
+    log,  # lines of `fit`, or the path of its .jsonl
+    title: str = "",
+):
     "Every loss of a run over its steps, on a logarithmic axis."
     import matplotlib.pyplot as plt
     from IPython.display import display
-    if not isinstance(log, list): log = [json.loads(line) for line in Path(log).read_text().split("\n") if line]
+
+    if not isinstance(log, list):
+        log = [json.loads(line) for line in Path(log).read_text().split("\n") if line]
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for name in [k for k in log[-1] if k not in ("step", "lr", "seconds")]:
         ax.plot([line["step"] for line in log], [line[name] for line in log], label=name)
-    ax.set(yscale="log", xlabel=f"step ({log[-1]['seconds']:.0f} s in all)", ylabel="loss", title=title)
-    ax.spines[["top", "right"]].set_visible(False); ax.legend(frameon=False)
-    ends = ", ".join(f"{name} {line.get_ydata()[0]:.3g} to {line.get_ydata()[-1]:.3g}" for name, line in zip(ax.get_legend_handles_labels()[1], ax.lines))
-    display(fig, metadata={"alt": f"Losses over {log[-1]['step']} steps: {ends}"}); plt.close(fig)
+    ax.set(
+        yscale="log", xlabel=f"step ({log[-1]['seconds']:.0f} s in all)", ylabel="loss", title=title
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    ends = ", ".join(
+        f"{name} {line.get_ydata()[0]:.3g} to {line.get_ydata()[-1]:.3g}"
+        for name, line in zip(ax.get_legend_handles_labels()[1], ax.lines)
+    )
+    display(fig, metadata={"alt": f"Losses over {log[-1]['step']} steps: {ends}"})
+    plt.close(fig)
 
 # %% ../nbs/16_training.ipynb #f7953e04
 import os
@@ -364,7 +518,15 @@ from torch.fx.experimental import _config as functorch_config
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/16_training.ipynb #c7d1f3a8
-from .core import MEL_RATE, MELS_PER_FRAME, SAMPLE_RATE, CorpusError, Preset, ToolMissingError, markdown_table
+from faces2voices.core import (
+    MEL_RATE,
+    MELS_PER_FRAME,
+    SAMPLE_RATE,
+    CorpusError,
+    Preset,
+    ToolMissingError,
+    markdown_table,
+)
 from .corpora import Batch, ClipDataset, Heard, Store, batches, collate
 from .corpora import fingerprint, prepare, read_manifest, write_targets
 from .avhubert import EigenlipEncoder
@@ -377,73 +539,124 @@ from .vocoder import train_vocoder
 # %% ../nbs/16_training.ipynb #057fc163
 class Scene(NamedTuple):
     "What the decoder trains on; each (B, …) in a batch."
+
     names: list
-    x1: torch.Tensor      # (80, L) normalised mel
-    mu: torch.Tensor      # (80, L)
-    mask: torch.Tensor    # (1, L) bool
-    speaker: torch.Tensor # (256,)
+    x1: torch.Tensor  # (80, L) normalised mel
+    mu: torch.Tensor  # (80, L)
+    mask: torch.Tensor  # (1, L) bool
+    speaker: torch.Tensor  # (256,)
 
 # %% ../nbs/16_training.ipynb #c1b13912
 class Scenes:
     "The scenes of a data set in its store, each mapped from its file when it is asked for."
-    def __init__(self, store:Store, names:list, views:int): # of the clips; passes over each clip
+
+    def __init__(
+        self, store: Store, names: list, views: int
+    ):  # of the clips; passes over each clip
         self.store, self.keys = store, [f"{name}.{view}" for view in range(views) for name in names]
 
-    def __len__(self): return len(self.keys)
+    def __len__(self):
+        return len(self.keys)
 
-    def __getitem__(self, i:int) -> Scene:
-        if not (found := self.store.read(self.keys[i])): raise CorpusError(self.store.places[0], f"has lost the scene {self.keys[i]}", "Give the same command again")
+    def __getitem__(self, i: int) -> Scene:
+        if not (found := self.store.read(self.keys[i])):
+            raise CorpusError(
+                self.store.places[0],
+                f"has lost the scene {self.keys[i]}",
+                "Give the same command again",
+            )
         x1, mu = found["x1"].T, found["mu"].T
-        return Scene([self.keys[i].rsplit(".", 1)[0]], x1, mu, torch.ones(1, x1.shape[1], dtype=torch.bool), found["speaker"])
+        return Scene(
+            [self.keys[i].rsplit(".", 1)[0]],
+            x1,
+            mu,
+            torch.ones(1, x1.shape[1], dtype=torch.bool),
+            found["speaker"],
+        )
 
 # %% ../nbs/16_training.ipynb #7fd2b6a1
-def write_scenes(names:list, batch:Batch, stage, store:Store):
+def write_scenes(names: list, batch: Batch, stage, store: Store):
     "One file a clip of a batch, from what the hierarchy gave for it."
-    for name, x1, mu, frames, speaker in zip(names, batch.mel, stage.mu, batch.mask.sum(1).tolist(), stage.speaker):
-        L = MELS_PER_FRAME*frames
-        store.write(name, x1=x1[:, :L].T.cpu().half(), mu=mu[:, :L].T.cpu().half(), speaker=speaker.cpu())
+    for name, x1, mu, frames, speaker in zip(
+        names, batch.mel, stage.mu, batch.mask.sum(1).tolist(), stage.speaker
+    ):
+        L = MELS_PER_FRAME * frames
+        store.write(
+            name, x1=x1[:, :L].T.cpu().half(), mu=mu[:, :L].T.cpu().half(), speaker=speaker.cpu()
+        )
 
 # %% ../nbs/16_training.ipynb #5e82c9d3
 @torch.no_grad()
-def scenes(hierarchy, dataset:ClipDataset, spare=None, batch:int=16, views:int=2, vary:int=1, seed:int=0) -> Scenes:
+def scenes(
+    hierarchy,
+    dataset: ClipDataset,
+    spare=None,
+    batch: int = 16,
+    views: int = 2,
+    vary: int = 1,
+    seed: int = 0,
+) -> Scenes:
     "A scene for each clip and view, from a frozen hierarchy; those that are written already are kept, and processes share the work. `spare` is written to where nothing can be written beside the clips."
     seed = whole_seed(seed)
-    device, order = next(hierarchy.parameters()).device, sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
-    store = Store(dataset.folder, f"scenes-{fingerprint(hierarchy, sorted(dataset.names), batch, vary, seed)}", spare)
+    device, order = (
+        next(hierarchy.parameters()).device,
+        sorted(range(len(dataset)), key=lambda i: dataset.lengths[i]),
+    )
+    store = Store(
+        dataset.folder,
+        f"scenes-{fingerprint(hierarchy, sorted(dataset.names), batch, vary, seed)}",
+        spare,
+    )
     hierarchy.eval()
     accelerator, starts = make_accelerator(), range(0, len(order), batch)
-    jobs = [(view, start) for view in range(views) for start in starts][accelerator.process_index::accelerator.num_processes]
+    jobs = [(view, start) for view in range(views) for start in starts][
+        accelerator.process_index :: accelerator.num_processes
+    ]
     for view, start in tqdm(jobs, desc="μ of every clip", disable=not accelerator.is_main_process):
-        names = [f"{dataset.names[i]}.{view}" for i in order[start:start + batch]]
-        if all(map(store.find, names)): continue
-        rng = torch.Generator().manual_seed((seed*100 + view)*1_000_003 + start)
-        b = collate([dataset[i] for i in order[start:start + batch]], train=vary, rng=rng).to(device)
+        names = [f"{dataset.names[i]}.{view}" for i in order[start : start + batch]]
+        if all(map(store.find, names)):
+            continue
+        rng = torch.Generator().manual_seed((seed * 100 + view) * 1_000_003 + start)
+        b = collate([dataset[i] for i in order[start : start + batch]], train=vary, rng=rng).to(
+            device
+        )
         write_scenes(names, b, hierarchy(b.lips, b.face, b.identity, b.expression, b.mask), store)
     accelerator.wait_for_everyone()
     return Scenes(store, dataset.names, views)
 
 # %% ../nbs/16_training.ipynb #28df3b72
-WINDOW = 128 # mel frames of a decoder's example
+WINDOW = 128  # mel frames of a decoder's example
 
 # %% ../nbs/16_training.ipynb #41381b4c
-def scene_batches(scenes, # a list of Scene, or Scenes
-                  batch:int, window:int=WINDOW, seed:int=0):
+def scene_batches(
+    scenes,  # a list of Scene, or Scenes
+    batch: int,
+    window: int = WINDOW,
+    seed: int = 0,
+):
     "step → batch of random windows out of random scenes."
     seed = whole_seed(seed)
     draw = shuffled(len(scenes), batch, seed)
+
     def at(step):
-        g, rows = torch.Generator().manual_seed(seed*1_000_003 + step), []
+        g, rows = torch.Generator().manual_seed(seed * 1_000_003 + step), []
         for s in (scenes[i] for i in draw(step)):
             start = int(torch.randint(max(s.mu.shape[1] - window, 0) + 1, (), generator=g))
-            cut = lambda x: torch.nn.functional.pad(x[:, start:start + window], (0, max(0, window - s.mu.shape[1])))
-            rows.append((s.names[0], cut(s.x1).float(), cut(s.mu).float(), cut(s.mask), s.speaker.clone()))
+            cut = lambda x: torch.nn.functional.pad(
+                x[:, start : start + window], (0, max(0, window - s.mu.shape[1]))
+            )
+            rows.append(
+                (s.names[0], cut(s.x1).float(), cut(s.mu).float(), cut(s.mask), s.speaker.clone())
+            )
         names, *tensors = zip(*rows)
         return Scene(list(names), *map(torch.stack, tensors))
+
     return at
 
 # %% ../nbs/16_training.ipynb #a41f27c8
-def on_main(work # a function without arguments
-           ):
+def on_main(
+    work,  # a function without arguments
+):
     """What `work` gives in the main process, in all of them: something small.
 
     The others wait; where it raises, all raise."""
@@ -456,109 +669,160 @@ def on_main(work # a function without arguments
             ours = isinstance(e, F2VError)
             found[1] = e if ours else RuntimeError(f"the main process failed: {e!r}")
     broadcast_object_list(found)
-    if failed or found[1]: raise failed or found[1]
+    if failed or found[1]:
+        raise failed or found[1]
     return found[0]
 
 # %% ../nbs/16_training.ipynb #755bd0ca
-NEEDS = dict(units=(), speaker=(), hierarchy=("units", "speaker"), decoder=("units", "speaker", "hierarchy"), vocoder=(), locator=())
+NEEDS = dict(
+    units=(),
+    speaker=(),
+    hierarchy=("units", "speaker"),
+    decoder=("units", "speaker", "hierarchy"),
+    vocoder=(),
+    locator=(),
+)
 
 # %% ../nbs/16_training.ipynb #b5e8eba8
-def to_train(run:Path, name:str, only=None) -> bool: # is the part to be trained now?
+def to_train(run: Path, name: str, only=None) -> bool:  # is the part to be trained now?
     "CheckpointError where a part is to be trained before those that it needs."
-    if (run/f"{name}.safetensors").exists() or (only is not None and name not in only): return False
+    if (run / f"{name}.safetensors").exists() or (only is not None and name not in only):
+        return False
     for n in NEEDS[name]:
-        if not (run/f"{n}.safetensors").exists():
-            raise CheckpointError(run/f"{n}.safetensors", f"is needed to train the {name}",
-                                  f"Train it first: --only {n}")
+        if not (run / f"{n}.safetensors").exists():
+            raise CheckpointError(
+                run / f"{n}.safetensors",
+                f"is needed to train the {name}",
+                f"Train it first: --only {n}",
+            )
     return True
 
 # %% ../nbs/16_training.ipynb #70d5e3ac
-def write_part(run:Path, name:str, module, seconds:float):
+def write_part(run: Path, name: str, module, seconds: float):
     "A part's weights, and how long they took."
-    with atomic_path(run/f"{name}.safetensors", overwrite=True) as tmp:
+    with atomic_path(run / f"{name}.safetensors", overwrite=True) as tmp:
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, tmp)
     note_time(run, name, seconds)
 
 # %% ../nbs/16_training.ipynb #3e8d90b6
-FITTED = "hierarchy", "decoder", "vocoder" # trained by `fit`, which spreads over all processes
+FITTED = "hierarchy", "decoder", "vocoder"  # trained by `fit`, which spreads over all processes
 
 # %% ../nbs/16_training.ipynb #a96f41e0
-def part(run:Path, name:str, module, train, # function that trains `module` in place
-         only=None # names of the parts that may be trained now; None: all
-        ):
+def part(
+    run: Path,
+    name: str,
+    module,
+    train,  # function that trains `module` in place
+    only=None,  # names of the parts that may be trained now; None: all
+):
     "Load a part from the run folder, in all processes; train and write it first if need be."
-    path, began = run/f"{name}.safetensors", time.time()
+    path, began = run / f"{name}.safetensors", time.time()
+
     def finish():
-        if name not in FITTED: train()
+        if name not in FITTED:
+            train()
         write_part(run, name, module, time.time() - began)
+
     if on_main(lambda: to_train(run, name, only)):
-        if name in FITTED: train()
+        if name in FITTED:
+            train()
         on_main(finish)
-    if on_main(path.exists): load_weights(module, path)
+    if on_main(path.exists):
+        load_weights(module, path)
     module.eval()
 
 # %% ../nbs/16_training.ipynb #862e36ea
-def note_time(run:Path, name:str, seconds:float):
+def note_time(run: Path, name: str, seconds: float):
     "Add a part's training time to the run's times.json."
-    path = run/"times.json"
+    path = run / "times.json"
     times = json.loads(path.read_text()) if path.exists() else {}
-    with atomic_path(path, overwrite=True) as tmp: tmp.write_text(json.dumps(times | {name: round(seconds, 1)}, indent=1))
+    with atomic_path(path, overwrite=True) as tmp:
+        tmp.write_text(json.dumps(times | {name: round(seconds, 1)}, indent=1))
 
 # %% ../nbs/16_training.ipynb #f4decb3e
 class Watch:
     "A callback of `fit`: the log's numbers on a board, and now and then what the averaged module makes of one clip."
-    def __init__(self, run:Path, name:str, # of the part
-                 make, # averaged module → (80, L) normalised mel
-                 truth, # (80, L) normalised mel of the same clip
-                 every:int=500, # steps; a multiple of `log_every`
-                 board=None # a SummaryWriter, see `open_board`
-                ): store_attr()
 
-    def __call__(self, line:dict, module):
+    def __init__(
+        self,
+        run: Path,
+        name: str,  # of the part
+        make,  # averaged module → (80, L) normalised mel
+        truth,  # (80, L) normalised mel of the same clip
+        every: int = 500,  # steps; a multiple of `log_every`
+        board=None,  # a SummaryWriter, see `open_board`
+    ):
+        store_attr()
+
+    def __call__(self, line: dict, module):
         "Take note of a line of the log."
-        for k in line.keys() - {"step"} if self.board else (): self.board.add_scalar(f"{self.name}/{k}", line[k], line["step"])
-        if line["step"] % self.every: return
-        with torch.no_grad(): mel = self.make(module).float().cpu()
+        for k in line.keys() - {"step"} if self.board else ():
+            self.board.add_scalar(f"{self.name}/{k}", line[k], line["step"])
+        if line["step"] % self.every:
+            return
+        with torch.no_grad():
+            mel = self.make(module).float().cpu()
         self.write(line["step"], mel, griffin_lim(MEL.denormalize(mel)))
 
 # %% ../nbs/16_training.ipynb #1b1a2398
 @patch
-def write(self:Watch, step:int, mel, wav):
+def write(self: Watch, step: int, mel, wav):
     "`samples/name-step.png` and `.wav`, and the same on the board."
-    path, figure = self.run/"samples"/f"{self.name}-{step:06}.png", two_mels(mel, self.truth.cpu(), f"{self.name}, step {step}")
-    with atomic_path(path, overwrite=True) as tmp: figure.savefig(tmp, dpi=80)
+    path, figure = (
+        self.run / "samples" / f"{self.name}-{step:06}.png",
+        two_mels(mel, self.truth.cpu(), f"{self.name}, step {step}"),
+    )
+    with atomic_path(path, overwrite=True) as tmp:
+        figure.savefig(tmp, dpi=80)
     save_wav(path.with_suffix(".wav"), wav, overwrite=True)
-    if self.board: self.board.add_figure(self.name, figure, step); self.board.add_audio(self.name, wav, step, 16000)
+    if self.board:
+        self.board.add_figure(self.name, figure, step)
+        self.board.add_audio(self.name, wav, step, 16000)
 
 # %% ../nbs/16_training.ipynb #5c74eabf
-def two_mels(made, true, title:str):
+def two_mels(made, true, title: str):
     "A figure of a made mel above the true one; both (80, L), normalised."
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     for ax, mel, name in zip(figure.subplots(2, 1, sharex=True), (made, true), (title, "true")):
-        ax.imshow(mel, origin="lower", aspect="auto", cmap="magma", vmin=-2.5, vmax=2.5, extent=(0, mel.shape[1]/MEL_RATE, 0, 80))
-        ax.set_title(name, fontsize=9, loc="left"); ax.set_ylabel("mel bin")
+        ax.imshow(
+            mel,
+            origin="lower",
+            aspect="auto",
+            cmap="magma",
+            vmin=-2.5,
+            vmax=2.5,
+            extent=(0, mel.shape[1] / MEL_RATE, 0, 80),
+        )
+        ax.set_title(name, fontsize=9, loc="left")
+        ax.set_ylabel("mel bin")
     ax.set_xlabel("seconds")
     return figure
 
 # %% ../nbs/16_training.ipynb #58cc9b13
-def open_board(run:Path):
+def open_board(run: Path):
     "TensorBoard's writer for a run: `tensorboard --logdir RUN` shows it."
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e: raise ToolMissingError("tensorboard", "is not installed", "pip install faces2voices[board]") from e
-    return SummaryWriter(run/"board")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ToolMissingError(
+            "tensorboard", "is not installed", "pip install faces2voices[board]"
+        ) from e
+    return SummaryWriter(run / "board")
 
 # %% ../nbs/16_training.ipynb #b2c760c8
-def watched(data) -> Batch: # of one clip
+def watched(data) -> Batch:  # of one clip
     "The clip to watch: the first of the validation split, or where there is none, of the training split."
     val = ClipDataset(data, split="val")
     return collate([(val if len(val) else ClipDataset(data, split="train"))[0]])
 
 # %% ../nbs/16_training.ipynb #de387811
-def fit_eigenlips(hierarchy, dataset, limit:int=300, seed:int=0):
+def fit_eigenlips(hierarchy, dataset, limit: int = 300, seed: int = 0):
     "The principal pictures of some training clips, for a hierarchy that looks through eigenlips and has none yet."
     lips = hierarchy.lips
-    if not isinstance(lips, EigenlipEncoder) or lips.eigen.basis.any(): return
+    if not isinstance(lips, EigenlipEncoder) or lips.eigen.basis.any():
+        return
     clips = [dataset[i] for i in shuffled(len(dataset), min(limit, len(dataset)), seed)(0)]
     b, device = collate(clips), lips.eigen.mean.device
     seeded(seed, lambda: lips.fit(b.lips[:, :, ::5].to(device), b.mask[:, ::5].to(device)))
@@ -568,139 +832,238 @@ def train_hierarchy(model, dataset, preset, run, seed, board=None, workers=0):
     "All losses of the three stages and of μ, at once."
     fit_eigenlips(model.hierarchy, dataset, seed=seed)
     b = watched(dataset.folder).to(model.device)
-    watch = Watch(run, "hierarchy", lambda h: h(b.lips, b.face, b.identity, b.expression, b.mask).mu[0], b.mel[0], board=board)
-    fit(model.hierarchy.loss, model.hierarchy, batches(dataset, preset.batch["hierarchy"], seed, preset.vary), preset.steps["hierarchy"], preset.lr["hierarchy"],
-        name="hierarchy", run_dir=run, bf16=True, workers=workers, seed=seed, callback=watch)
+    watch = Watch(
+        run,
+        "hierarchy",
+        lambda h: h(b.lips, b.face, b.identity, b.expression, b.mask).mu[0],
+        b.mel[0],
+        board=board,
+    )
+    fit(
+        model.hierarchy.loss,
+        model.hierarchy,
+        batches(dataset, preset.batch["hierarchy"], seed, preset.vary),
+        preset.steps["hierarchy"],
+        preset.lr["hierarchy"],
+        name="hierarchy",
+        run_dir=run,
+        bf16=True,
+        workers=workers,
+        seed=seed,
+        callback=watch,
+    )
 
 # %% ../nbs/16_training.ipynb #cfaf1c00
 def train_speaker(model, dataset, preset, first, seed):
     "GE2E over the mels of every speaker who has at least two clips; or the encoder of a first model, as it is."
-    if first: return model.speaker_encoder.load_state_dict(first.speaker_encoder.state_dict())
+    if first:
+        return model.speaker_encoder.load_state_dict(first.speaker_encoder.state_dict())
     theirs = {}
-    for i in range(len(dataset)): theirs.setdefault(dataset.sound(i).speaker, []).append((dataset, i))
+    for i in range(len(dataset)):
+        theirs.setdefault(dataset.sound(i).speaker, []).append((dataset, i))
     several = [Heard(clips, attrgetter("mel")) for clips in theirs.values() if len(clips) > 1]
     if len(several) < 2:
-        raise CorpusError(dataset.folder, "has no two speakers with two clips each to tell apart",
-                          "Prepare more clips, or take the voices of a model: --init talkers")
+        raise CorpusError(
+            dataset.folder,
+            "has no two speakers with two clips each to tell apart",
+            "Prepare more clips, or take the voices of a model: --init talkers",
+        )
     steps, batch, lr = (d["speaker"] for d in (preset.steps, preset.batch, preset.lr))
     encoder, _ = train_speaker_encoder(several, steps, batch, lr, device=model.device, seed=seed)
     model.speaker_encoder.load_state_dict(encoder.state_dict())
 
 # %% ../nbs/16_training.ipynb #6c4f02be
-def contour(clip) -> torch.Tensor: # (2, 2T)
+def contour(clip) -> torch.Tensor:  # (2, 2T)
     "ln Hz and voicing of a clip."
     return torch.stack([clip.log_f0, clip.voiced])
 
-
 # %% ../nbs/16_training.ipynb #fd984dfd
-def train_the_vocoder(model, worlds:list, preset, run, first, seed, workers=0):
+def train_the_vocoder(model, worlds: list, preset, run, first, seed, workers=0):
     "On the true mels and, where it takes a source, the true pitch; or the vocoder of a first model, as it is."
-    if first and first is not model: return model.vocoder.load_state_dict(first.vocoder.state_dict())
+    if first and first is not model:
+        return model.vocoder.load_state_dict(first.vocoder.state_dict())
     clips = [(world, i) for world in worlds for i in range(len(world))]
     contours = Heard(clips, contour) if model.vocoder.sourced else None
-    train_vocoder(Heard(clips, attrgetter("wav")), model.vocoder, preset, run_dir=run, contours=contours,
-                  workers=workers, seed=seed)
+    train_vocoder(
+        Heard(clips, attrgetter("wav")),
+        model.vocoder,
+        preset,
+        run_dir=run,
+        contours=contours,
+        workers=workers,
+        seed=seed,
+    )
 
 # %% ../nbs/16_training.ipynb #6ab3f0d2
 def decoder_loss(model):
     "The loss of a batch of scenes."
-    def loss(s:Scene): return model.decoder.loss(s.x1, s.mask, s.mu, s.speaker)
+
+    def loss(s: Scene):
+        return model.decoder.loss(s.x1, s.mask, s.mu, s.speaker)
+
     return loss
 
 # %% ../nbs/16_training.ipynb #3fa533f6
 def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
     "OT-CFM on the μ of the frozen hierarchy."
-    seen, b = scenes(model.hierarchy, dataset, run, vary=preset.vary, seed=seed), watched(dataset.folder).to(model.device)
-    with torch.no_grad(): m = model.hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
+    seen, b = (
+        scenes(model.hierarchy, dataset, run, vary=preset.vary, seed=seed),
+        watched(dataset.folder).to(model.device),
+    )
+    with torch.no_grad():
+        m = model.hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
     mask = b.mask.repeat_interleave(MELS_PER_FRAME, 1)[:, None]
-    watch = Watch(run, "decoder", lambda d: d.sample(m.mu, mask, m.speaker)[0], b.mel[0], board=board)
-    fit(decoder_loss(model), model.decoder, scene_batches(seen, preset.batch["decoder"], seed=seed),
-        preset.steps["decoder"], preset.lr["decoder"], name="decoder", run_dir=run, bf16=True, workers=workers, seed=seed, callback=watch)
+    watch = Watch(
+        run, "decoder", lambda d: d.sample(m.mu, mask, m.speaker)[0], b.mel[0], board=board
+    )
+    fit(
+        decoder_loss(model),
+        model.decoder,
+        scene_batches(seen, preset.batch["decoder"], seed=seed),
+        preset.steps["decoder"],
+        preset.lr["decoder"],
+        name="decoder",
+        run_dir=run,
+        bf16=True,
+        workers=workers,
+        seed=seed,
+        callback=watch,
+    )
 
 # %% ../nbs/16_training.ipynb #83ae0f23
-def training_clips(data, told=False # must some have word times?
-                  ) -> ClipDataset:
+def training_clips(
+    data,
+    told=False,  # must some have word times?
+) -> ClipDataset:
     "The clips of the training split; CorpusError where there are none, or none that serve."
     ds = ClipDataset(data, split="train")
-    if not len(ds): raise CorpusError(data, "holds no clips with sound whose split is `train`", "Prepare a corpus with `faces2voices prepare`, and give lines of its manifest.jsonl the split train")
-    if told and not any(ds.spoken.values()): raise CorpusError(data, "has no word times, and this preset learns from them", "Prepare the corpus once more (its clips are kept), or choose --preset eigenlips")
+    if not len(ds):
+        raise CorpusError(
+            data,
+            "holds no clips with sound whose split is `train`",
+            "Prepare a corpus with `faces2voices prepare`, and give lines of its manifest.jsonl the split train",
+        )
+    if told and not any(ds.spoken.values()):
+        raise CorpusError(
+            data,
+            "has no word times, and this preset learns from them",
+            "Prepare the corpus once more (its clips are kept), or choose --preset eigenlips",
+        )
     return ds
 
 # %% ../nbs/16_training.ipynb #cdb5fc2e
-def claim_run(run, preset:Preset, data, init, voices, adapt, seed):
+def claim_run(run, preset: Preset, data, init, voices, adapt, seed):
     "As `claim`, by the arguments of `train_system`; data that cannot be trained on claim no folder."
-    if data is not None: check_sizes(training_clips(data, told=preset.words and not adapt), preset)
-    claim(run, preset=preset.to_json(), data=clips_identity(data), seed=seed, init=init and str(init),
-          voices=clips_identity(voices), adapt=adapt)
+    if data is not None:
+        check_sizes(training_clips(data, told=preset.words and not adapt), preset)
+    claim(
+        run,
+        preset=preset.to_json(),
+        data=clips_identity(data),
+        seed=seed,
+        init=init and str(init),
+        voices=clips_identity(voices),
+        adapt=adapt,
+    )
 
 # %% ../nbs/16_training.ipynb #6ef02a9d
-def check_sizes(dataset, preset:Preset):
+def check_sizes(dataset, preset: Preset):
     "CorpusError where the clips were prepared by a face backend whose sizes the model does not take."
     clip = dataset[0]
     has = dict(identity=len(clip.identity), expression=clip.expression.shape[1])
     takes = dict(identity=preset.identity_dim or has["identity"], expression=preset.expression_dim)
     for what in has:
         if has[what] != takes[what]:
-            raise CorpusError(dataset.folder, f"was prepared with {has[what]} numbers of {what}, the model takes {takes[what]}",
-                              f"Prepare it with --backend {preset.face_backend}, or choose another model or preset")
+            raise CorpusError(
+                dataset.folder,
+                f"was prepared with {has[what]} numbers of {what}, the model takes {takes[what]}",
+                f"Prepare it with --backend {preset.face_backend}, or choose another model or preset",
+            )
 
 # %% ../nbs/16_training.ipynb #7ca7b00b
-def clips_identity(data) -> dict|None: # None for no data
+def clips_identity(data) -> dict | None:  # None for no data
     "Name, size and hash of prepared clips: of what their manifest says, not of where they lie."
-    if data is None: return None
-    said = [[e.name, e.speaker, e.text, e.split, e.extra] for e in read_manifest(Path(data)/"manifest.jsonl")]
+    if data is None:
+        return None
+    said = [
+        [e.name, e.speaker, e.text, e.split, e.extra]
+        for e in read_manifest(Path(data) / "manifest.jsonl")
+    ]
     coded = json.dumps(sorted(said, key=lambda row: row[0]), sort_keys=True)
-    return dict(name=Path(data).resolve().name, clips=len(said), sha256=hashlib.sha256(coded.encode()).hexdigest())
+    return dict(
+        name=Path(data).resolve().name,
+        clips=len(said),
+        sha256=hashlib.sha256(coded.encode()).hexdigest(),
+    )
 
 # %% ../nbs/16_training.ipynb #330925dc
-def _differences(theirs:dict, ours:dict, within:str="") -> list:
+def _differences(theirs: dict, ours: dict, within: str = "") -> list:
     "What differs, in words: the settings of the run that is there, and of the one that is asked for."
     found = []
     for key in sorted(theirs.keys() | ours.keys()):
         a, b = theirs.get(key), ours.get(key)
-        if isinstance(a, dict) and isinstance(b, dict): found += _differences(a, b, f"{within}{key}.")
-        elif a != b: found.append(f"{within}{key} {str(a)[:60]}, not {str(b)[:60]}")
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{within}{key}.")
+        elif a != b:
+            found.append(f"{within}{key} {str(a)[:60]}, not {str(b)[:60]}")
     return found
 
 # %% ../nbs/16_training.ipynb #db395510
-def _first_claim(run:Path, settings:dict):
+def _first_claim(run: Path, settings: dict):
     "Write whose folder it is; CheckpointError where parts of a run that nobody knows are there."
     if any(run.glob("*.safetensors")):
-        raise CheckpointError(run, "holds parts of a run that left no run.json", "Give another folder")
-    with atomic_path(run/"run.json") as tmp: tmp.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        raise CheckpointError(
+            run, "holds parts of a run that left no run.json", "Give another folder"
+        )
+    with atomic_path(run / "run.json") as tmp:
+        tmp.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 # %% ../nbs/16_training.ipynb #df9b8d3e
-def _claimed(path:Path) -> dict:
+def _claimed(path: Path) -> dict:
     "The settings of the run whose folder it is."
-    try: return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e: raise CheckpointError(path, "is damaged", "Give another folder") from e
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise CheckpointError(path, "is damaged", "Give another folder") from e
 
 # %% ../nbs/16_training.ipynb #92d31283
-def claim(run, # folder of the run
-          **settings # whatever decides what the run makes; JSON must hold it
-         ):
+def claim(
+    run,  # folder of the run
+    **settings,  # whatever decides what the run makes; JSON must hold it
+):
     "Make a folder belong to a run, or go on in it; CheckpointError, which names both runs, where it belongs to another."
-    path, ours = Path(run)/"run.json", json.loads(json.dumps(settings))
+    path, ours = Path(run) / "run.json", json.loads(json.dumps(settings))
     try:
-        if not path.exists(): _first_claim(Path(run), ours)
-    except CheckpointError: raise
+        if not path.exists():
+            _first_claim(Path(run), ours)
+    except CheckpointError:
+        raise
     except F2VError:
-        if not path.exists(): raise          # else another process was first
+        if not path.exists():
+            raise  # else another process was first
     if wrong := _differences(_claimed(path), ours):
-        raise CheckpointError(run, f"belongs to another run: {'; '.join(wrong[:6])}", "Give another folder with -o, or the command of that run")
+        raise CheckpointError(
+            run,
+            f"belongs to another run: {'; '.join(wrong[:6])}",
+            "Give another folder with -o, or the command of that run",
+        )
 
 # %% ../nbs/16_training.ipynb #d9b27f40
-def read_targets(dataset:ClipDataset, model, run) -> ClipDataset:
+def read_targets(dataset: ClipDataset, model, run) -> ClipDataset:
     "`write_targets` by the main process alone, where the model is; the others find what it wrote."
     on_main(lambda: write_targets(dataset, model.units, model.speaker_encoder, run) and None)
     return write_targets(dataset, model.units, model.speaker_encoder, spare=run, progress=False)
 
 # %% ../nbs/16_training.ipynb #a7cb8945
-KEPT = "locator", "units", "speaker" # what `adapt` leaves as it is
+KEPT = "locator", "units", "speaker"  # what `adapt` leaves as it is
 
 # %% ../nbs/16_training.ipynb #58a1c3e2
-def start(preset:Preset, init, adapt:bool, seed:int # as of `train_system`
-         ) -> tuple: # the model to train, and the one that `init` names or None
+def start(
+    preset: Preset,
+    init,
+    adapt: bool,
+    seed: int,  # as of `train_system`
+) -> tuple:  # the model to train, and the one that `init` names or None
     """Seed, and only then build: the weights that training starts from are the seed's too.
 
     The model goes where the accelerator is."""
@@ -710,61 +1073,128 @@ def start(preset:Preset, init, adapt:bool, seed:int # as of `train_system`
     return model.to(make_accelerator().device), first
 
 # %% ../nbs/16_training.ipynb #6c0f8685
-def train_system(preset:Preset,
-                 out, # folder of the run
-                 data=None, # prepared clips; None: `tiny` makes its world first
-                 init:str|None=None, # a model whose speaker encoder and vocoder are kept
-                 voices=None, # more prepared clips, for the vocoder alone
-                 adapt:bool=False, # go on from `init` altogether
-                 only:list|None=None, # parts that may be trained now; None: all
-                 workers:int=2, seed:int=0, board:bool=False, # log for TensorBoard too
-                 command:str="" # the model card names it
-                ) -> Path: # folder of the finished model
+def train_system(
+    preset: Preset,
+    out,  # folder of the run
+    data=None,  # prepared clips; None: `tiny` makes its world first
+    init: str | None = None,  # a model whose speaker encoder and vocoder are kept
+    voices=None,  # more prepared clips, for the vocoder alone
+    adapt: bool = False,  # go on from `init` altogether
+    only: list | None = None,  # parts that may be trained now; None: all
+    workers: int = 2,
+    seed: int = 0,
+    board: bool = False,  # log for TensorBoard too
+    command: str = "",  # the model card names it
+) -> Path:  # folder of the finished model
     "Train units, speaker encoder, hierarchy, decoder and vocoder, and save them as one model."
-    run, seed, (model, first) = Path(out), whole_seed(seed), start(preset, init, adapt, whole_seed(seed))
+    run, seed, (model, first) = (
+        Path(out),
+        whole_seed(seed),
+        start(preset, init, adapt, whole_seed(seed)),
+    )
     on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed))
     writer = open_board(run) if board and make_accelerator().is_main_process else None
-    step = lambda name, module, train: part(run, name, module, (lambda: None) if adapt and name in KEPT else train, only)
-    if preset.face_backend == "locator": step("locator", model.locator, lambda: train_the_locator(model, preset, seed))
-    ds = training_clips(data or on_main(lambda: make_world(model, run, preset, workers, seed)), told=preset.words and not adapt)
-    step("units", model.units, lambda: model.units.fit([ds.sound(i).wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)], preset.n_units, seed))
+    step = lambda name, module, train: part(
+        run, name, module, (lambda: None) if adapt and name in KEPT else train, only
+    )
+    if preset.face_backend == "locator":
+        step("locator", model.locator, lambda: train_the_locator(model, preset, seed))
+    ds = training_clips(
+        data or on_main(lambda: make_world(model, run, preset, workers, seed)),
+        told=preset.words and not adapt,
+    )
+    step(
+        "units",
+        model.units,
+        lambda: model.units.fit(
+            [ds.sound(i).wav for i in shuffled(len(ds), min(len(ds), 300), seed)(0)],
+            preset.n_units,
+            seed,
+        ),
+    )
     step("speaker", model.speaker_encoder, lambda: train_speaker(model, ds, preset, first, seed))
     read_targets(ds, model, run).add(words=preset.words)
-    step("hierarchy", model.hierarchy, lambda: train_hierarchy(model, ds, preset, run, seed, writer, workers))
-    step("decoder", model.decoder, lambda: train_decoder(model, ds, preset, run, seed, writer, workers))
-    step("vocoder", model.vocoder, lambda: train_the_vocoder(model, [ds] + ([training_clips(voices)] if voices else []), preset, run, first, seed, workers))
+    step(
+        "hierarchy",
+        model.hierarchy,
+        lambda: train_hierarchy(model, ds, preset, run, seed, writer, workers),
+    )
+    step(
+        "decoder",
+        model.decoder,
+        lambda: train_decoder(model, ds, preset, run, seed, writer, workers),
+    )
+    step(
+        "vocoder",
+        model.vocoder,
+        lambda: train_the_vocoder(
+            model,
+            [ds] + ([training_clips(voices)] if voices else []),
+            preset,
+            run,
+            first,
+            seed,
+            workers,
+        ),
+    )
     return on_main(lambda: assemble(model, run, ds, command))
 
 # %% ../nbs/16_training.ipynb #3150cc51
-def assemble(model, run:Path, dataset, command:str) -> Path: # folder of the model
+def assemble(model, run: Path, dataset, command: str) -> Path:  # folder of the model
     "Save the trained parts as one model, with what it was trained on; or say which parts are missing."
     wanted = [n for n in NEEDS if n != "locator" or model.preset.face_backend == "locator"]
-    if missing := [n for n in wanted if not (run/f"{n}.safetensors").exists()]:
+    if missing := [n for n in wanted if not (run / f"{n}.safetensors").exists()]:
         print(f"still to train: {', '.join(missing)}")
         return run
     seen = [(c.speaker, c.identity) for c in map(dataset.sound, range(len(dataset)))]
-    if model.preset.identity_dim: model.mean_identity.copy_(torch.stack([identity for _, identity in seen]).mean(0))
-    model.info = dict(command=command, data=f"{len(seen)} clips of {len({who for who, _ in seen})} speakers, {sum(dataset.lengths)/25/60:.0f} minutes",
-        commit=commit(), seconds=json.loads((run/"times.json").read_text()), machine=f"{machine()}, torch {torch.__version__}")
+    if model.preset.identity_dim:
+        model.mean_identity.copy_(torch.stack([identity for _, identity in seen]).mean(0))
+    model.info = dict(
+        command=command,
+        data=f"{len(seen)} clips of {len({who for who, _ in seen})} speakers, {sum(dataset.lengths) / 25 / 60:.0f} minutes",
+        commit=commit(),
+        seconds=json.loads((run / "times.json").read_text()),
+        machine=f"{machine()}, torch {torch.__version__}",
+    )
     kept = ClipDataset(dataset.folder, split="val") if dataset.folder else []
     kept = kept if len(kept) else dataset
     model.info["usual"] = model.measure_usual([kept[i] for i in range(min(50, len(kept)))])
-    model.save_pretrained(run/"model")
-    write_card(model, run/"model"/"README.md")
-    return run/"model"
+    model.save_pretrained(run / "model")
+    write_card(model, run / "model" / "README.md")
+    return run / "model"
 
 # %% ../nbs/16_training.ipynb #f40d724f
 def _known(p) -> str:
     "What training was told, or asked for, that a reader of its scores should know."
-    words = f" Training was told which of {len(p.words)} words is said when; speaking needs no text." if p.words else ""
-    return words + (" μ was trained for what ESTOI measures: believe other measures more." if p.envelope_weight else "")
+    words = (
+        f" Training was told which of {len(p.words)} words is said when; speaking needs no text."
+        if p.words
+        else ""
+    )
+    return words + (
+        " μ was trained for what ESTOI measures: believe other measures more."
+        if p.envelope_weight
+        else ""
+    )
 
 # %% ../nbs/16_training.ipynb #4a6ff043
 def write_card(model, path):
     "The model card: what it is, what it was trained on, what it must not be used for."
     info, p = model.info, model.preset
-    with atomic_path(path, overwrite=True) as tmp: tmp.write_text(_CARD.format(name=p.name, n=sum(x.numel() for x in model.parameters())/1e6, backend=p.face_backend,
-        times=", ".join(f"{k} {v/60:.0f} min" for k, v in info["seconds"].items() if v >= 1), known=_known(p), **info), encoding="utf-8")
+    with atomic_path(path, overwrite=True) as tmp:
+        tmp.write_text(
+            _CARD.format(
+                name=p.name,
+                n=sum(x.numel() for x in model.parameters()) / 1e6,
+                backend=p.face_backend,
+                times=", ".join(
+                    f"{k} {v / 60:.0f} min" for k, v in info["seconds"].items() if v >= 1
+                ),
+                known=_known(p),
+                **info,
+            ),
+            encoding="utf-8",
+        )
 
 # %% ../nbs/16_training.ipynb #6f11ff40
 _CARD = """---
@@ -792,165 +1222,280 @@ What it says is synthetic and may be wrong in every word; do not use it to put w
 def train_the_locator(model, preset, seed):
     "Draw faces, and learn to find them: on the CPU, which draws them."
     from faces2voices.talkers import train_locator
-    model.locator.load_state_dict(train_locator(preset.steps["locator"], preset.batch["locator"], seed=seed).state_dict())
+
+    model.locator.load_state_dict(
+        train_locator(preset.steps["locator"], preset.batch["locator"], seed=seed).state_dict()
+    )
 
 # %% ../nbs/16_training.ipynb #a26b4973
-def make_world(model, run:Path, preset, workers:int, seed:int) -> Path: # folder of prepared clips
+def make_world(
+    model, run: Path, preset, workers: int, seed: int
+) -> Path:  # folder of prepared clips
     "Draw and speak the talkers, and prepare their clips with the model's locator."
     from faces2voices.talkers import LocatorBackend, make_corpus
-    if preset.face_backend != "locator": raise CheckpointError(run, f"the preset `{preset.name}` trains on real clips", "Give a folder of prepared clips: faces2voices prepare CORPUS PREPARED")
+
+    if preset.face_backend != "locator":
+        raise CheckpointError(
+            run,
+            f"the preset `{preset.name}` trains on real clips",
+            "Give a folder of prepared clips: faces2voices prepare CORPUS PREPARED",
+        )
     began = time.time()
-    make_corpus(run/"clips", 480, 3, seed=seed, workers=max(1, workers))
-    done = prepare(read_manifest(run/"clips"/"manifest.jsonl"), run/"prepared", LocatorBackend(copy.deepcopy(model.locator).cpu()), workers)
-    if done.made: note_time(run, "world", time.time() - began)
-    return run/"prepared"
+    make_corpus(run / "clips", 480, 3, seed=seed, workers=max(1, workers))
+    done = prepare(
+        read_manifest(run / "clips" / "manifest.jsonl"),
+        run / "prepared",
+        LocatorBackend(copy.deepcopy(model.locator).cpu()),
+        workers,
+    )
+    if done.made:
+        note_time(run, "world", time.time() - began)
+    return run / "prepared"
 
 # %% ../nbs/16_training.ipynb #c133df96
-def adapt(model:str, # to go on from
-          data, # prepared clips of somebody new, with a split `train`
-          out, # folder of the run
-          steps:int=400, # of each part
-          **kw # of `train_system`
-         ) -> Path: # folder of the adapted model
+def adapt(
+    model: str,  # to go on from
+    data,  # prepared clips of somebody new, with a split `train`
+    out,  # folder of the run
+    steps: int = 400,  # of each part
+    **kw,  # of `train_system`
+) -> Path:  # folder of the adapted model
     "Go on from a trained model with other clips."
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
-    brief = dict(vary=2, steps=preset.steps | dict.fromkeys(("hierarchy", "decoder", "vocoder"), steps), lr={k: v/3 for k, v in preset.lr.items()})
+    brief = dict(
+        vary=2,
+        steps=preset.steps | dict.fromkeys(("hierarchy", "decoder", "vocoder"), steps),
+        lr={k: v / 3 for k, v in preset.lr.items()},
+    )
     return train_system(replace(preset, **brief), out, data, init=model, adapt=True, **kw)
 
 # %% ../nbs/16_training.ipynb #1be90d5f
 class Supply(NamedTuple):
     "How fast clips come."
-    workers: int           # processes that draw batches; 0: the one that trains
+
+    workers: int  # processes that draw batches; 0: the one that trains
     clips_per_second: float
-    share: float           # of what the training step could use; below 1 the step waits
+    share: float  # of what the training step could use; below 1 the step waits
 
 # %% ../nbs/16_training.ipynb #d8f72a43
-def supply(dataset, preset, workers:int, need:float, # clips a second that training could use
-           steps:int, seed:int=0) -> Supply:
+def supply(
+    dataset,
+    preset,
+    workers: int,
+    need: float,  # clips a second that training could use
+    steps: int,
+    seed: int = 0,
+) -> Supply:
     "Draw batches and do nothing with them; the start of the processes does not count."
-    drawn = Run([], Recipe(steps + 1, 1, 1., False, 1, 1, 1., seed), "supply", None, Accelerator(cpu=True))
-    with drawn.draw(batches(dataset, preset.batch["hierarchy"], seed, preset.vary), workers) as coming:
+    drawn = Run(
+        [], Recipe(steps + 1, 1, 1.0, False, 1, 1, 1.0, seed), "supply", None, Accelerator(cpu=True)
+    )
+    with drawn.draw(
+        batches(dataset, preset.batch["hierarchy"], seed, preset.vary), workers
+    ) as coming:
         next(coming)
         began = time.perf_counter()
         clips = sum(len(b.names) for step in coming for b in step)
-    rate = clips/(time.perf_counter() - began)
-    return Supply(workers, round(rate, 1), round(rate/need, 2))
+    rate = clips / (time.perf_counter() - began)
+    return Supply(workers, round(rate, 1), round(rate / need, 2))
 
 # %% ../nbs/16_training.ipynb #a8d3f760
-def bench_loader(model:str, # whose targets are read, and whose hierarchy is trained
-                 data, # prepared clips
-                 steps:int=20, seed:int=0) -> dict: # what JSON can hold
+def bench_loader(
+    model: str,  # whose targets are read, and whose hierarchy is trained
+    data,  # prepared clips
+    steps: int = 20,
+    seed: int = 0,
+) -> dict:  # what JSON can hold
     "Clips a second from the disk, none kept in memory, beside what a training step of the hierarchy uses up."
     f2v = FacesToVoices.from_pretrained(model, device="cpu")
     p, times = f2v.preset, []
-    dataset = write_targets(ClipDataset(data, cache=0), f2v.units, f2v.speaker_encoder).add(words=p.words)
+    dataset = write_targets(ClipDataset(data, cache=0), f2v.units, f2v.speaker_encoder).add(
+        words=p.words
+    )
     batch = batches(dataset, p.batch["hierarchy"], seed, p.vary)(0)
-    fit(f2v.hierarchy.loss, f2v.hierarchy, lambda step: batch, 3 + steps, 1e-4, name="step", log_every=1, bf16=True, callback=lambda *_: times.append(time.perf_counter()))
-    need = len(batch.names)*steps/(times[-1] - times[2])
+    fit(
+        f2v.hierarchy.loss,
+        f2v.hierarchy,
+        lambda step: batch,
+        3 + steps,
+        1e-4,
+        name="step",
+        log_every=1,
+        bf16=True,
+        callback=lambda *_: times.append(time.perf_counter()),
+    )
+    need = len(batch.names) * steps / (times[-1] - times[2])
     rows = [supply(dataset, p, n, need, steps, seed)._asdict() for n in (0, 1, 2)]
-    return dict(clips=len(dataset), frames=sum(dataset.lengths), batch=len(batch.names), step_clips_per_second=round(need, 1), rows=rows)
+    return dict(
+        clips=len(dataset),
+        frames=sum(dataset.lengths),
+        batch=len(batch.names),
+        step_clips_per_second=round(need, 1),
+        rows=rows,
+    )
 
 # %% ../nbs/16_training.ipynb #1c05e9b8
-def show_supply(found:dict) -> str: # Markdown
+def show_supply(found: dict) -> str:  # Markdown
     "A table of `bench_loader`."
     rows = [[r["workers"], r["clips_per_second"], f"{r['share']:.0%}"] for r in found["rows"]]
-    return markdown_table(["processes that draw", "clips a second", f"of the {found['step_clips_per_second']} that a training step could use"], rows)
+    return markdown_table(
+        [
+            "processes that draw",
+            "clips a second",
+            f"of the {found['step_clips_per_second']} that a training step could use",
+        ],
+        rows,
+    )
 
 # %% ../nbs/16_training.ipynb #a20281cc
-def one_second(model) -> dict: # part → function without arguments that runs it on a second of speech
+def one_second(
+    model,
+) -> dict:  # part → function without arguments that runs it on a second of speech
     "The three parts that learn from pictures and sound, each ready to be run once."
-    p, zeros = model.preset, lambda *shape: torch.zeros(1, *shape, device=next(model.parameters()).device)
-    seen = zeros(1, 25, 88, 88), zeros(3, 112, 112), zeros(p.identity_dim), zeros(25, p.expression_dim), zeros(25) == 0
-    return dict(hierarchy=lambda: model.hierarchy(*seen).mu, vocoder=lambda: model.vocoder(zeros(80, 100), zeros(2, 16000)),
-                decoder=lambda: model.decoder(zeros(80, 100), zeros()[0], zeros(80, 100), zeros(1, 100), zeros(p.speaker_dim)))
+    p, zeros = (
+        model.preset,
+        lambda *shape: torch.zeros(1, *shape, device=next(model.parameters()).device),
+    )
+    seen = (
+        zeros(1, 25, 88, 88),
+        zeros(3, 112, 112),
+        zeros(p.identity_dim),
+        zeros(25, p.expression_dim),
+        zeros(25) == 0,
+    )
+    return dict(
+        hierarchy=lambda: model.hierarchy(*seen).mu,
+        vocoder=lambda: model.vocoder(zeros(80, 100), zeros(2, 16000)),
+        decoder=lambda: model.decoder(
+            zeros(80, 100), zeros()[0], zeros(80, 100), zeros(1, 100), zeros(p.speaker_dim)
+        ),
+    )
 
 # %% ../nbs/16_training.ipynb #273f8bd7
 class Cost(NamedTuple):
     "What there is to compute and to hold in one part."
+
     part: str
-    weights: float       # millions
-    trained: float       # of them, millions
-    gigabytes: float     # weights, gradients, Adam's two moments and the moving average, in float32; activations come on top
-    gflops: float        # forward and backward, for a second of speech
+    weights: float  # millions
+    trained: float  # of them, millions
+    gigabytes: float  # weights, gradients, Adam's two moments and the moving average, in float32; activations come on top
+    gflops: float  # forward and backward, for a second of speech
 
 # %% ../nbs/16_training.ipynb #ef438c7d
-def cost(model, name:str, run) -> Cost:
+def cost(model, name: str, run) -> Cost:
     "Count one part's work on `meta`."
     sizes = [(p.numel(), p.requires_grad) for p in getattr(model, name).parameters()]
     total, learned = sum(n for n, _ in sizes), sum(n for n, wanted in sizes if wanted)
-    with FlopCounterMode(display=False) as counter, assume_all_frames_real(): run().sum().backward()
-    flops, held = counter.get_total_flops(), 4*(2*total + 3*learned)
-    return Cost(name, total/1e6, learned/1e6, held/1e9, flops/1e9)
+    with FlopCounterMode(display=False) as counter, assume_all_frames_real():
+        run().sum().backward()
+    flops, held = counter.get_total_flops(), 4 * (2 * total + 3 * learned)
+    return Cost(name, total / 1e6, learned / 1e6, held / 1e9, flops / 1e9)
 
 # %% ../nbs/16_training.ipynb #7fbafd8c
-def assume_all_frames_real(): "On `meta` no mask has values: let every frame count as real."; return functorch_config.patch(meta_nonzero_assume_all_nonzero=True)
+def assume_all_frames_real():
+    "On `meta` no mask has values: let every frame count as real."
+    return functorch_config.patch(meta_nonzero_assume_all_nonzero=True)
 
 # %% ../nbs/16_training.ipynb #d727926d
-def dry_run(preset:Preset) -> list: # of Cost
+def dry_run(preset: Preset) -> list:  # of Cost
     "Build a system without memory for it (a small one in memory: its packed GRU wants to know lengths), and count what training would cost."
-    with torch.device("meta" if preset.lip_encoder.startswith("avhubert") else "cpu"): model = FacesToVoices(preset.to_json())
+    with torch.device("meta" if preset.lip_encoder.startswith("avhubert") else "cpu"):
+        model = FacesToVoices(preset.to_json())
     return [cost(model, name, run) for name, run in one_second(model).items()]
 
 # %% ../nbs/16_training.ipynb #d90f4c11
 from .hierarchy import made_batch
 from .synthesis import WEIGHTS
-from .vocoder import PLAIN_SHARE, Game, full_critics, plain_loss, segment_batches, slim_critics
+from faces2voices.vocoder import (
+    PLAIN_SHARE,
+    Game,
+    full_critics,
+    plain_loss,
+    segment_batches,
+    slim_critics,
+)
 
 # %% ../nbs/16_training.ipynb #2b61d7f5
-def random_clips(preset:Preset, seed:int) -> Batch:
+def random_clips(preset: Preset, seed: int) -> Batch:
     "A batch for the hierarchy: of 10.3 s, LRS3's mean, for `paper`, else of 3 s, as in GRID."
     frames = 258 if preset.name == "paper" else 75
     b = made_batch(preset, preset.batch["hierarchy"], frames, seed)
     return b._replace(words=b.units % (1 + len(preset.words)))
 
 # %% ../nbs/16_training.ipynb #1f7a0c35
-def random_scenes(preset:Preset) -> Scene:
+def random_scenes(preset: Preset) -> Scene:
     "A batch for the decoder."
     B = preset.batch["decoder"]
     mel = torch.randn(2, B, MEL.n_mels, WINDOW)
-    return Scene([], *mel, torch.ones_like(mel[0, :, :1], dtype=torch.bool), torch.randn(B, preset.speaker_dim))
+    return Scene(
+        [],
+        *mel,
+        torch.ones_like(mel[0, :, :1], dtype=torch.bool),
+        torch.randn(B, preset.speaker_dim),
+    )
 
 # %% ../nbs/16_training.ipynb #8e42d6b9
-def random_segments(model): # → Segments
+def random_segments(model):  # → Segments
     "A batch for the vocoder."
     B, seconds = model.preset.batch["vocoder"], 2
-    wavs = .1*torch.randn(B, seconds*SAMPLE_RATE)
-    tune = torch.stack([torch.full((50*seconds,), 5.), torch.ones(50*seconds)])
-    contours = [tune]*B if model.vocoder.sourced else None
+    wavs = 0.1 * torch.randn(B, seconds * SAMPLE_RATE)
+    tune = torch.stack([torch.full((50 * seconds,), 5.0), torch.ones(50 * seconds)])
+    contours = [tune] * B if model.vocoder.sourced else None
     return segment_batches(wavs, B, model.vocoder.segment, contours=contours)(0)
 
 # %% ../nbs/16_training.ipynb #77c3e5a9
-def training_steps(model, seed:int) -> dict: # name → (loss, module, batch, bfloat16?), for `fit`
+def training_steps(model, seed: int) -> dict:  # name → (loss, module, batch, bfloat16?), for `fit`
     "What takes most of the time: hierarchy, decoder, vocoder without and with critics."
     gpu, p, segments = model.device.type != "cpu", model.preset, random_segments(model)
     critics = seeded(seed, full_critics if gpu else slim_critics)
     game = Game(model.vocoder, critics, plain=not gpu)
-    steps = dict(hierarchy=(model.hierarchy.loss, model.hierarchy, random_clips(p, seed), True),
-                 decoder=(decoder_loss(model), model.decoder, random_scenes(p), True))
-    if not gpu: steps["vocoder-plain"] = (plain_loss(model.vocoder), model.vocoder, segments, False)
+    steps = dict(
+        hierarchy=(model.hierarchy.loss, model.hierarchy, random_clips(p, seed), True),
+        decoder=(decoder_loss(model), model.decoder, random_scenes(p), True),
+    )
+    if not gpu:
+        steps["vocoder-plain"] = (plain_loss(model.vocoder), model.vocoder, segments, False)
     losses = game.generator_loss, game.critics_loss
     return steps | {"vocoder-critics": (losses, (model.vocoder, critics), segments, False)}
 
 # %% ../nbs/16_training.ipynb #b84f10ce
-WARM = 3 # steps that do not count: memory is found and kernels are chosen
+WARM = 3  # steps that do not count: memory is found and kernels are chosen
 
 # %% ../nbs/16_training.ipynb #e5d20f7b
-def time_steps(loss, module, batch, bf16:bool, steps:int) -> dict:
+def time_steps(loss, module, batch, bf16: bool, steps: int) -> dict:
     "Steps a second of `fit`, which raises FloatingPointError where a number is not finite."
     done = []
-    def note(line, average): done.append(time.perf_counter())
+
+    def note(line, average):
+        done.append(time.perf_counter())
+
     gpu = make_accelerator().device.type == "cuda"
-    if gpu: torch.cuda.reset_peak_memory_stats()
-    log = fit(loss, module, lambda step: batch, WARM + steps, 1e-4,
-              name="bench", log_every=1, bf16=bf16, callback=note)
-    speed = steps/(done[-1] - done[WARM - 1])
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    log = fit(
+        loss,
+        module,
+        lambda step: batch,
+        WARM + steps,
+        1e-4,
+        name="bench",
+        log_every=1,
+        bf16=bf16,
+        callback=note,
+    )
+    speed = steps / (done[-1] - done[WARM - 1])
     found = dict(steps_per_second=round(speed, 3), loss=log[-1]["total"])
-    if gpu: found["peak_gigabytes"] = round(torch.cuda.max_memory_allocated()/1e9, 2)
+    if gpu:
+        found["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return found
 
 # %% ../nbs/16_training.ipynb #f2a97c30
-def bench_train(preset:Preset, device:str="auto", # `auto`, `cpu`, `cuda`
-                steps:int=10, seed:int=0) -> dict: # what JSON can hold
+def bench_train(
+    preset: Preset,
+    device: str = "auto",  # `auto`, `cpu`, `cuda`
+    steps: int = 10,
+    seed: int = 0,
+) -> dict:  # what JSON can hold
     "Steps a second of every part on this machine; F2VError where the device is not there."
     accelerator = Accelerator(cpu=device == "cpu")
     if device not in ("auto", accelerator.device.type):
@@ -959,18 +1504,26 @@ def bench_train(preset:Preset, device:str="auto", # `auto`, `cpu`, `cuda`
     model = FacesToVoices(preset.to_json()).to(accelerator.device)
     jobs, load = training_steps(model, seed), round(os.getloadavg()[0], 1)
     parts = {name: time_steps(*job, steps) for name, job in jobs.items()}
-    return dict(preset=preset.name, batch=preset.batch, steps=steps, load=load,
-                device=computer(accelerator.device), parts=parts)
+    return dict(
+        preset=preset.name,
+        batch=preset.batch,
+        steps=steps,
+        load=load,
+        device=computer(accelerator.device),
+        parts=parts,
+    )
 
 # %% ../nbs/16_training.ipynb #5d18e6b4
-def computer(device:torch.device) -> str:
+def computer(device: torch.device) -> str:
     "What computes: a GPU by its name, or the threads of a processor."
-    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 # %% ../nbs/16_training.ipynb #0c9e7ad1
-def show_speed(found:dict # of `bench_train`
-              ) -> str: # Markdown
+def show_speed(
+    found: dict,  # of `bench_train`
+) -> str:  # Markdown
     "A row a part, and on what it was measured."
     head = ["part", "steps a second", "loss of the last step", "peak GB on the GPU"]
     fields = "steps_per_second", "loss", "peak_gigabytes"
@@ -979,28 +1532,29 @@ def show_speed(found:dict # of `bench_train`
     return markdown_table(head, rows) + f"\n\n{found['steps']} steps each, {where}"
 
 # %% ../nbs/16_training.ipynb #e07b92d8
-SPEEDS = WEIGHTS.parents[1]/"nbs"/"results" # of a checkout
+SPEEDS = WEIGHTS.parents[1] / "nbs" / "results"  # of a checkout
 if not SPEEDS.is_dir():
-    SPEEDS = WEIGHTS.parent/"results" # of the installed package
+    SPEEDS = WEIGHTS.parent / "results"  # of the installed package
 
 # %% ../nbs/16_training.ipynb #9b6c2f08
-def measured(preset:Preset) -> list: # of what `bench_train` gave
+def measured(preset: Preset) -> list:  # of what `bench_train` gave
     "The speeds that are on record for a preset."
     found = [json.loads(path.read_text()) for path in sorted(SPEEDS.glob("train-speed*.json"))]
     return [f for f in found if f["preset"] == preset.name]
 
 # %% ../nbs/16_training.ipynb #4da81e62
-def hours(preset:Preset, found:dict) -> dict: # part → hours
+def hours(preset: Preset, found: dict) -> dict:  # part → hours
     "How long the preset's steps take at a measured speed."
     speed = {name: part["steps_per_second"] for name, part in found["parts"].items()}
-    n, plain = preset.steps["vocoder"], PLAIN_SHARE if "vocoder-plain" in speed else 0.
-    vocoder = n*(1 - plain)/speed["vocoder-critics"]
-    if plain: vocoder += n*plain/speed["vocoder-plain"]
-    seconds = {name: preset.steps[name]/speed[name] for name in ("hierarchy", "decoder")}
-    return {name: s/3600 for name, s in (seconds | dict(vocoder=vocoder)).items()}
+    n, plain = preset.steps["vocoder"], PLAIN_SHARE if "vocoder-plain" in speed else 0.0
+    vocoder = n * (1 - plain) / speed["vocoder-critics"]
+    if plain:
+        vocoder += n * plain / speed["vocoder-plain"]
+    seconds = {name: preset.steps[name] / speed[name] for name in ("hierarchy", "decoder")}
+    return {name: s / 3600 for name, s in (seconds | dict(vocoder=vocoder)).items()}
 
 # %% ../nbs/16_training.ipynb #a2a1a999
-def show_costs(preset:Preset, costs:list) -> str: # of `dry_run` → Markdown
+def show_costs(preset: Preset, costs: list) -> str:  # of `dry_run` → Markdown
     "What there is to compute and to hold; hours on the machines where the preset was measured."
     speeds = measured(preset)
     taken = [hours(preset, f) for f in speeds]
@@ -1008,8 +1562,11 @@ def show_costs(preset:Preset, costs:list) -> str: # of `dry_run` → Markdown
     numbers = [[f"{x:.1f}" for x in c[1:]] + [f"{h[c.part]:.2g}" for h in taken] for c in costs]
     rows = [[c.part, *row] for c, row in zip(costs, numbers)]
     table = markdown_table(head + [f"hours, {f['device']}" for f in speeds], rows)
-    notes = [f"Hours on {f['device']}: steps of the preset / steps a second of "
-             f"`{f['command']}` (load {f['load']}, commit {f['commit']})" for f in speeds]
+    notes = [
+        f"Hours on {f['device']}: steps of the preset / steps a second of "
+        f"`{f['command']}` (load {f['load']}, commit {f['commit']})"
+        for f in speeds
+    ]
     if not speeds:
         notes = [f"Hours: not measured. `faces2voices bench train --preset {preset.name}` measures"]
     return table + "\n\n" + "\n".join(notes)

@@ -26,23 +26,38 @@ from .audio import MEL
 @lru_cache
 def _mfcc(device) -> nn.Module:
     "13 cepstral coefficients of 40 ms windows every 20 ms."
-    return MFCC(SAMPLE_RATE, 13, log_mels=True, melkwargs=dict(n_fft=640, hop_length=320, n_mels=40, center=False)).to(device)
+    return MFCC(
+        SAMPLE_RATE,
+        13,
+        log_mels=True,
+        melkwargs=dict(n_fft=640, hop_length=320, n_mels=40, center=False),
+    ).to(device)
 
-def cepstra(wav:torch.Tensor, # (…, N) sound at 16 kHz
-            normalise:bool=True # bring every coefficient of every clip to mean 0 and deviation 1
-           ) -> torch.Tensor: # (…, N/320, 39)
+
+def cepstra(
+    wav: torch.Tensor,  # (…, N) sound at 16 kHz
+    normalise: bool = True,  # bring every coefficient of every clip to mean 0 and deviation 1
+) -> torch.Tensor:  # (…, N/320, 39)
     "MFCC, their slopes and the slopes of those, at 50 Hz; frame k is centred on sample 320 k + 160."
     c = _mfcc(wav.device)(F.pad(wav, (160, 160)))
     d = compute_deltas(c)
     x = torch.cat([c, d, compute_deltas(d)], -2).transpose(-1, -2)
-    return (x - x.mean(-2, keepdim=True))/x.std(-2, keepdim=True, correction=0).clamp(min=.05) if normalise else x
+    return (
+        (x - x.mean(-2, keepdim=True)) / x.std(-2, keepdim=True, correction=0).clamp(min=0.05)
+        if normalise
+        else x
+    )
 
 # %% ../nbs/05_units.ipynb #090c87dd
 class UnitQuantizer(nn.Module):
     "Sound → unit numbers, by the nearest of K centroids in whitened features."
-    def __init__(self, n_units:int=100, # K
-                 features=cepstra, # (…, N) → (…, N/320, dim)
-                 dim:int=39):
+
+    def __init__(
+        self,
+        n_units: int = 100,  # K
+        features=cepstra,  # (…, N) → (…, N/320, dim)
+        dim: int = 39,
+    ):
         super().__init__()
         self.features = features
         self.register_buffer("centroids", torch.zeros(n_units, dim))
@@ -51,146 +66,196 @@ class UnitQuantizer(nn.Module):
         self.register_buffer("unit_mels", torch.zeros(n_units, MEL.n_mels))
 
     @torch.no_grad()
-    def forward(self, wav:torch.Tensor # (B, N) or (N,)
-               ) -> torch.Tensor: # (B, N/320) or (N/320,) in [0, K)
+    def forward(
+        self,
+        wav: torch.Tensor,  # (B, N) or (N,)
+    ) -> torch.Tensor:  # (B, N/320) or (N/320,) in [0, K)
         "The unit of every 20 ms."
-        return self.nearest((self.features(wav.to(self.mean.device)) - self.mean)/self.scale)
+        return self.nearest((self.features(wav.to(self.mean.device)) - self.mean) / self.scale)
 
-    def nearest(self, x:torch.Tensor # (…, dim) whitened
-               ) -> torch.Tensor: # (…) long
+    def nearest(
+        self,
+        x: torch.Tensor,  # (…, dim) whitened
+    ) -> torch.Tensor:  # (…) long
         "The nearest centroid."
-        return (self.centroids.pow(2).sum(-1) - 2*x @ self.centroids.T).argmin(-1)
+        return (self.centroids.pow(2).sum(-1) - 2 * x @ self.centroids.T).argmin(-1)
 
 # %% ../nbs/05_units.ipynb #8f7577fa
 @patch
 @torch.no_grad()
-def fit(self:UnitQuantizer,
-        wavs:list, # of (N,) sounds
-        n_units:int|None=None, # K; None: as built
-        seed:int=0) -> UnitQuantizer:
+def fit(
+    self: UnitQuantizer,
+    wavs: list,  # of (N,) sounds
+    n_units: int | None = None,  # K; None: as built
+    seed: int = 0,
+) -> UnitQuantizer:
     "k-means on the features of all sounds, then the mean mel of every unit."
     seed = whole_seed(seed)
     from sklearn.cluster import MiniBatchKMeans
+
     wavs = [w.to(self.mean.device) for w in wavs]
     x = torch.cat([self.features(w) for w in wavs])
     self.mean, self.scale = x.mean(0), x.std(0).clamp(min=1e-5)
-    x = (x - self.mean)/self.scale
-    kmeans = MiniBatchKMeans(n_units or len(self.centroids), random_state=seed, batch_size=4096, n_init=3).fit(x.cpu().numpy())
+    x = (x - self.mean) / self.scale
+    kmeans = MiniBatchKMeans(
+        n_units or len(self.centroids), random_state=seed, batch_size=4096, n_init=3
+    ).fit(x.cpu().numpy())
     self.centroids = torch.from_numpy(kmeans.cluster_centers_).float().to(x.device)
     mels = torch.cat([MEL(w).reshape(MEL.n_mels, -1, 2).mean(-1).T for w in wavs])
     member = F.one_hot(self.nearest(x), len(self.centroids)).float()
-    self.unit_mels = (member.T @ mels)/member.sum(0)[:, None].clamp(min=1)
+    self.unit_mels = (member.T @ mels) / member.sum(0)[:, None].clamp(min=1)
     return self
 
 # %% ../nbs/05_units.ipynb #f19d1e53
-def contingency(units:torch.Tensor, # (N,) long
-                labels:torch.Tensor # (N,) long
-               ) -> torch.Tensor: # (units, labels) counts
+def contingency(
+    units: torch.Tensor,  # (N,) long
+    labels: torch.Tensor,  # (N,) long
+) -> torch.Tensor:  # (units, labels) counts
     "Contingency table: how often each unit goes with each label."
     counts = torch.zeros(int(units.max()) + 1, int(labels.max()) + 1)
     return counts.index_put((units, labels), torch.ones(len(units)), accumulate=True)
 
-def purity(units:torch.Tensor, labels:torch.Tensor) -> float:
+
+def purity(units: torch.Tensor, labels: torch.Tensor) -> float:
     "The share of frames named right if each unit is renamed to its commonest label."
-    return contingency(units, labels).amax(1).sum().item()/len(units)
+    return contingency(units, labels).amax(1).sum().item() / len(units)
 
 # %% ../nbs/05_units.ipynb #a194147e
-def show_units(units:torch.Tensor, # (N,)
-               labels:torch.Tensor, # (N,)
-               names:list, # of the labels
-               title:str=""):
+def show_units(
+    units: torch.Tensor,  # (N,)
+    labels: torch.Tensor,  # (N,)
+    names: list,  # of the labels
+    title: str = "",
+):
     "Which label each unit stands for: a column a unit, sorted, each column summing to 1."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     counts = contingency(units, labels)
-    share = counts/counts.sum(1, keepdim=True).clamp(min=1)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     share = share[(counts.sum(1) > 0)]
-    share = share[(share.argmax(1)*10 - share.amax(1)).argsort()]
-    fig, ax = plt.subplots(figsize=(8, 1.3 + .11*len(names)), layout="constrained")
+    share = share[(share.argmax(1) * 10 - share.amax(1)).argsort()]
+    fig, ax = plt.subplots(figsize=(8, 1.3 + 0.11 * len(names)), layout="constrained")
     image = ax.imshow(share.T, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel="unit (sorted)", title=title)
-    ax.xaxis.get_major_locator().set_params(integer=True); ax.tick_params(axis="y", labelsize=8 if len(names) < 20 else 7)
-    fig.colorbar(image, label="share", ticks=[0, .5, 1])
-    display(fig, metadata={"alt": f"Heat map of {len(share)} units against {len(names)} labels. {title}"}); plt.close(fig)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.tick_params(axis="y", labelsize=8 if len(names) < 20 else 7)
+    fig.colorbar(image, label="share", ticks=[0, 0.5, 1])
+    display(
+        fig,
+        metadata={"alt": f"Heat map of {len(share)} units against {len(names)} labels. {title}"},
+    )
+    plt.close(fig)
 
 # %% ../nbs/05_units.ipynb #bfce00cd
 @patch
-def units_to_mel(self:UnitQuantizer,
-                 units:torch.Tensor # (L,)
-                ) -> torch.Tensor: # (80, 2 L) natural-log mel
+def units_to_mel(
+    self: UnitQuantizer,
+    units: torch.Tensor,  # (L,)
+) -> torch.Tensor:  # (80, 2 L) natural-log mel
     "The average sound of each unit, one after another: what of speech survives in its units."
     return self.unit_mels[units].repeat_interleave(2, 0).T
 
 # %% ../nbs/05_units.ipynb #d947dffc
-def phone_labels(phones:list, # of (phone, start, end) in seconds
-                 length:int, # L
-                 names:list # of all phones
-                ) -> torch.Tensor: # (L,) place in `names`, -1 where no phone is
+def phone_labels(
+    phones: list,  # of (phone, start, end) in seconds
+    length: int,  # L
+    names: list,  # of all phones
+) -> torch.Tensor:  # (L,) place in `names`, -1 where no phone is
     "The phone of every 20 ms."
     label = torch.full((length,), -1)
-    for phone, start, end in phones: label[round(start*50):round(end*50)] = names.index(phone)
+    for phone, start, end in phones:
+        label[round(start * 50) : round(end * 50)] = names.index(phone)
     return label
 
 # %% ../nbs/05_units.ipynb #5df749b6
-def neighbours(units:torch.Tensor, # (L,)
-               reach:int=2 # to either side
-              ) -> torch.Tensor: # (L, 2 reach + 1), -1 beyond the ends
+def neighbours(
+    units: torch.Tensor,  # (L,)
+    reach: int = 2,  # to either side
+) -> torch.Tensor:  # (L, 2 reach + 1), -1 beyond the ends
     "Each unit between its neighbours."
-    return F.pad(units, (reach, reach), value=-1).unfold(0, 2*reach + 1, 1)
+    return F.pad(units, (reach, reach), value=-1).unfold(0, 2 * reach + 1, 1)
 
 # %% ../nbs/05_units.ipynb #2e355a3e
-def phone_reader(units:list, # of (L,)
-                 phones:list # of (L,), -1 where none is
-                ): # a scikit-learn classifier, for `read_phones`
+def phone_reader(
+    units: list,  # of (L,)
+    phones: list,  # of (L,), -1 where none is
+):  # a scikit-learn classifier, for `read_phones`
     "Learn to name the phone in the middle of five units."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder
-    x, y = torch.cat([neighbours(u) for u in units]), torch.cat(phones)
-    return make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression(max_iter=300)).fit(x[y >= 0].numpy(), y[y >= 0].numpy())
 
-def read_phones(reader, units:torch.Tensor # (L,)
-               ) -> torch.Tensor: # (L,) place in the list of phones
+    x, y = torch.cat([neighbours(u) for u in units]), torch.cat(phones)
+    return make_pipeline(
+        OneHotEncoder(handle_unknown="ignore"), LogisticRegression(max_iter=300)
+    ).fit(x[y >= 0].numpy(), y[y >= 0].numpy())
+
+
+def read_phones(
+    reader,
+    units: torch.Tensor,  # (L,)
+) -> torch.Tensor:  # (L,) place in the list of phones
     "The phone that each unit and its neighbours stand for."
     return torch.from_numpy(reader.predict(neighbours(units).numpy()))
 
 # %% ../nbs/05_units.ipynb #e82ebeb7
 @torch.no_grad()
-def hubert_features(wav:torch.Tensor, # (B, N) or (N,), N a multiple of 320
-                    model, # a torchaudio HuBERT, for example `torchaudio.pipelines.HUBERT_BASE.get_model()`
-                    layer:int=6 # 1 … 12 (Base)
-                   ) -> torch.Tensor: # (B, N/320, 768) or (N/320, 768)
+def hubert_features(
+    wav: torch.Tensor,  # (B, N) or (N,), N a multiple of 320
+    model,  # a torchaudio HuBERT, for example `torchaudio.pipelines.HUBERT_BASE.get_model()`
+    layer: int = 6,  # 1 … 12 (Base)
+) -> torch.Tensor:  # (B, N/320, 768) or (N/320, 768)
     "The features of one HuBERT layer, exactly one for every 320 samples."
     padded = F.pad(wav.reshape(-1, wav.shape[-1]), (40, 40))
     hidden, _ = model.extract_features(padded, num_layers=layer)
     return hidden[-1].reshape(*wav.shape[:-1], -1, hidden[-1].shape[-1])
 
 # %% ../nbs/05_units.ipynb #8ec6a4af
-HUBERT = "hubert_fairseq_base_ls960.pth"   # torchaudio's file name
+HUBERT = "hubert_fairseq_base_ls960.pth"  # torchaudio's file name
+
 
 def find_hubert() -> Path:
     "The file of HuBERT Base: `$F2V_HUBERT`, else where torchaudio puts it."
-    path = Path(os.environ.get("F2V_HUBERT") or Path(torch.hub.get_dir())/"checkpoints"/HUBERT).expanduser()
-    if not path.is_file(): raise ToolMissingError(path, "HuBERT's weights are not there",
-        "Fetch them once: python -c \"import torchaudio; torchaudio.pipelines.HUBERT_BASE.get_model()\", or set F2V_HUBERT to the file")
+    path = Path(
+        os.environ.get("F2V_HUBERT") or Path(torch.hub.get_dir()) / "checkpoints" / HUBERT
+    ).expanduser()
+    if not path.is_file():
+        raise ToolMissingError(
+            path,
+            "HuBERT's weights are not there",
+            "Fetch them once: python -c \"import torchaudio; torchaudio.pipelines.HUBERT_BASE.get_model()\", or set F2V_HUBERT to the file",
+        )
     return path
+
 
 @lru_cache(maxsize=1)
 def load_hubert(path) -> nn.Module:
     "HuBERT Base with the weights of a file in torchaudio's layout."
-    with torch.device("meta"): model = torchaudio.models.hubert_base()
-    try: model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
+    with torch.device("meta"):
+        model = torchaudio.models.hubert_base()
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except (RuntimeError, UnpicklingError, ValueError, TypeError, EOFError) as e:
-        raise CheckpointError(path, f"does not hold HuBERT Base ({type(e).__name__})", "Is it torchaudio's file, and whole?") from e
+        raise CheckpointError(
+            path,
+            f"does not hold HuBERT Base ({type(e).__name__})",
+            "Is it torchaudio's file, and whole?",
+        ) from e
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/05_units.ipynb #c69b9cb0
-def from_hubert(wav:torch.Tensor # (…, N)
-               ) -> torch.Tensor: # (…, N/320, 768)
+def from_hubert(
+    wav: torch.Tensor,  # (…, N)
+) -> torch.Tensor:  # (…, N/320, 768)
     "Layer 6 of the HuBERT that is at hand."
     return hubert_features(wav, load_hubert(find_hubert()).to(wav.device))
 
-def make_quantizer(preset # Preset
-                  ) -> UnitQuantizer:
+
+def make_quantizer(
+    preset,  # Preset
+) -> UnitQuantizer:
     "A quantizer, not yet fitted, on the features that the preset names."
-    return UnitQuantizer(preset.n_units, *dict(mfcc=(cepstra, 39), hubert=(from_hubert, 768))[preset.unit_features])
+    return UnitQuantizer(
+        preset.n_units, *dict(mfcc=(cepstra, 39), hubert=(from_hubert, 768))[preset.unit_features]
+    )

@@ -27,49 +27,73 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import ndimage
-from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, MediaError, NoFaceError, ToolMissingError, atomic_path
+from faces2voices.core import (
+    FPS,
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    MediaError,
+    NoFaceError,
+    ToolMissingError,
+    atomic_path,
+)
 from .audio import _track, decoded_frames, load_audio
 
 # %% ../nbs/02_video.ipynb #60ef70f1
-def clock_frame(k:int, # number of the frame, below 1024
-                seconds:float # when it is shown
-               ) -> np.ndarray: # (96, 160, 3) uint8
+def clock_frame(
+    k: int,  # number of the frame, below 1024
+    seconds: float,  # when it is shown
+) -> np.ndarray:  # (96, 160, 3) uint8
     "A drawn frame that carries its number (ten squares, lowest digit first) and its time (a hand)."
     frame = np.full((96, 160, 3), 90, np.uint8)
-    for i in range(10): frame[:16, 16*i:16*i + 16] = 235 if k >> i & 1 else 20
+    for i in range(10):
+        frame[:16, 16 * i : 16 * i + 16] = 235 if k >> i & 1 else 20
     y, x = np.mgrid[:96, :160]
-    angle = 2*np.pi*seconds/3
-    along, across = (x - 80)*np.sin(angle) - (y - 56)*np.cos(angle), (x - 80)*np.cos(angle) + (y - 56)*np.sin(angle)
+    angle = 2 * np.pi * seconds / 3
+    along, across = (
+        (x - 80) * np.sin(angle) - (y - 56) * np.cos(angle),
+        (x - 80) * np.cos(angle) + (y - 56) * np.sin(angle),
+    )
     frame[np.hypot(x - 80, y - 56) < 36] = (235, 225, 200)
     frame[(along > 0) & (along < 32) & (abs(across) < 2.5)] = (180, 40, 40)
     return frame
 
 # %% ../nbs/02_video.ipynb #9a72a62d
-def clock_number(frame:np.ndarray) -> int:
+def clock_number(frame: np.ndarray) -> int:
     "The number that a `clock_frame` carries."
-    return sum(int(frame[4:12, 16*i + 4:16*i + 12].mean() > 128) << i for i in range(10))
+    return sum(int(frame[4:12, 16 * i + 4 : 16 * i + 12].mean() > 128) << i for i in range(10))
 
 # %% ../nbs/02_video.ipynb #cc1b04a6
-def show_frames(frames, # (T, H, W, 3) or (T, H, W)
-                titles=None, # one for each frame shown
-                n:int=8, # how many, evenly spaced
-                title:str="", alt:str=""):
+def show_frames(
+    frames,  # (T, H, W, 3) or (T, H, W)
+    titles=None,  # one for each frame shown
+    n: int = 8,  # how many, evenly spaced
+    title: str = "",
+    alt: str = "",
+):
     "A strip of frames."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     pick = np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int)
-    fig, axes = plt.subplots(1, len(pick), figsize=(max(4, 1.25*len(pick)), 1.7), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(pick), figsize=(max(4, 1.25 * len(pick)), 1.7), layout="constrained", squeeze=False
+    )
     for ax, k in zip(axes[0], pick):
-        ax.imshow(frames[k], cmap="gray", vmin=0, vmax=255); ax.set_axis_off()
-        ax.set_title(titles[k] if titles is not None else f"{k/FPS:.2f} s", fontsize=8)
+        ax.imshow(frames[k], cmap="gray", vmin=0, vmax=255)
+        ax.set_axis_off()
+        ax.set_title(titles[k] if titles is not None else f"{k / FPS:.2f} s", fontsize=8)
     fig.suptitle(title, fontsize=10)
-    display(fig, metadata={"alt": alt or f"{len(pick)} frames. {title}"}); plt.close(fig)
+    display(fig, metadata={"alt": alt or f"{len(pick)} frames. {title}"})
+    plt.close(fig)
 
 # %% ../nbs/02_video.ipynb #886e5e57
 TAG = "synthetic speech (faces2voices)"
-QUICKTIME = (".mp4", ".m4v", ".mov")   # names of files in the family of mp4
+QUICKTIME = (".mp4", ".m4v", ".mov")  # names of files in the family of mp4
 
-def _words(error): "What an error of FFmpeg says, without number and path."; return getattr(error, "strerror", None) or error
+
+def _words(error):
+    "What an error of FFmpeg says, without number and path."
+    return getattr(error, "strerror", None) or error
 
 # %% ../nbs/02_video.ipynb #78b82c38
 def _is_mp4(path) -> bool:
@@ -81,14 +105,19 @@ def _is_mp4(path) -> bool:
 def _container(tmp, path):
     "An open container at `tmp`, for what shall become `path`."
     import av
+
     front = dict(movflags="+faststart") if _is_mp4(path) else {}
     try:
         with av.open(f"file:{tmp}", "w", options=front | dict(fflags="+bitexact")) as out:
             yield out
     except (av.FFmpegError, ValueError) as e:
-        cure = ("Is there room, and may it be written there?" if _is_mp4(path)
-                else "Give it a name that ends in .mp4")
+        cure = (
+            "Is there room, and may it be written there?"
+            if _is_mp4(path)
+            else "Give it a name that ends in .mp4"
+        )
         raise MediaError(path, f"cannot be written ({_words(e)})", cure) from e
+
 
 @contextmanager
 def _writing(path, overwrite):
@@ -113,90 +142,111 @@ def _add_sound(out):
 # %% ../nbs/02_video.ipynb #17cea623
 def _picture_packets(stream, frames):
     "Encode decoded frames, packet by packet."
-    for frame in frames: yield from stream.encode(frame)
+    for frame in frames:
+        yield from stream.encode(frame)
     yield from stream.encode(None)
 
 # %% ../nbs/02_video.ipynb #c509bcf1
-def in_blocks(wav, # (N,) sound, or an iterable of stretches of it, one after the other
-              n:int=1024 # samples
-             ): # yields (n,) float32 arrays in [−1, 1]; the last may be shorter
+def in_blocks(
+    wav,  # (N,) sound, or an iterable of stretches of it, one after the other
+    n: int = 1024,  # samples
+):  # yields (n,) float32 arrays in [−1, 1]; the last may be shorter
     "The same blocks however the sound is cut."
     held = np.zeros(0, np.float32)
     for part in [wav] if isinstance(wav, (torch.Tensor, np.ndarray)) else wav:
-        held = np.concatenate([held, torch.as_tensor(part).detach().cpu().float().clamp(-1, 1).numpy()])
-        whole = len(held)//n*n
+        held = np.concatenate(
+            [held, torch.as_tensor(part).detach().cpu().float().clamp(-1, 1).numpy()]
+        )
+        whole = len(held) // n * n
         yield from held[:whole].reshape(-1, n)
         held = held[whole:]
-    if len(held): yield held
+    if len(held):
+        yield held
 
 # %% ../nbs/02_video.ipynb #154ed175
 def _sound_packets(stream, wav):
     "Encode sound at 16 kHz, whole or in stretches, packet by packet."
     import av
+
     for i, block in enumerate(in_blocks(wav)):
         part = av.AudioFrame.from_ndarray(block[None].copy(), format="fltp", layout="mono")
-        part.sample_rate, part.pts, part.time_base = SAMPLE_RATE, 1024*i, Fraction(1, SAMPLE_RATE)
+        part.sample_rate, part.pts, part.time_base = SAMPLE_RATE, 1024 * i, Fraction(1, SAMPLE_RATE)
         yield from stream.encode(part)
     yield from stream.encode(None)
 
 # %% ../nbs/02_video.ipynb #bdff0081
 def _mux(out, *tracks):
     "Write packets of several tracks in the order of their times, so that a player need not seek."
-    for packet in heapq.merge(*tracks, key=lambda p: p.dts*p.time_base): out.mux(packet)
+    for packet in heapq.merge(*tracks, key=lambda p: p.dts * p.time_base):
+        out.mux(packet)
 
 # %% ../nbs/02_video.ipynb #d4e3c23d
-def write_video(path, # .mp4 file to write; never replaces one that is there unless told
-                frames, # (T, H, W, 3) uint8 RGB
-                wav=None, # sound at 16 kHz: (N,), or stretches that follow each other
-                fps=FPS, # frames a second: a whole number or a Fraction
-                crf:int=20, # quality: 0 is lossless, 51 worst
-                overwrite:bool=False):
+def write_video(
+    path,  # .mp4 file to write; never replaces one that is there unless told
+    frames,  # (T, H, W, 3) uint8 RGB
+    wav=None,  # sound at 16 kHz: (N,), or stretches that follow each other
+    fps=FPS,  # frames a second: a whole number or a Fraction
+    crf: int = 20,  # quality: 0 is lossless, 51 worst
+    overwrite: bool = False,
+):
     "Write frames, and sound if there is any, as H.264 and AAC."
     import av
+
     height, width, _ = frames[0].shape
-    even = (np.pad(f, ((0, height%2), (0, width%2), (0, 0)), mode="edge") for f in frames)
+    even = (np.pad(f, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") for f in frames)
     with _writing(path, overwrite) as out:
-        video = _add_video(out, fps, width + width%2, height + height%2, crf)
-        tracks = [_picture_packets(video, (av.VideoFrame.from_ndarray(f, format="rgb24") for f in even))]
-        if wav is not None: tracks.append(_sound_packets(_add_sound(out), wav))
+        video = _add_video(out, fps, width + width % 2, height + height % 2, crf)
+        tracks = [
+            _picture_packets(video, (av.VideoFrame.from_ndarray(f, format="rgb24") for f in even))
+        ]
+        if wav is not None:
+            tracks.append(_sound_packets(_add_sound(out), wav))
         _mux(out, *tracks)
 
 # %% ../nbs/02_video.ipynb #6e59338c
-def at_25fps(frames # pairs of a time in seconds (rising) and the frame shown from then on; the last pair has no frame: the end
-            ): # yields frames at 0, 1/25, 2/25 … seconds after the first
+def at_25fps(
+    frames,  # pairs of a time in seconds (rising) and the frame shown from then on; the last pair has no frame: the end
+):  # yields frames at 0, 1/25, 2/25 … seconds after the first
     "For each tick of 25 a second, the newest frame that is not later than the tick."
     k, start, shown = 0, None, None
     for seconds, frame in frames:
-        if start is None: start = seconds
+        if start is None:
+            start = seconds
         last = frame is None
-        while shown is not None and k/FPS < seconds - start - (.5/FPS if last else 1e-3): k += 1; yield shown
+        while shown is not None and k / FPS < seconds - start - (0.5 / FPS if last else 1e-3):
+            k += 1
+            yield shown
         shown = frame
 
 # %% ../nbs/02_video.ipynb #dc938537
 def _file(path) -> Path:
     "The path, if a file with something in it is there."
     path = Path(path)
-    if path.is_dir(): raise MediaError(path, "is a folder, not a video", "Name one file")
-    if not path.is_file(): raise MediaError(path, "no such file", "Check the spelling")
-    if not path.stat().st_size: raise MediaError(path, "is empty (0 bytes)", "Copy or download it again")
+    if path.is_dir():
+        raise MediaError(path, "is a folder, not a video", "Name one file")
+    if not path.is_file():
+        raise MediaError(path, "no such file", "Check the spelling")
+    if not path.stat().st_size:
+        raise MediaError(path, "is empty (0 bytes)", "Copy or download it again")
     return path
 
 # %% ../nbs/02_video.ipynb #fce87965
-MIN_FRAMES = 10      # 0.4 s: less is too short to speak of
-MIN_SIDE = 16        # px; a face needs more
-MAX_PIXELS = 2**25   # in one picture; 8K film has 33 million
-MAX_STILL = 10.      # seconds for which one picture may stand still
+MIN_FRAMES = 10  # 0.4 s: less is too short to speak of
+MIN_SIDE = 16  # px; a face needs more
+MAX_PIXELS = 2**25  # in one picture; 8K film has 33 million
+MAX_STILL = 10.0  # seconds for which one picture may stand still
 
 # %% ../nbs/02_video.ipynb #14d8e3cd
-def _spans(path, numbers) -> dict: # number of a stream → seconds from its first packet to its last
+def _spans(path, numbers) -> dict:  # number of a stream → seconds from its first packet to its last
     "How long the streams of a file last, by their packets."
     import av
-    first, last = dict.fromkeys(numbers, 0.), dict.fromkeys(numbers, 0.)
+
+    first, last = dict.fromkeys(numbers, 0.0), dict.fromkeys(numbers, 0.0)
     with av.open(f"file:{path}", options=dict(protocol_whitelist="file")) as container:
         try:
             for packet in container.demux([container.streams[i] for i in numbers]):
                 if packet.dts is not None:
-                    i, last[i] = packet.stream_index, float(packet.dts*packet.time_base)
+                    i, last[i] = packet.stream_index, float(packet.dts * packet.time_base)
                     first[i] = first[i] or last[i]
         except av.FFmpegError:
             pass
@@ -206,19 +256,23 @@ def _spans(path, numbers) -> dict: # number of a stream → seconds from its fir
 def _watched(path, streams):
     "Of several streams of pictures the one that people see: no preview; the default; the largest."
     from av.stream import Disposition
+
     if len(streams) == 1:
         return streams[0]
     spans = _spans(path, [s.index for s in streams])
     longest = max(spans.values())
+
     def rank(s):
         default = Disposition.default in s.disposition
-        return spans[s.index] >= longest/2, default, s.width*s.height, spans[s.index]
+        return spans[s.index] >= longest / 2, default, s.width * s.height, spans[s.index]
+
     return max(streams, key=rank)
 
 # %% ../nbs/02_video.ipynb #9dc32377
 def _moving_picture(path, container):
     "The stream of pictures that people see, if it can be decoded safely."
     from av.stream import Disposition
+
     still = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
     pictures = [s for s in container.streams.video if not s.disposition & still]
     if not pictures:
@@ -227,7 +281,7 @@ def _moving_picture(path, container):
     if not pictures:
         raise MediaError(path, "its pictures cannot be decoded", "Convert it to mp4 with H.264")
     stream = _watched(path, pictures)
-    if stream.width*stream.height > MAX_PIXELS:
+    if stream.width * stream.height > MAX_PIXELS:
         reason = f"its pictures of {stream.width} × {stream.height} are too large"
         raise MediaError(path, reason, "Scale it down first")
     stream.codec_context.options = dict(max_pixels=str(MAX_PIXELS))
@@ -237,23 +291,33 @@ def _moving_picture(path, container):
 def _open(path):
     "An open container and its video stream, or a `MediaError` that says what is wrong."
     import av
-    try: container = av.open(f"file:{_file(path)}", options=dict(protocol_whitelist="file"))
+
+    try:
+        container = av.open(f"file:{_file(path)}", options=dict(protocol_whitelist="file"))
     except (av.FFmpegError, ValueError) as e:
-        raise MediaError(path, f"cannot be opened as a video ({_words(e)})", "Is it complete, and does it play? If it does, convert it to mp4") from e
-    try: return container, _moving_picture(path, container)
-    except MediaError: container.close(); raise
+        raise MediaError(
+            path,
+            f"cannot be opened as a video ({_words(e)})",
+            "Is it complete, and does it play? If it does, convert it to mp4",
+        ) from e
+    try:
+        return container, _moving_picture(path, container)
+    except MediaError:
+        container.close()
+        raise
 
 # %% ../nbs/02_video.ipynb #4aaddcf4
 def _packets(container, stream):
     "The packets of a stream, until the file ends or breaks."
     import av
+
     try:
         yield from container.demux(stream)
     except av.FFmpegError:
         return
 
 # %% ../nbs/02_video.ipynb #6abd0226
-LOOK_AHEAD = 8   # frames of an AVI that are decoded before the first is placed
+LOOK_AHEAD = 8  # frames of an AVI that are decoded before the first is placed
 
 # %% ../nbs/02_video.ipynb #c6a78fcb
 def _by_slot(frames, stream):
@@ -274,6 +338,7 @@ def _by_slot(frames, stream):
 def _timed(container, stream):
     "Pairs of a time, in units of the stream or None, and a decoded frame; the first is whole."
     from av.format import Flags
+
     frames = dropwhile(attrgetter("is_corrupt"), decoded_frames(container, stream))
     if container.format.name == "avi":
         return _by_slot(frames, stream)
@@ -285,14 +350,15 @@ def _rising(timed, time_base, usual):
     "Pairs of seconds and frame; where a time is missing or does not rise, `usual` after the last."
     last = None
     for time, frame in timed:
-        seconds = None if time is None else float(time*time_base)
+        seconds = None if time is None else float(time * time_base)
         if last is not None and (seconds is None or seconds <= last):
             seconds = last + usual
-        last = seconds or 0.
+        last = seconds or 0.0
         yield last, frame
 
 # %% ../nbs/02_video.ipynb #2e95b7d0
-LONE = 64      # frames at the beginning that may come without a time
+LONE = 64  # frames at the beginning that may come without a time
+
 
 def _counted_back(timed, usual):
     "The same pairs; frames before the first that has a time are given times at the `usual` pace."
@@ -302,11 +368,12 @@ def _counted_back(timed, usual):
         if time is not None or len(untimed) == LONE:
             break
     for k, frame in enumerate(untimed, 1 - len(untimed)):
-        yield None if time is None else time + k*usual, frame
+        yield None if time is None else time + k * usual, frame
     yield from timed
 
 # %% ../nbs/02_video.ipynb #a90c43de
-JITTER = .002   # seconds; Matroska and FLV round to milliseconds
+JITTER = 0.002  # seconds; Matroska and FLV round to milliseconds
+
 
 def _in_step(stamped):
     "The same pairs; a first frame that is out of step with five even ones is moved into step."
@@ -314,9 +381,9 @@ def _in_step(stamped):
     steps = np.diff([seconds for seconds, _ in begin])
     if len(steps) == 5 and np.ptp(steps[1:]) <= JITTER:
         even = steps[1:].mean()
-        n = max(1, round(steps[0]/even))
-        if JITTER < abs(steps[0] - n*even) and n <= 3:
-            begin[0] = begin[1][0] - n*even, begin[0][1]
+        n = max(1, round(steps[0] / even))
+        if JITTER < abs(steps[0] - n * even) and n <= 3:
+            begin[0] = begin[1][0] - n * even, begin[0][1]
     yield from begin
     yield from stamped
 
@@ -324,9 +391,10 @@ def _in_step(stamped):
 def _stamped(path, container, stream, damaged=False):
     "Pairs of time and decoded frame, damaged ones too if wanted; last the time of the end, None."
     import av
-    usual, end = min(MAX_STILL, float(1/(stream.average_rate or FPS))), None
+
+    usual, end = min(MAX_STILL, float(1 / (stream.average_rate or FPS))), None
     try:
-        timed = _counted_back(_timed(container, stream), usual/stream.time_base)
+        timed = _counted_back(_timed(container, stream), usual / stream.time_base)
         for seconds, frame in _in_step(_rising(timed, stream.time_base, usual)):
             if frame.is_corrupt and not damaged:
                 continue
@@ -334,7 +402,7 @@ def _stamped(path, container, stream, damaged=False):
                 reason = f"its picture stands still for {seconds - end:.0f} s"
                 cure = "Cut out the part that shows the face, or convert it to mp4"
                 raise MediaError(path, reason, cure)
-            length = float((frame.duration or 0)*stream.time_base) or usual
+            length = float((frame.duration or 0) * stream.time_base) or usual
             end = seconds + min(MAX_STILL, length)
             yield seconds, frame
     except av.FFmpegError:
@@ -344,74 +412,103 @@ def _stamped(path, container, stream, damaged=False):
 # %% ../nbs/02_video.ipynb #ff5c8ada
 def _to_rgb(frame, pixel_shape, max_side) -> np.ndarray:
     "The frame upright, with square pixels, no side longer than `max_side`, as (H, W, 3) uint8."
-    wide, high = frame.width*pixel_shape, frame.height
-    scale = min(1, max_side/max(wide, high))
-    width, height = max(1, round(wide*scale)), max(1, round(high*scale))
-    return np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), round(frame.rotation/90))
+    wide, high = frame.width * pixel_shape, frame.height
+    scale = min(1, max_side / max(wide, high))
+    width, height = max(1, round(wide * scale)), max(1, round(high * scale))
+    return np.rot90(
+        frame.to_ndarray(format="rgb24", width=width, height=height), round(frame.rotation / 90)
+    )
 
 # %% ../nbs/02_video.ipynb #99991f2f
 def _upright(path, frames, pixel_shape, max_side):
     "RGB pictures of decoded frames, all of one size; a frame that is shown twice is converted once."
     shown, picture, size, T = None, None, None, 0
     for T, frame in enumerate(frames, 1):
-        if frame is not shown: shown, picture = frame, _to_rgb(frame, pixel_shape, max_side)
+        if frame is not shown:
+            shown, picture = frame, _to_rgb(frame, pixel_shape, max_side)
         size = size or picture.shape
-        if min(size[:2]) < MIN_SIDE: raise MediaError(path, f"its picture is only {size[1]} × {size[0]} px", "A face needs more")
-        if picture.shape != size: raise MediaError(path, "changes its picture size half-way", "Convert it to one size")
+        if min(size[:2]) < MIN_SIDE:
+            raise MediaError(
+                path, f"its picture is only {size[1]} × {size[0]} px", "A face needs more"
+            )
+        if picture.shape != size:
+            raise MediaError(path, "changes its picture size half-way", "Convert it to one size")
         yield picture
-    if T < MIN_FRAMES: raise MediaError(path, f"holds only {T/FPS:g} s of pictures that can be read", f"At least {MIN_FRAMES/FPS} s are needed; is the file whole?")
+    if T < MIN_FRAMES:
+        raise MediaError(
+            path,
+            f"holds only {T / FPS:g} s of pictures that can be read",
+            f"At least {MIN_FRAMES / FPS} s are needed; is the file whole?",
+        )
 
 # %% ../nbs/02_video.ipynb #2cc634e1
-def stream_frames(path, # any video file
-                  max_seconds:float=None, # stop after this much
-                  start:float=0., # begin here, seconds
-                  max_side:int=960 # larger pictures are scaled down to this, px
-                 ): # yields (H, W, 3) uint8 RGB
+def stream_frames(
+    path,  # any video file
+    max_seconds: float = None,  # stop after this much
+    start: float = 0.0,  # begin here, seconds
+    max_side: int = 960,  # larger pictures are scaled down to this, px
+):  # yields (H, W, 3) uint8 RGB
     "The frames of a video at exactly 25 fps, upright, one after another; memory does not grow with the length."
     import av
+
     container, stream = _open(path)
     with container:
-        first = round(start*FPS)
-        ticks = islice(at_25fps(_stamped(path, container, stream)), first, None if max_seconds is None else first + round(max_seconds*FPS))
-        try: yield from _upright(path, ticks, float(stream.sample_aspect_ratio or 1), max_side)
-        except (av.FFmpegError, ValueError) as e: raise MediaError(path, f"its pictures cannot be converted ({_words(e)})", "Convert it to mp4 with H.264") from e
+        first = round(start * FPS)
+        ticks = islice(
+            at_25fps(_stamped(path, container, stream)),
+            first,
+            None if max_seconds is None else first + round(max_seconds * FPS),
+        )
+        try:
+            yield from _upright(path, ticks, float(stream.sample_aspect_ratio or 1), max_side)
+        except (av.FFmpegError, ValueError) as e:
+            raise MediaError(
+                path,
+                f"its pictures cannot be converted ({_words(e)})",
+                "Convert it to mp4 with H.264",
+            ) from e
 
 # %% ../nbs/02_video.ipynb #4b7e92ac
-def _set_back(path, container, stream) -> float: # seconds
+def _set_back(path, container, stream) -> float:  # seconds
     "By how much FFmpeg moves pictures so that the first one that an edit list shows is at zero."
     import av
+
     if "mp4" not in container.format.name:
-        return 0.
+        return 0.0
     options = dict(protocol_whitelist="file")
-    with (av.open(f"file:{path}", options=options) as edited,
-          av.open(f"file:{path}", options=options | dict(advanced_editlist="0")) as plain):
+    with (
+        av.open(f"file:{path}", options=options) as edited,
+        av.open(f"file:{path}", options=options | dict(advanced_editlist="0")) as plain,
+    ):
         first = next(_packets(edited, edited.streams[stream.index]))
         for packet in _packets(plain, plain.streams[stream.index]):
             if packet.pos == first.pos and None not in (packet.pts, first.pts):
-                return max(0., float((packet.pts - first.pts)*stream.time_base))
-    return 0.
+                return max(0.0, float((packet.pts - first.pts) * stream.time_base))
+    return 0.0
 
 # %% ../nbs/02_video.ipynb #8f20d6b1
-DELAY = dict(mp3=1105, mp2=481, aac=1024, ac3=256)   # samples that FFmpeg's encoders begin with
+DELAY = dict(mp3=1105, mp2=481, aac=1024, ac3=256)  # samples that FFmpeg's encoders begin with
 
-def _untold_delay(path, container, begin) -> float: # seconds
+
+def _untold_delay(path, container, begin) -> float:  # seconds
     "What the encoder of an AVI's sound put before it, unless the pictures begin later for it."
     if container.format.name != "avi" or begin or not container.streams.audio:
-        return 0.
+        return 0.0
     sound = _track(path, container)
-    return DELAY.get(sound.codec_context.codec.canonical_name, 0)/sound.sample_rate
+    return DELAY.get(sound.codec_context.codec.canonical_name, 0) / sound.sample_rate
 
 # %% ../nbs/02_video.ipynb #ea94c83a
-def film_sound(path, # a video file
-               first:int=0, # number of the frame, at 25 fps, with which the sound begins
-               T:int=None # frames that are wanted; None: all the sound there is
-              ) -> torch.Tensor: # (640 T,)
+def film_sound(
+    path,  # a video file
+    first: int = 0,  # number of the frame, at 25 fps, with which the sound begins
+    T: int = None,  # frames that are wanted; None: all the sound there is
+) -> torch.Tensor:  # (640 T,)
     "The sound of a film on the clock of its pictures; MediaError where there is none."
     container, stream = _open(path)
     with container:
-        begin = next(_stamped(path, container, stream))[0] or 0.
+        begin = next(_stamped(path, container, stream))[0] or 0.0
         begin += _set_back(path, container, stream) + _untold_delay(path, container, begin)
-    return load_audio(path, begin + first/FPS, None if T is None else SAMPLES_PER_FRAME*T)
+    return load_audio(path, begin + first / FPS, None if T is None else SAMPLES_PER_FRAME * T)
 
 # %% ../nbs/02_video.ipynb #6a928730
 def _sound(path, container, first, T):
@@ -424,94 +521,135 @@ def _sound(path, container, first, T):
         return None, e.reason
 
 # %% ../nbs/02_video.ipynb #09886888
-def _sound_and_note(path, T, max_seconds=None, start=0., max_side=960):
+def _sound_and_note(path, T, max_seconds=None, start=0.0, max_side=960):
     "The sound of `T` frames that were read from `start` on, and a note: cut off, scaled down."
     container, stream = _open(path)
     with container:
-        wav, note = _sound(path, container, round(start*FPS), T)
-        there, declared = round(start*FPS)/FPS + T/FPS, float((stream.duration or 0)*stream.time_base)
-        if there < min(declared, start + max_seconds if max_seconds else declared) - .2: note += f" cut off: {there:.1f} of {declared:.1f} s can be read"
-        if max(stream.width, stream.height) > max_side: note += f" scaled down from {stream.width} × {stream.height}"
+        wav, note = _sound(path, container, round(start * FPS), T)
+        there, declared = (
+            round(start * FPS) / FPS + T / FPS,
+            float((stream.duration or 0) * stream.time_base),
+        )
+        if there < min(declared, start + max_seconds if max_seconds else declared) - 0.2:
+            note += f" cut off: {there:.1f} of {declared:.1f} s can be read"
+        if max(stream.width, stream.height) > max_side:
+            note += f" scaled down from {stream.width} × {stream.height}"
     return wav, note.strip()
 
 # %% ../nbs/02_video.ipynb #14b2093d
 class Video(NamedTuple):
     "A video at exactly 25 fps and its sound at 16 kHz."
-    frames: np.ndarray   # (T, H, W, 3) uint8 RGB, or a `Film`
-    wav: torch.Tensor    # (640 T,) float32, or None for a silent file
-    path: Path           # where it came from
-    note: str = ""       # what a reader should know: cut off, scaled down
+
+    frames: np.ndarray  # (T, H, W, 3) uint8 RGB, or a `Film`
+    wav: torch.Tensor  # (640 T,) float32, or None for a silent file
+    path: Path  # where it came from
+    note: str = ""  # what a reader should know: cut off, scaled down
 
 # %% ../nbs/02_video.ipynb #7391ef88
-MAX_BYTES = 3*2**30   # of frames in memory
+MAX_BYTES = 3 * 2**30  # of frames in memory
 
-def read_video(path, max_seconds:float=None, start:float=0., max_side:int=960 # as in `stream_frames`
-              ) -> Video:
+
+def read_video(
+    path,
+    max_seconds: float = None,
+    start: float = 0.0,
+    max_side: int = 960,  # as in `stream_frames`
+) -> Video:
     "Read a video that fits in memory: all its frames, and its sound."
     frames = []
     for frame in stream_frames(path, max_seconds, start, max_side):
         frames.append(frame)
-        if len(frames)*frame.nbytes > MAX_BYTES: raise MediaError(path, f"is too long to hold in memory at once ({len(frames)/FPS:.0f} s were read)", "Read it in parts (start=, max_seconds=), smaller (max_side=), or frame by frame (stream_frames)")
+        if len(frames) * frame.nbytes > MAX_BYTES:
+            raise MediaError(
+                path,
+                f"is too long to hold in memory at once ({len(frames) / FPS:.0f} s were read)",
+                "Read it in parts (start=, max_seconds=), smaller (max_side=), or frame by frame (stream_frames)",
+            )
     wav, note = _sound_and_note(path, len(frames), max_seconds, start, max_side)
     return Video(np.stack(frames), wav, Path(path), note)
 
 # %% ../nbs/02_video.ipynb #1bae1c17
-KEEP_BYTES = 2**26   # of frames; 8 s of a GRID clip
+KEEP_BYTES = 2**26  # of frames; 8 s of a GRID clip
+
 
 class Film:
     "The frames of a file, to walk through as often as needed: kept if they are few, else read again each time."
-    def __init__(self, path): self.path, self.kept = path, []
+
+    def __init__(self, path):
+        self.path, self.kept = path, []
+
     def __iter__(self):
-        if self.kept: yield from self.kept; return
+        if self.kept:
+            yield from self.kept
+            return
         kept = []
         for T, frame in enumerate(stream_frames(self.path), 1):
-            if T*frame.nbytes <= KEEP_BYTES: kept.append(frame)
-            else: kept.clear()
+            if T * frame.nbytes <= KEEP_BYTES:
+                kept.append(frame)
+            else:
+                kept.clear()
             yield frame
         self.kept = kept
 
 # %% ../nbs/02_video.ipynb #12364ee8
-def weigh(frames) -> np.ndarray: # MB
+def weigh(frames) -> np.ndarray:  # MB
     "After each frame of a walk, the size of all frames of it that are still held by anyone."
     held, sizes = 0, []
-    def gone(size): nonlocal held; held -= size
+
+    def gone(size):
+        nonlocal held
+        held -= size
+
     for frame in frames:
-        held += frame.nbytes; weakref.finalize(frame, gone, frame.nbytes)
-        sizes.append(held/1e6)
+        held += frame.nbytes
+        weakref.finalize(frame, gone, frame.nbytes)
+        sizes.append(held / 1e6)
     return np.array(sizes)
 
 # %% ../nbs/02_video.ipynb #b68e9625
-def show_lines(lines:dict, # name → (T,) values, one for each frame
-               ylabel:str, title:str="", alt:str=""):
+def show_lines(
+    lines: dict,  # name → (T,) values, one for each frame
+    ylabel: str,
+    title: str = "",
+    alt: str = "",
+):
     "Values over the seconds of a film, a line for each name."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     fig, ax = plt.subplots(figsize=(7, 2.4), layout="constrained")
-    for (name, values), style, colour in zip(lines.items(), ["-", "--", ":"], ["#0072B2", "#D55E00", "#009E73"]): ax.plot(np.arange(len(values))/FPS, values, style, c=colour, label=name)
-    ax.set(xlabel="seconds of the film", ylabel=ylabel, title=title); ax.legend(frameon=False)
+    for (name, values), style, colour in zip(
+        lines.items(), ["-", "--", ":"], ["#0072B2", "#D55E00", "#009E73"]
+    ):
+        ax.plot(np.arange(len(values)) / FPS, values, style, c=colour, label=name)
+    ax.set(xlabel="seconds of the film", ylabel=ylabel, title=title)
+    ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    display(fig, metadata={"alt": alt}); plt.close(fig)
+    display(fig, metadata={"alt": alt})
+    plt.close(fig)
 
 # %% ../nbs/02_video.ipynb #733e6348
 class Dubbed(NamedTuple):
     "What `dub` made."
+
     path: Path
-    copied: bool   # True: the picture is the original, bit for bit; False: its codec did not fit and was encoded again
+    copied: bool  # True: the picture is the original, bit for bit; False: its codec did not fit and was encoded again
 
 # %% ../nbs/02_video.ipynb #c1ce9000
 class _Pictures(NamedTuple):
     "The pictures of a film."
-    times: np.ndarray   # (n,) seconds after the first, in the order of showing
-    shown: np.ndarray   # (packets,) the same for each packet; NaN where it shows nothing
-    begin: float        # when the first is shown, seconds on the file's clock
-    usual: float        # seconds from one to the next, most often
-    first: object       # the first, decoded
+
+    times: np.ndarray  # (n,) seconds after the first, in the order of showing
+    shown: np.ndarray  # (packets,) the same for each packet; NaN where it shows nothing
+    begin: float  # when the first is shown, seconds on the file's clock
+    usual: float  # seconds from one to the next, most often
+    first: object  # the first, decoded
 
 # %% ../nbs/02_video.ipynb #a444ea2a
 def _pictures(path) -> _Pictures:
     "Decode a film to learn when each of its pictures is shown."
     container, stream = _open(path)
-    times, shown, begin, first = array("d"), array("d"), 0., None
+    times, shown, begin, first = array("d"), array("d"), 0.0, None
     with container:
         for seconds, frame in _stamped(path, container, stream, damaged=True):
             if frame is None:
@@ -520,15 +658,15 @@ def _pictures(path) -> _Pictures:
                 begin, first = seconds, frame
             number = frame.opaque[0]
             times.append(seconds - begin)
-            shown.extend([np.nan]*(number + 1 - len(shown)))
+            shown.extend([np.nan] * (number + 1 - len(shown)))
             shown[number] = times[-1]
     if first is None:
         raise MediaError(path, "holds no picture that can be decoded", "Is the file whole?")
-    usual = float(np.median(np.diff(times))) if len(times) > 1 else 1/FPS
+    usual = float(np.median(np.diff(times))) if len(times) > 1 else 1 / FPS
     return _Pictures(np.array(times), np.array(shown), begin, usual, first)
 
 # %% ../nbs/02_video.ipynb #d5da4b1f
-NOT = np.iinfo(np.int64).min   # in the place of a time: this packet is left out
+NOT = np.iinfo(np.int64).min  # in the place of a time: this packet is left out
 
 # %% ../nbs/02_video.ipynb #1b6540a6
 def _tick(packet, begin, last) -> int:
@@ -540,38 +678,39 @@ def _tick(packet, begin, last) -> int:
     return packet.pts - begin if packet.pts >= begin or packet.is_discard else NOT
 
 # %% ../nbs/02_video.ipynb #fcecac34
-def _ticks(path, pictures) -> np.ndarray: # (packets,) int64, or NOT
+def _ticks(path, pictures) -> np.ndarray:  # (packets,) int64, or NOT
     "When each packet is shown, in ticks of its stream after the first picture."
     container, stream = _open(path)
     with container:
-        avi, begin = container.format.name == "avi", round(pictures.begin/stream.time_base)
+        avi, begin = container.format.name == "avi", round(pictures.begin / stream.time_base)
         ticks, last = array("q"), None
         for number, packet in enumerate(_packets(container, stream)):
             if number < len(pictures.shown) and pictures.shown[number] >= 0:
-                last = round(pictures.shown[number]/stream.time_base)
+                last = round(pictures.shown[number] / stream.time_base)
                 ticks.append(last)
             else:
                 ticks.append(NOT if avi else _tick(packet, begin, last))
     return np.array(ticks)
 
 # %% ../nbs/02_video.ipynb #3f61e793
-def _decoding(ticks, # (n,) int64 when packets are shown, in the order of decoding
-              usual:int # ticks from picture to picture
-             ) -> tuple: # (n,), (n,)
+def _decoding(
+    ticks,  # (n,) int64 when packets are shown, in the order of decoding
+    usual: int,  # ticks from picture to picture
+) -> tuple:  # (n,), (n,)
     "Distinct times of showing, and rising times of decoding that are never later."
     n, order = np.arange(len(ticks)), np.argsort(ticks, kind="stable")
     rising = np.maximum.accumulate(ticks[order] - n) + n
     rank = np.argsort(order)
     delay = (n - rank).max()
-    earlier = rising[0] - usual*np.arange(delay, 0, -1)
-    return rising[rank], np.concatenate([earlier, rising])[:len(n)]
+    earlier = rising[0] - usual * np.arange(delay, 0, -1)
+    return rising[rank], np.concatenate([earlier, rising])[: len(n)]
 
 # %% ../nbs/02_video.ipynb #0b27fe43
 def _moved_packets(path, pictures, ticks, video):
     "The compressed packets as they are, with the first picture at time 0."
     container, stream = _open(path)
     with container:
-        usual = max(1, round(pictures.usual/stream.time_base))
+        usual = max(1, round(pictures.usual / stream.time_base))
         shown, decoding = _decoding(ticks[ticks != NOT], usual)
         places = iter(zip(shown.tolist(), decoding.tolist()))
         for number, packet in enumerate(_packets(container, stream)):
@@ -592,15 +731,16 @@ def _copied(out, path, source, stream, pictures):
     return _moved_packets(path, pictures, ticks, video)
 
 # %% ../nbs/02_video.ipynb #133eef21
-TICK = Fraction(1, 90000)   # s; at 24, 25, 29.97, 30, 50 and 60 fps a frame takes a whole number
+TICK = Fraction(1, 90000)  # s; at 24, 25, 29.97, 30, 50 and 60 fps a frame takes a whole number
 COLOURS_ARE = ("color_range", "color_primaries", "color_trc", "colorspace")
-UNTOLD = 2                  # a colour space that is not named
+UNTOLD = 2  # a colour space that is not named
 
 # %% ../nbs/02_video.ipynb #d8a17e82
 def _add_like(out, stream, pictures):
     "An H.264 stream for such pictures."
     from av.sidedata.sidedata import Type
-    first, rate = pictures.first, Fraction(1/pictures.usual).limit_denominator(1001)
+
+    first, rate = pictures.first, Fraction(1 / pictures.usual).limit_denominator(1001)
     odd = first.width % 2 or first.height % 2
     video = _add_video(out, rate, first.width, first.height, 16, "yuv444p" if odd else "yuv420p")
     context = video.codec_context
@@ -624,7 +764,7 @@ def _moved_frames(path, pictures, video):
                 return
             kept = {} if frame.format.is_rgb else dict(dst_color_range=frame.color_range)
             frame = frame.reformat(video.width, video.height, video.pix_fmt, **kept)
-            frame.pts, frame.time_base = round((seconds - pictures.begin)/TICK), TICK
+            frame.pts, frame.time_base = round((seconds - pictures.begin) / TICK), TICK
             frame.pict_type = 0
             yield frame
 
@@ -635,7 +775,8 @@ def _encoded(out, path, source, stream, pictures):
     return _picture_packets(video, _moved_frames(path, pictures, video))
 
 # %% ../nbs/02_video.ipynb #71d5fa3b
-FULL = 2      # a range of colours: all 256 values
+FULL = 2  # a range of colours: all 256 values
+
 
 def _full_range(frame) -> bool:
     "Is the darkest luma 0 and the brightest 255, as in a JPEG, and not 16 and 235?"
@@ -644,8 +785,11 @@ def _full_range(frame) -> bool:
 # %% ../nbs/02_video.ipynb #d6590560
 def _counted(tmp, path, pictures):
     "Open what was written; MediaError unless it holds the same pictures at the same times."
-    cure = ("Convert the original to mp4 with H.264 first" if _is_mp4(path)
-            else "Give it a name that ends in .mp4")
+    cure = (
+        "Convert the original to mp4 with H.264 first"
+        if _is_mp4(path)
+        else "Give it a name that ends in .mp4"
+    )
     try:
         again = _pictures(tmp)
     except MediaError as e:
@@ -653,7 +797,7 @@ def _counted(tmp, path, pictures):
     if len(again.times) != len(pictures.times):
         reason = f"would show {len(again.times)} pictures of {len(pictures.times)}"
         raise MediaError(path, reason, cure)
-    if abs(again.times - pictures.times).max() > pictures.usual/2:
+    if abs(again.times - pictures.times).max() > pictures.usual / 2:
         raise MediaError(path, "would show its pictures at other times", cure)
     if _full_range(again.first) != _full_range(pictures.first):
         raise MediaError(path, "would show its pictures with other contrast", cure)
@@ -689,11 +833,12 @@ def _dub(src, sound, dst, tmp, pictures, how):
     _counted(tmp, dst, pictures)
 
 # %% ../nbs/02_video.ipynb #5bef9431
-def dub(src, # video whose pictures are kept
-        wav, # sound at 16 kHz: (N,), or stretches that follow each other
-        dst, # file to write, normally .mp4; never replaces one that is there unless told
-        overwrite:bool=False
-       ) -> Dubbed:
+def dub(
+    src,  # video whose pictures are kept
+    wav,  # sound at 16 kHz: (N,), or stretches that follow each other
+    dst,  # file to write, normally .mp4; never replaces one that is there unless told
+    overwrite: bool = False,
+) -> Dubbed:
     """Give a video new sound, which begins with its first picture; the pictures stay as they are.
 
     MediaError if `src` cannot be read or `dst` cannot hold it; nothing is left then."""
@@ -710,26 +855,37 @@ def dub(src, # video whose pictures are kept
 # %% ../nbs/02_video.ipynb #b57201fe
 class Face(NamedTuple):
     "One face in one frame."
-    box: np.ndarray     # (4,) x0 y0 x1 y1, px
+
+    box: np.ndarray  # (4,) x0 y0 x1 y1, px
     points: np.ndarray  # (5, 2) x y of the eye on the left of the picture, the other eye, nose, mouth corner on the left, the other
-    score: float        # how sure the detector is
+    score: float  # how sure the detector is
 
 # %% ../nbs/02_video.ipynb #de955e08
 class FaceBackend:
     "Finds faces and describes them. A backend overrides `detect`, and the other two if it can do better."
+
     name = "strip"
-    def detect(self, frame:np.ndarray # (H, W, 3) uint8 RGB
-              ) -> list: # of Face
+
+    def detect(
+        self,
+        frame: np.ndarray,  # (H, W, 3) uint8 RGB
+    ) -> list:  # of Face
         "All faces in one frame."
         raise NotImplementedError
-    def identity(self, face:np.ndarray # (112, 112, 3) uint8, aligned
-                ) -> np.ndarray: # (D,) float32 of unit norm; (0,) if the backend cannot tell
+
+    def identity(
+        self,
+        face: np.ndarray,  # (112, 112, 3) uint8, aligned
+    ) -> np.ndarray:  # (D,) float32 of unit norm; (0,) if the backend cannot tell
         "A vector that is close for two pictures of one person."
         return np.zeros(0, np.float32)
-    def expression(self, frames, # (n, H, W, 3) uint8: some frames in a row
-                   points, # (T, 5, 2): of the whole clip
-                   start:int=0 # number of the first of `frames` in the clip
-                  ) -> np.ndarray: # (n, E) float32
+
+    def expression(
+        self,
+        frames,  # (n, H, W, 3) uint8: some frames in a row
+        points,  # (T, 5, 2): of the whole clip
+        start: int = 0,  # number of the first of `frames` in the clip
+    ) -> np.ndarray:  # (n, E) float32
         "What the brows and eyes do: by default the pixels of a strip."
         return brow_strip(frames, points, start)
 
@@ -737,8 +893,12 @@ class FaceBackend:
 def _pack(root) -> Path:
     "The first folder of face models under `root/models`: buffalo packs first, then any other with two ONNX files."
     order = ["buffalo_l", "antelopev2", "buffalo_m", "buffalo_s", "buffalo_sc"]
-    packs = [d for d in (Path(root)/"models").glob("*/") if len(list(d.glob("*.onnx"))) > 1]
-    return min(packs, key=lambda d: (order.index(d.name) if d.name in order else len(order), d.name), default=None)
+    packs = [d for d in (Path(root) / "models").glob("*/") if len(list(d.glob("*.onnx"))) > 1]
+    return min(
+        packs,
+        key=lambda d: (order.index(d.name) if d.name in order else len(order), d.name),
+        default=None,
+    )
 
 # %% ../nbs/02_video.ipynb #97f1fbd0
 def _insightface_root(root=None) -> Path:
@@ -746,34 +906,63 @@ def _insightface_root(root=None) -> Path:
     return Path(root or os.environ.get("F2V_INSIGHTFACE") or "~/.insightface").expanduser()
 
 # %% ../nbs/02_video.ipynb #d8a63250
-def face_pack(root=None) -> Path: # the folder of the pack's ONNX files
+def face_pack(root=None) -> Path:  # the folder of the pack's ONNX files
     "The pack of face models that `InsightFaceBackend` takes; ToolMissingError where there is none."
     root = _insightface_root(root)
-    if found := _pack(root): return found
-    raise ToolMissingError(root/"models", "holds no face models",
-        "Unpack a pack such as buffalo_l there (non-commercial research licence), or set F2V_INSIGHTFACE to the folder that holds models/")
+    if found := _pack(root):
+        return found
+    raise ToolMissingError(
+        root / "models",
+        "holds no face models",
+        "Unpack a pack such as buffalo_l there (non-commercial research licence), or set F2V_INSIGHTFACE to the folder that holds models/",
+    )
 
 # %% ../nbs/02_video.ipynb #b272002c
 def _face_models(pack) -> dict:
     "The detector and the recogniser of a folder of ONNX models, by task; one thread each, on the CPU."
     import onnxruntime
-    options = onnxruntime.SessionOptions(); options.intra_op_num_threads = 1
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     try:
         with redirect_stdout(io.StringIO()):
             from insightface.app import FaceAnalysis
-            app = FaceAnalysis(str(pack), allowed_modules=["detection", "recognition"], providers=["CPUExecutionProvider"], sess_options=options)
+
+            app = FaceAnalysis(
+                str(pack),
+                allowed_modules=["detection", "recognition"],
+                providers=["CPUExecutionProvider"],
+                sess_options=options,
+            )
             app.prepare(ctx_id=-1, det_size=(640, 640))
             return dict(detection=app.models["detection"], recognition=app.models["recognition"])
-    except (AssertionError, KeyError, RuntimeError, OSError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf) as e:
-        raise ToolMissingError(pack, "has no detector and recogniser that can be loaded", "Unpack it again; its .onnx files must lie directly in this folder") from e
+    except (
+        AssertionError,
+        KeyError,
+        RuntimeError,
+        OSError,
+        onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf,
+    ) as e:
+        raise ToolMissingError(
+            pack,
+            "has no detector and recogniser that can be loaded",
+            "Unpack it again; its .onnx files must lie directly in this folder",
+        ) from e
 
 # %% ../nbs/02_video.ipynb #45b19dff
 class InsightFaceBackend(FaceBackend):
     "SCRFD detection and ArcFace-style identity from a local folder of ONNX models; never downloads."
+
     name = "insightface"
-    def __init__(self, root=None # folder that holds `models/<pack>/*.onnx`
-                ):
-        if not find_spec("insightface"): raise ToolMissingError("insightface", "is not installed", "pip install insightface onnxruntime")
+
+    def __init__(
+        self,
+        root=None,  # folder that holds `models/<pack>/*.onnx`
+    ):
+        if not find_spec("insightface"):
+            raise ToolMissingError(
+                "insightface", "is not installed", "pip install insightface onnxruntime"
+            )
         pack = face_pack(root)
         self.pack, self.models = pack.name, _face_models(pack)
 
@@ -782,229 +971,378 @@ class InsightFaceBackend(FaceBackend):
         bgr = np.ascontiguousarray(frame[..., ::-1])
         for size in (224, 384, 640):
             boxes, points = self.models["detection"].detect(bgr, input_size=(size, size))
-            if len(boxes) and np.ptp(boxes[:, [0, 2]], 1).max()*size/max(frame.shape) > 48: break
+            if len(boxes) and np.ptp(boxes[:, [0, 2]], 1).max() * size / max(frame.shape) > 48:
+                break
         return [Face(b[:4], p, float(b[4])) for b, p in zip(boxes, points)]
 
     def identity(self, face):
         "The recognition model's embedding, scaled to unit norm."
         vector = self.models["recognition"].get_feat(np.ascontiguousarray(face[..., ::-1])).ravel()
-        return (vector/np.linalg.norm(vector)).astype(np.float32)
+        return (vector / np.linalg.norm(vector)).astype(np.float32)
 
 # %% ../nbs/02_video.ipynb #fd27ace9
 def _mediapipe_model(model=None) -> Path:
     "The landmark model: `model`, else `$F2V_MEDIAPIPE`, else `~/.mediapipe/face_landmarker.task`."
-    return Path(model or os.environ.get("F2V_MEDIAPIPE") or "~/.mediapipe/face_landmarker.task").expanduser()
+    return Path(
+        model or os.environ.get("F2V_MEDIAPIPE") or "~/.mediapipe/face_landmarker.task"
+    ).expanduser()
 
 # %% ../nbs/02_video.ipynb #1410b55b
 def _landmarker(model):
     "A detector of up to four faces, with landmarks and blendshapes."
     from mediapipe.tasks.python import BaseOptions, vision
-    options = vision.FaceLandmarkerOptions(BaseOptions(model_asset_path=str(model)), output_face_blendshapes=True, num_faces=4)
-    try: return vision.FaceLandmarker.create_from_options(options)
-    except (RuntimeError, ValueError) as e: raise ToolMissingError(model, "is not a face landmark model that can be loaded", "Download it again") from e
+
+    options = vision.FaceLandmarkerOptions(
+        BaseOptions(model_asset_path=str(model)), output_face_blendshapes=True, num_faces=4
+    )
+    try:
+        return vision.FaceLandmarker.create_from_options(options)
+    except (RuntimeError, ValueError) as e:
+        raise ToolMissingError(
+            model, "is not a face landmark model that can be loaded", "Download it again"
+        ) from e
 
 # %% ../nbs/02_video.ipynb #9c28ec30
-FIVE = [468, 473, 4, 61, 291]   # landmarks of the iris on the left of the picture, the other, nose tip, mouth corners
+FIVE = [
+    468,
+    473,
+    4,
+    61,
+    291,
+]  # landmarks of the iris on the left of the picture, the other, nose tip, mouth corners
+
 
 def _around(frame, five) -> np.ndarray:
     "The square around one face, four times as wide as its eyes are above its mouth, cut at the picture's edge."
     eyes, mouth = five[:2].mean(0), five[3:].mean(0)
-    (x, y), half = (eyes + mouth)/2, 2*np.linalg.norm(eyes - mouth) + 8
+    (x, y), half = (eyes + mouth) / 2, 2 * np.linalg.norm(eyes - mouth) + 8
     left, top = max(0, int(x - half)), max(0, int(y - half))
-    return frame[top:max(top, int(y + half)) + 1, left:max(left, int(x + half)) + 1]
+    return frame[top : max(top, int(y + half)) + 1, left : max(left, int(x + half)) + 1]
 
 # %% ../nbs/02_video.ipynb #29c88b2c
 class MediaPipeBackend(FaceBackend):
     "MediaPipe's face landmarker: five of its 478 points, and 52 blendshapes a frame; cannot tell people apart."
+
     name = "mediapipe"
-    def __init__(self, model=None # a face_landmarker.task
-                ):
+
+    def __init__(
+        self,
+        model=None,  # a face_landmarker.task
+    ):
         model = _mediapipe_model(model)
-        if not find_spec("mediapipe"): raise ToolMissingError("mediapipe", "is not installed", "pip install mediapipe")
-        if not model.is_file(): raise ToolMissingError(model, "is not there", "Put MediaPipe's face_landmarker.task there, or set F2V_MEDIAPIPE to its path")
+        if not find_spec("mediapipe"):
+            raise ToolMissingError("mediapipe", "is not installed", "pip install mediapipe")
+        if not model.is_file():
+            raise ToolMissingError(
+                model,
+                "is not there",
+                "Put MediaPipe's face_landmarker.task there, or set F2V_MEDIAPIPE to its path",
+            )
         self.landmarker = _landmarker(model)
         self.close = weakref.finalize(self, self.landmarker.close)
+
     def _look(self, frame):
         from mediapipe import Image, ImageFormat
-        return self.landmarker.detect(Image(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(frame)))
+
+        return self.landmarker.detect(
+            Image(image_format=ImageFormat.SRGB, data=np.ascontiguousarray(frame))
+        )
+
     def detect(self, frame):
         "All faces that fill a good part of the picture."
-        meshes = [np.array([(p.x, p.y) for p in mesh])*frame.shape[1::-1] for mesh in self._look(frame).face_landmarks]
-        return [Face(np.concatenate([m.min(0), m.max(0)]), m[FIVE], 1.) for m in meshes]
+        meshes = [
+            np.array([(p.x, p.y) for p in mesh]) * frame.shape[1::-1]
+            for mesh in self._look(frame).face_landmarks
+        ]
+        return [Face(np.concatenate([m.min(0), m.max(0)]), m[FIVE], 1.0) for m in meshes]
+
     def expression(self, frames, points, start=0):
         "Blendshapes of the face at `points`; zeros (a face at rest) where none is seen."
-        seen = [self._look(_around(f, points[t])).face_blendshapes for t, f in enumerate(frames, start)]
-        return np.array([[c.score for c in s[0]] if s else [0.]*52 for s in seen], np.float32).reshape(-1, 52)
+        seen = [
+            self._look(_around(f, points[t])).face_blendshapes for t, f in enumerate(frames, start)
+        ]
+        return np.array(
+            [[c.score for c in s[0]] if s else [0.0] * 52 for s in seen], np.float32
+        ).reshape(-1, 52)
 
 # %% ../nbs/02_video.ipynb #d826c48d
 class Both(FaceBackend):
     "One backend finds the face and knows the person, another tells the expression."
-    def __init__(self, finder:FaceBackend, teller:FaceBackend):
-        self.name, self.detect, self.identity, self.expression = f"{finder.name}+{teller.name}", finder.detect, finder.identity, teller.expression
+
+    def __init__(self, finder: FaceBackend, teller: FaceBackend):
+        self.name, self.detect, self.identity, self.expression = (
+            f"{finder.name}+{teller.name}",
+            finder.detect,
+            finder.identity,
+            teller.expression,
+        )
 
 # %% ../nbs/02_video.ipynb #e9177a11
-BOX_POINTS = np.array([[.33, .385], [.675, .385], [.51, .60], [.36, .80], [.64, .80]])  # measured on frontal faces
+BOX_POINTS = np.array(
+    [[0.33, 0.385], [0.675, 0.385], [0.51, 0.60], [0.36, 0.80], [0.64, 0.80]]
+)  # measured on frontal faces
+
 
 class CascadeBackend(FaceBackend):
     "scikit-image's frontal-face cascade: coarse, but offline and free of any licence question."
+
     name = "cascade"
+
     def __init__(self):
         import skimage.data
         from skimage.feature import Cascade
+
         self.cascade = Cascade(skimage.data.lbp_frontal_face_cascade_filename())
+
     def detect(self, frame):
         "Frontal faces that fill at least a fifth of the frame's shorter side."
-        k = max(1, min(frame.shape[:2])//240)
-        small = np.ascontiguousarray(frame[::k, ::k]); side = min(small.shape[:2])
-        found = self.cascade.detect_multi_scale(small, scale_factor=1.1, step_ratio=1., min_size=(side//5,)*2, max_size=(side,)*2, min_neighbor_number=3)
-        return [self._face(k*d["c"], k*d["r"], k*d["width"]) for d in found]
+        k = max(1, min(frame.shape[:2]) // 240)
+        small = np.ascontiguousarray(frame[::k, ::k])
+        side = min(small.shape[:2])
+        found = self.cascade.detect_multi_scale(
+            small,
+            scale_factor=1.1,
+            step_ratio=1.0,
+            min_size=(side // 5,) * 2,
+            max_size=(side,) * 2,
+            min_neighbor_number=3,
+        )
+        return [self._face(k * d["c"], k * d["r"], k * d["width"]) for d in found]
+
     def _face(self, x, y, side):
-        return Face(np.array([x, y, x + side, y + side], float), np.array([x, y]) + side*BOX_POINTS, 1.)
+        return Face(
+            np.array([x, y, x + side, y + side], float), np.array([x, y]) + side * BOX_POINTS, 1.0
+        )
 
 # %% ../nbs/02_video.ipynb #02601ce5
 def _at_hand(root=None) -> str:
     "The backend of the first folder or file that is named, by `root` or a variable; else the first that is installed."
-    if root or os.environ.get("F2V_INSIGHTFACE"): return "insightface"
-    if find_spec("insightface") and _pack(_insightface_root()): return "insightface"
-    if os.environ.get("F2V_MEDIAPIPE"): return "mediapipe"
+    if root or os.environ.get("F2V_INSIGHTFACE"):
+        return "insightface"
+    if find_spec("insightface") and _pack(_insightface_root()):
+        return "insightface"
+    if os.environ.get("F2V_MEDIAPIPE"):
+        return "mediapipe"
     return "mediapipe" if find_spec("mediapipe") and _mediapipe_model().is_file() else "cascade"
 
 # %% ../nbs/02_video.ipynb #e63c201e
-def make_backend(name:str="auto", # `insightface`, `mediapipe`, `cascade`, two of them as `insightface+mediapipe`, or `auto`: the first that is at hand
-                 root=None # folder of insightface models
-                ) -> FaceBackend:
+def make_backend(
+    name: str = "auto",  # `insightface`, `mediapipe`, `cascade`, two of them as `insightface+mediapipe`, or `auto`: the first that is at hand
+    root=None,  # folder of insightface models
+) -> FaceBackend:
     "The face backend of this name."
-    if name == "locator": raise ToolMissingError("locator", "is the face finder of drawn talkers and belongs to a trained model", "Load the model, which carries it, or make a talkers.LocatorBackend")
-    if name == "auto": name = _at_hand(root)
-    if "+" in name: return Both(*(make_backend(part, root) for part in name.split("+", 1)))
-    if name == "insightface": return InsightFaceBackend(root)
-    if name == "mediapipe": return MediaPipeBackend()
-    if name == "cascade": return CascadeBackend()
-    raise ToolMissingError(name, "is not a face backend", "Choose insightface, mediapipe, cascade, insightface+mediapipe or auto")
+    if name == "locator":
+        raise ToolMissingError(
+            "locator",
+            "is the face finder of drawn talkers and belongs to a trained model",
+            "Load the model, which carries it, or make a talkers.LocatorBackend",
+        )
+    if name == "auto":
+        name = _at_hand(root)
+    if "+" in name:
+        return Both(*(make_backend(part, root) for part in name.split("+", 1)))
+    if name == "insightface":
+        return InsightFaceBackend(root)
+    if name == "mediapipe":
+        return MediaPipeBackend()
+    if name == "cascade":
+        return CascadeBackend()
+    raise ToolMissingError(
+        name,
+        "is not a face backend",
+        "Choose insightface, mediapipe, cascade, insightface+mediapipe or auto",
+    )
 
 # %% ../nbs/02_video.ipynb #9740b3f9
 def overlap(a, b) -> float:
     "Intersection over union of two boxes."
     low, high = np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:])
     both = np.prod(np.clip(high - low, 0, None))
-    return both/(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - both)
+    return both / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - both)
 
 # %% ../nbs/02_video.ipynb #69fedcbf
 def _choose(faces, box, person):
     "The face nearest to the last `box`; at first sight the largest, or the `person`-th from the left; None if there is none."
-    if box is not None: return max((f for f in faces if overlap(f.box, box) > .1), key=lambda f: overlap(f.box, box), default=None)
-    if person is None: return max(faces, key=lambda f: np.prod(f.box[2:] - f.box[:2]), default=None)
+    if box is not None:
+        return max(
+            (f for f in faces if overlap(f.box, box) > 0.1),
+            key=lambda f: overlap(f.box, box),
+            default=None,
+        )
+    if person is None:
+        return max(faces, key=lambda f: np.prod(f.box[2:] - f.box[:2]), default=None)
     return sorted(faces, key=lambda f: f.box[0])[person] if 0 <= person < len(faces) else None
 
 # %% ../nbs/02_video.ipynb #d6381404
-def _every(frames, n:int):
+def _every(frames, n: int):
     "Every n-th of some frames, and the last, each with its number."
     t = frame = None
     for t, frame in enumerate(frames):
-        if t%n == 0: yield t, frame
-    if t and t%n: yield t, frame
+        if t % n == 0:
+            yield t, frame
+    if t and t % n:
+        yield t, frame
 
-def _follow(frames, backend, every, person) -> tuple: # the numbers of the frames looked at; number → face, where it was found
+
+def _follow(
+    frames, backend, every, person
+) -> tuple:  # the numbers of the frames looked at; number → face, where it was found
     "Follow one face through frames of which only the present one is held."
     times, seen, box = [], {}, None
     for t, frame in _every(frames, every):
         times.append(t)
-        if face := _choose(backend.detect(frame), box, person): seen[t], box = face, face.box
+        if face := _choose(backend.detect(frame), box, person):
+            seen[t], box = face, face.box
     return times, seen
 
 # %% ../nbs/02_video.ipynb #9f1fbfe5
 class Track(NamedTuple):
     "Five points of one face in every frame."
+
     points: np.ndarray  # (T, 5, 2) px
-    found: np.ndarray   # (T,) bool: between two detections that succeeded
-    score: float        # mean detection score
+    found: np.ndarray  # (T,) bool: between two detections that succeeded
+    score: float  # mean detection score
 
     @property
     def gap(self) -> float:
         "Seconds of the longest stretch without a face."
-        return (np.diff([-1, *np.flatnonzero(self.found), len(self.found)]).max() - 1)/FPS
+        return (np.diff([-1, *np.flatnonzero(self.found), len(self.found)]).max() - 1) / FPS
 
-    def __repr__(self): return f"face seen in {self.found.mean():.0%} of {len(self.found)} frames, longest gap {self.gap:.2f} s, mean score {self.score:.2f}"
+    def __repr__(self):
+        return f"face seen in {self.found.mean():.0%} of {len(self.found)} frames, longest gap {self.gap:.2f} s, mean score {self.score:.2f}"
 
 # %% ../nbs/02_video.ipynb #252370cd
 def _bridged(times, seen, T) -> Track:
     "Points in every frame from faces in some: straight lines between, the end values outside, lightly smoothed."
     t, found = np.array(list(seen)), np.zeros(T, bool)
-    for a, b in zip(times, [*times[1:], T - 1]): found[a:b + 1] |= a in seen and b in seen
+    for a, b in zip(times, [*times[1:], T - 1]):
+        found[a : b + 1] |= a in seen and b in seen
     known = np.stack([f.points for f in seen.values()]).reshape(len(t), 10)
     points = np.stack([np.interp(np.arange(T), t, column) for column in known.T], 1)
     points = ndimage.gaussian_filter1d(points, 1, axis=0, mode="nearest").reshape(T, 5, 2)
     return Track(points, found, float(np.mean([f.score for f in seen.values()])))
 
 # %% ../nbs/02_video.ipynb #4f0480e8
-def track_face(frames, # (H, W, 3) uint8 at 25 fps, of any iterable: held one at a time
-               backend:FaceBackend, every:int=5, # detect on every fifth frame
-               path="video", # for the text of an error
-               person:int=None # whom to follow: 0 is the leftmost at first sight; None: the largest
-              ) -> Track:
+def track_face(
+    frames,  # (H, W, 3) uint8 at 25 fps, of any iterable: held one at a time
+    backend: FaceBackend,
+    every: int = 5,  # detect on every fifth frame
+    path="video",  # for the text of an error
+    person: int = None,  # whom to follow: 0 is the leftmost at first sight; None: the largest
+) -> Track:
     "Follow one face; short gaps are bridged, long ones are an error."
     times, seen = _follow(frames, backend, every, person)
     T = times[-1] + 1 if times else 0
     cure = f"Is {'one face' if person is None else f'face number {person}'} in view, upright and well lit? The {backend.name} backend looked"
-    if not seen: raise NoFaceError(path, f"no face found in {T} frames" if person is None else f"no frame of {T} shows {person + 1} faces", cure)
+    if not seen:
+        raise NoFaceError(
+            path,
+            f"no face found in {T} frames"
+            if person is None
+            else f"no frame of {T} shows {person + 1} faces",
+            cure,
+        )
     track = _bridged(times, seen, T)
-    if track.found.mean() < .5: raise NoFaceError(path, f"a face is seen in only {track.found.mean():.0%} of the frames", cure)
-    if track.gap > 1: raise NoFaceError(path, f"the face is lost for {track.gap:.1f} s", "Cut the video to the part that shows the face")
+    if track.found.mean() < 0.5:
+        raise NoFaceError(
+            path, f"a face is seen in only {track.found.mean():.0%} of the frames", cure
+        )
+    if track.gap > 1:
+        raise NoFaceError(
+            path,
+            f"the face is lost for {track.gap:.1f} s",
+            "Cut the video to the part that shows the face",
+        )
     return track
 
 # %% ../nbs/02_video.ipynb #f7430386
-GAP = 4   # px of white between two pictures in a row
+GAP = 4  # px of white between two pictures in a row
 
-def in_a_row(pictures # (n, H, W) or (n, H, W, 3) uint8
-            ) -> np.ndarray: # (H, n (W + GAP)) or (…, 3)
+
+def in_a_row(
+    pictures,  # (n, H, W) or (n, H, W, 3) uint8
+) -> np.ndarray:  # (H, n (W + GAP)) or (…, 3)
     "Pictures side by side."
-    return np.hstack([np.pad(p, [(0, 0), (0, GAP)] + [(0, 0)]*(p.ndim - 2), constant_values=255) for p in pictures])
+    return np.hstack(
+        [
+            np.pad(p, [(0, 0), (0, GAP)] + [(0, 0)] * (p.ndim - 2), constant_values=255)
+            for p in pictures
+        ]
+    )
 
 # %% ../nbs/02_video.ipynb #b47d1a69
-def show_points(frames, # (T, H, W, 3)
-                points, # (T, 5, 2), or several of them: (P, T, 5, 2)
-                n:int=5, title:str="", alt:str=""):
+def show_points(
+    frames,  # (T, H, W, 3)
+    points,  # (T, 5, 2), or several of them: (P, T, 5, 2)
+    n: int = 5,
+    title: str = "",
+    alt: str = "",
+):
     "A strip of frames with the five points of one face or of several, a colour and a mark for each."
     import matplotlib.pyplot as plt
     from IPython.display import display
+
     pick = np.linspace(0, len(frames) - 1, n).round().astype(int)
     fig, ax = plt.subplots(figsize=(10, 1.8), layout="constrained")
-    ax.imshow(in_a_row(frames[pick])); ax.set_axis_off(); ax.set_title(title, fontsize=10)
-    for p, colour, mark in zip(np.reshape(points, (-1, len(frames), 5, 2)), ["black", "white", "#E69F00"], "x+o"):
-        spots = p[pick] + np.arange(n)[:, None, None]*[frames.shape[2] + GAP, 0]
+    ax.imshow(in_a_row(frames[pick]))
+    ax.set_axis_off()
+    ax.set_title(title, fontsize=10)
+    for p, colour, mark in zip(
+        np.reshape(points, (-1, len(frames), 5, 2)), ["black", "white", "#E69F00"], "x+o"
+    ):
+        spots = p[pick] + np.arange(n)[:, None, None] * [frames.shape[2] + GAP, 0]
         ax.scatter(*spots.reshape(-1, 2).T, s=30, c=colour, marker=mark, lw=1.5)
-    display(fig, metadata={"alt": alt}); plt.close(fig)
+    display(fig, metadata={"alt": alt})
+    plt.close(fig)
 
 # %% ../nbs/02_video.ipynb #f24ab7e8
-MEAN_FACE = np.array([[102.07, 94.27], [156.36, 93.58], [129.00, 135.90], [129.31, 157.82]])   # eyes, nose, mouth in 256 × 256
-ARCFACE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])  # in 112 × 112
+MEAN_FACE = np.array(
+    [[102.07, 94.27], [156.36, 93.58], [129.00, 135.90], [129.31, 157.82]]
+)  # eyes, nose, mouth in 256 × 256
+ARCFACE = np.array(
+    [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
+)  # in 112 × 112
 
-def similarity(points, # (T, J, 2) in the picture
-               target # (J, 2) where they should be
-              ) -> tuple: # a (T,), b (T,) complex: target ≈ a z + b
+
+def similarity(
+    points,  # (T, J, 2) in the picture
+    target,  # (J, 2) where they should be
+) -> tuple:  # a (T,), b (T,) complex: target ≈ a z + b
     "Least-squares turn, scale and shift from `points` to `target`, one for each frame."
     z, w = points @ [1, 1j], target @ [1, 1j]
     dz, dw = z - z.mean(-1, keepdims=True), w - w.mean()
-    a = (dz.conj()*dw).sum(-1)/(abs(dz)**2).sum(-1)
-    return a, w.mean() - a*z.mean(-1)
+    a = (dz.conj() * dw).sum(-1) / (abs(dz) ** 2).sum(-1)
+    return a, w.mean() - a * z.mean(-1)
 
 # %% ../nbs/02_video.ipynb #b8c80465
-def warp(plane, # (H, W) one channel of a picture
-         a, b, # complex: the similarity from the picture to the target
-         corner, # complex: top left of the window in the target
-         size, # (height, width) of the window, px
-         step:float=1. # target px between two px of the window
-        ) -> np.ndarray: # (height, width)
+def warp(
+    plane,  # (H, W) one channel of a picture
+    a,
+    b,  # complex: the similarity from the picture to the target
+    corner,  # complex: top left of the window in the target
+    size,  # (height, width) of the window, px
+    step: float = 1.0,  # target px between two px of the window
+) -> np.ndarray:  # (height, width)
     "The window of the target, sampled from the picture by bilinear interpolation."
-    inverse, start = step/a, (corner - b)/a
-    turn = np.array([[inverse.real, inverse.imag], [-inverse.imag, inverse.real]])   # rows and columns, not x and y
-    return ndimage.affine_transform(plane, turn, (start.imag, start.real), output_shape=size, order=1, mode="nearest")
+    inverse, start = step / a, (corner - b) / a
+    turn = np.array(
+        [[inverse.real, inverse.imag], [-inverse.imag, inverse.real]]
+    )  # rows and columns, not x and y
+    return ndimage.affine_transform(
+        plane, turn, (start.imag, start.real), output_shape=size, order=1, mode="nearest"
+    )
 
 # %% ../nbs/02_video.ipynb #e80b5fc6
 def grey(frame) -> np.ndarray:
     "Luma of a (…, H, W, 3) uint8 picture, as (…, H, W) uint8."
     red, green, blue = (frame[..., i].astype(np.uint16) for i in range(3))
-    return ((77*red + 150*green + 29*blue + 128) >> 8).astype(np.uint8)
+    return ((77 * red + 150 * green + 29 * blue + 128) >> 8).astype(np.uint8)
 
 # %% ../nbs/02_video.ipynb #c47be09a
 def _steady(points):
@@ -1014,65 +1352,84 @@ def _steady(points):
     return centre + ndimage.uniform_filter1d(four - centre, 13, axis=0, mode="nearest")
 
 # %% ../nbs/02_video.ipynb #c6197d46
-def _shrink(plane, k:int):
+def _shrink(plane, k: int):
     "Average over k × k blocks: a bilinear sample of a much larger face would miss most of its pixels."
-    if k == 1: return plane
-    height, width = (n//k*k for n in plane.shape[:2])
-    return plane[:height, :width].reshape(height//k, k, width//k, k, *plane.shape[2:]).mean((1, 3)).round().astype(np.uint8)
+    if k == 1:
+        return plane
+    height, width = (n // k * k for n in plane.shape[:2])
+    return (
+        plane[:height, :width]
+        .reshape(height // k, k, width // k, k, *plane.shape[2:])
+        .mean((1, 3))
+        .round()
+        .astype(np.uint8)
+    )
 
 # %% ../nbs/02_video.ipynb #6d43150c
-def _windows(frames, points, start, corner_of, size, step=1.) -> np.ndarray:
+def _windows(frames, points, start, corner_of, size, step=1.0) -> np.ndarray:
     "(n, height, width) uint8: one window of the mean face from each of some frames, the first of them number `start` of the clip."
     a, b = similarity(four := _steady(points), MEAN_FACE)
-    k = max(1, round(step/np.median(abs(a))))
-    corner, b = corner_of(four @ [1, 1j]*a[:, None] + b[:, None]), b + a*(k - 1)/2
-    return np.stack([warp(_shrink(grey(f), k), a[t]*k, b[t], corner, size, step) for t, f in enumerate(frames, start)])
+    k = max(1, round(step / np.median(abs(a))))
+    corner, b = corner_of(four @ [1, 1j] * a[:, None] + b[:, None]), b + a * (k - 1) / 2
+    return np.stack(
+        [
+            warp(_shrink(grey(f), k), a[t] * k, b[t], corner, size, step)
+            for t, f in enumerate(frames, start)
+        ]
+    )
 
 # %% ../nbs/02_video.ipynb #18dafc08
-def lip_crops(frames, # (n, H, W, 3) uint8: some frames in a row, or all
-              points, # (T, 5, 2): of the whole clip
-              start:int=0 # number of the first of `frames`
-             ) -> np.ndarray: # (n, 96, 96) uint8
+def lip_crops(
+    frames,  # (n, H, W, 3) uint8: some frames in a row, or all
+    points,  # (T, 5, 2): of the whole clip
+    start: int = 0,  # number of the first of `frames`
+) -> np.ndarray:  # (n, 96, 96) uint8
     "The mouth in the middle of 96 × 96 pixels of the mean face; one height for the whole clip."
     return _windows(frames, points, start, lambda w: w[:, 3].mean() - (47.5 + 47.5j), (96, 96))
 
 # %% ../nbs/02_video.ipynb #88df156f
-def brow_strip(frames, # (n, H, W, 3) uint8: some frames in a row, or all
-               points, # (T, 5, 2): of the whole clip
-               start:int=0 # number of the first of `frames`
-              ) -> np.ndarray: # (n, 1152) float32 in [0, 1]
+def brow_strip(
+    frames,  # (n, H, W, 3) uint8: some frames in a row, or all
+    points,  # (T, 5, 2): of the whole clip
+    start: int = 0,  # number of the first of `frames`
+) -> np.ndarray:  # (n, 1152) float32 in [0, 1]
     "Brows and eyes: a grey strip of 24 × 48, every second pixel of the mean face."
-    strip = _windows(frames, points, start, lambda w: 82 + 60j, (24, 48), step=2.)
-    return strip.reshape(len(strip), -1).astype(np.float32)/255
+    strip = _windows(frames, points, start, lambda w: 82 + 60j, (24, 48), step=2.0)
+    return strip.reshape(len(strip), -1).astype(np.float32) / 255
 
 # %% ../nbs/02_video.ipynb #2476ace3
-def align_face(frame, # (H, W, 3) uint8
-               points # (5, 2)
-              ) -> np.ndarray: # (112, 112, 3) uint8
+def align_face(
+    frame,  # (H, W, 3) uint8
+    points,  # (5, 2)
+) -> np.ndarray:  # (112, 112, 3) uint8
     "The face at the place where face recognisers expect it."
     a, b = similarity(points[None], ARCFACE)
-    k = max(1, round(1/abs(a[0])))
-    small, b = _shrink(frame, k), b + a*(k - 1)/2
-    return np.stack([warp(small[..., c], a[0]*k, b[0], 0j, (112, 112)) for c in range(3)], -1)
+    k = max(1, round(1 / abs(a[0])))
+    small, b = _shrink(frame, k), b + a * (k - 1) / 2
+    return np.stack([warp(small[..., c], a[0] * k, b[0], 0j, (112, 112)) for c in range(3)], -1)
 
 # %% ../nbs/02_video.ipynb #ac77fe35
-def frames_at(frames, # (H, W, 3) each, of any iterable
-              times # numbers of frames
-             ) -> list: # in the order of `times`
+def frames_at(
+    frames,  # (H, W, 3) each, of any iterable
+    times,  # numbers of frames
+) -> list:  # in the order of `times`
     "Some frames, out of one walk through a film."
     wanted = set(times)
     kept = {t: f for t, f in enumerate(islice(frames, max(wanted) + 1)) if t in wanted}
     return [kept[t] for t in times]
 
 # %% ../nbs/02_video.ipynb #38bfa37f
-def frontal(points, # (T, 5, 2)
-            n:int=8) -> list:
+def frontal(
+    points,  # (T, 5, 2)
+    n: int = 8,
+) -> list:
     "The numbers of the `n` most frontal frames: the nose stands in the middle between the eyes."
     eyes, nose = points[:, 1] - points[:, 0], points[:, 2] - points[:, :2].mean(1)
-    aside = abs((eyes*nose).sum(1))/(eyes**2).sum(1)
+    aside = abs((eyes * nose).sum(1)) / (eyes**2).sum(1)
     return np.argsort(aside, kind="stable")[:n].tolist()
 
-def sharpest(faces:list) -> np.ndarray: # of (112, 112, 3)
+
+def sharpest(faces: list) -> np.ndarray:  # of (112, 112, 3)
     "The face with the strongest edges."
     return max(faces, key=lambda f: ndimage.laplace(grey(f).astype(float)).var())
 
@@ -1085,29 +1442,42 @@ def best_face(frames, points) -> np.ndarray:
 # %% ../nbs/02_video.ipynb #8c6a8cd3
 class Crops(NamedTuple):
     "What a model looks at."
-    lips: np.ndarray        # (T, 96, 96) uint8
-    face: np.ndarray        # (112, 112, 3) uint8; None while a film's frames are still coming
+
+    lips: np.ndarray  # (T, 96, 96) uint8
+    face: np.ndarray  # (112, 112, 3) uint8; None while a film's frames are still coming
     expression: np.ndarray  # (T, E) float32
-    identity: np.ndarray    # (D,) float32 of unit norm, or (0,); None with the face
+    identity: np.ndarray  # (D,) float32 of unit norm, or (0,); None with the face
 
 # %% ../nbs/02_video.ipynb #ef8905d5
-def crop_in_parts(frames, # (H, W, 3) each, of any iterable: walked through once
-                  points, # (T, 5, 2)
-                  backend:FaceBackend, seconds:float=5. # of a part; the last may be shorter
-                 ): # yields Crops
+def crop_in_parts(
+    frames,  # (H, W, 3) each, of any iterable: walked through once
+    points,  # (T, 5, 2)
+    backend: FaceBackend,
+    seconds: float = 5.0,  # of a part; the last may be shorter
+):  # yields Crops
     "Cut lips, face and expression out of a tracked video, part by part; equal, joined, to those of the whole."
     chosen, faces, walk, start = frontal(points), {}, islice(frames, len(points)), 0
-    while part := list(islice(walk, round(seconds*FPS))):
-        faces |= {t: align_face(part[t - start], points[t]) for t in chosen if start <= t < start + len(part)}
-        lips, expression, start = lip_crops(part, points, start), backend.expression(part, points, start), start + len(part)
-        del part        # before the next is read
+    while part := list(islice(walk, round(seconds * FPS))):
+        faces |= {
+            t: align_face(part[t - start], points[t])
+            for t in chosen
+            if start <= t < start + len(part)
+        }
+        lips, expression, start = (
+            lip_crops(part, points, start),
+            backend.expression(part, points, start),
+            start + len(part),
+        )
+        del part  # before the next is read
         face = sharpest([faces[t] for t in chosen]) if start == len(points) else None
         yield Crops(lips, face, expression, None if face is None else backend.identity(face))
 
 # %% ../nbs/02_video.ipynb #68051da5
-def crop(frames, # (H, W, 3) each, of any iterable
-         points, # (T, 5, 2)
-         backend:FaceBackend) -> Crops:
+def crop(
+    frames,  # (H, W, 3) each, of any iterable
+    points,  # (T, 5, 2)
+    backend: FaceBackend,
+) -> Crops:
     "Cut lips, face and expression out of a tracked video."
     lips, faces, expression, identities = zip(*crop_in_parts(frames, points, backend))
     return Crops(np.concatenate(lips), faces[-1], np.concatenate(expression), identities[-1])
@@ -1115,14 +1485,17 @@ def crop(frames, # (H, W, 3) each, of any iterable
 # %% ../nbs/02_video.ipynb #91f3fc85
 class Looked(NamedTuple):
     "A video, its face track and its crops."
+
     video: Video
     track: Track
     crops: Crops
 
-def look(path, # a video file, or a Video
-         backend:FaceBackend,
-         person:int=None # whom to follow: 0 is the leftmost at first sight; None: the largest
-        ) -> Looked:
+
+def look(
+    path,  # a video file, or a Video
+    backend: FaceBackend,
+    person: int = None,  # whom to follow: 0 is the leftmost at first sight; None: the largest
+) -> Looked:
     "Read, track and crop: everything a model looks at."
     video = path if isinstance(path, Video) else Video(Film(path), None, Path(path))
     track = track_face(video.frames, backend, path=video.path, person=person)
@@ -1133,37 +1506,62 @@ def look(path, # a video file, or a Video
     return Looked(video, track, crops)
 
 # %% ../nbs/02_video.ipynb #3038c8d7
-def look_in_parts(path, # a video file
-                  backend:FaceBackend, seconds:float=5., # of a part
-                  person:int=None # as in `look`
-                 ): # yields Crops
+def look_in_parts(
+    path,  # a video file
+    backend: FaceBackend,
+    seconds: float = 5.0,  # of a part
+    person: int = None,  # as in `look`
+):  # yields Crops
     "Track, then crop part by part: memory does not grow with the length of the film, save for the points (2 kB a second)."
     film = Film(path)
     track = track_face(film, backend, path=path, person=person)
     yield from crop_in_parts(film, track.points, backend, seconds)
 
 # %% ../nbs/02_video.ipynb #f1200c02
-def crops_figure(looked:Looked, n:int=6):
+def crops_figure(looked: Looked, n: int = 6):
     "Figure of what was seen: frames with the five points, the face, strips of lips and brows, and how much was seen at all."
     import matplotlib.pyplot as plt
+
     (video, track, crops), T = looked, len(looked.track.points)
     pick = np.linspace(0, T - 1, n).round().astype(int)
-    fig, axes = plt.subplot_mosaic("Fvvvvv;Flllll;Fbbbbb", figsize=(10, 4.2), height_ratios=[1.3, 1, .55], width_ratios=[1.6, *[1]*5], layout="constrained")
-    axes["F"].imshow(crops.face); axes["F"].set_title("face", fontsize=9)
+    fig, axes = plt.subplot_mosaic(
+        "Fvvvvv;Flllll;Fbbbbb",
+        figsize=(10, 4.2),
+        height_ratios=[1.3, 1, 0.55],
+        width_ratios=[1.6, *[1] * 5],
+        layout="constrained",
+    )
+    axes["F"].imshow(crops.face)
+    axes["F"].set_title("face", fontsize=9)
     shown = frames_at(video.frames, pick.tolist())
     axes["v"].imshow(in_a_row(shown))
-    spots = track.points[pick] + np.arange(n)[:, None, None]*[shown[0].shape[1] + GAP, 0]
-    axes["v"].scatter(*spots.reshape(-1, 2).T, s=7, c="#E69F00", lw=0); axes["v"].set_title("frames and points", fontsize=9)
-    axes["l"].imshow(in_a_row(crops.lips[pick]), cmap="gray", vmin=0, vmax=255); axes["l"].set_title("lips", fontsize=9)
-    if crops.expression.shape[1] == 24*48:
-        axes["b"].imshow(in_a_row((255*crops.expression[pick]).astype(np.uint8).reshape(n, 24, 48)), cmap="gray", vmin=0, vmax=255); axes["b"].set_title("brows and eyes", fontsize=9)
-    for ax in axes.values(): ax.set_axis_off()
-    fig.suptitle(f"{T/FPS:.2f} s, {track}", fontsize=10)
+    spots = track.points[pick] + np.arange(n)[:, None, None] * [shown[0].shape[1] + GAP, 0]
+    axes["v"].scatter(*spots.reshape(-1, 2).T, s=7, c="#E69F00", lw=0)
+    axes["v"].set_title("frames and points", fontsize=9)
+    axes["l"].imshow(in_a_row(crops.lips[pick]), cmap="gray", vmin=0, vmax=255)
+    axes["l"].set_title("lips", fontsize=9)
+    if crops.expression.shape[1] == 24 * 48:
+        axes["b"].imshow(
+            in_a_row((255 * crops.expression[pick]).astype(np.uint8).reshape(n, 24, 48)),
+            cmap="gray",
+            vmin=0,
+            vmax=255,
+        )
+        axes["b"].set_title("brows and eyes", fontsize=9)
+    for ax in axes.values():
+        ax.set_axis_off()
+    fig.suptitle(f"{T / FPS:.2f} s, {track}", fontsize=10)
     plt.close(fig)
     return fig
 
 # %% ../nbs/02_video.ipynb #cff4a7bb
-def show_crops(looked:Looked, n:int=6):
+def show_crops(looked: Looked, n: int = 6):
     "Display `crops_figure`."
     from IPython.display import display
-    display(crops_figure(looked, n), metadata={"alt": f"The aligned face; beside it {n} frames of a video with five points on the face, and under them {n} crops of the lips and of the brows and eyes. {looked.track}."})
+
+    display(
+        crops_figure(looked, n),
+        metadata={
+            "alt": f"The aligned face; beside it {n} frames of a video with five points on the face, and under them {n} crops of the lips and of the brows and eyes. {looked.track}."
+        },
+    )

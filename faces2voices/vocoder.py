@@ -34,227 +34,332 @@ from .timbre import seeded
 RATES, RATE_KERNELS = (5, 4, 2, 2, 2), (11, 8, 4, 4, 4)
 
 # %% ../nbs/14_vocoder.ipynb #2cc6638b
-def conv(c_in, c_out, kernel, dilation=1): "A weight-normed convolution that keeps the length."; return weight_norm(nn.Conv1d(c_in, c_out, kernel, dilation=dilation, padding=dilation*(kernel - 1)//2))
+def conv(c_in, c_out, kernel, dilation=1):
+    "A weight-normed convolution that keeps the length."
+    return weight_norm(
+        nn.Conv1d(c_in, c_out, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2)
+    )
+
 
 class ResBlock(nn.Module):
     "Pairs of convolutions, the first of each dilated, each pair added to its input."
-    def __init__(self, channels:int, kernel:int, dilations:tuple):
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple):
         super().__init__()
         self.convs1 = nn.ModuleList(conv(channels, channels, kernel, d) for d in dilations)
         self.convs2 = nn.ModuleList(conv(channels, channels, kernel) for _ in dilations)
 
-    def forward(self, x): # (B, C, N) → (B, C, N)
-        for c1, c2 in zip(self.convs1, self.convs2): x = x + c2(F.leaky_relu(c1(F.leaky_relu(x, .1)), .1))
+    def forward(self, x):  # (B, C, N) → (B, C, N)
+        for c1, c2 in zip(self.convs1, self.convs2):
+            x = x + c2(F.leaky_relu(c1(F.leaky_relu(x, 0.1)), 0.1))
         return x
 
 # %% ../nbs/14_vocoder.ipynb #ad56ec27
 class Generator(nn.Module):
     "HiFi-GAN's generator: ln mel in, sound out. Parameter names are those of the published checkpoints."
-    sourced, segment = False, 8000 # whether it needs a source; samples that it trains on at a time
-    def __init__(self, preset, rates:tuple=RATES, rate_kernels:tuple=RATE_KERNELS, block=ResBlock):
+
+    sourced, segment = False, 8000  # whether it needs a source; samples that it trains on at a time
+
+    def __init__(
+        self, preset, rates: tuple = RATES, rate_kernels: tuple = RATE_KERNELS, block=ResBlock
+    ):
         super().__init__()
         width = [preset.vocoder_channels >> i for i in range(len(rates) + 1)]
         self.conv_pre = conv(MEL.n_mels, width[0], 7)
-        self.ups = nn.ModuleList(weight_norm(nn.ConvTranspose1d(a, b, k, u, padding=(k - u)//2))
-                                 for a, b, u, k in zip(width, width[1:], rates, rate_kernels))
-        self.resblocks = nn.ModuleList(block(c, k, d) for c in width[1:] for k, d in zip(preset.vocoder_kernels, preset.vocoder_dilations))
+        self.ups = nn.ModuleList(
+            weight_norm(nn.ConvTranspose1d(a, b, k, u, padding=(k - u) // 2))
+            for a, b, u, k in zip(width, width[1:], rates, rate_kernels)
+        )
+        self.resblocks = nn.ModuleList(
+            block(c, k, d)
+            for c in width[1:]
+            for k, d in zip(preset.vocoder_kernels, preset.vocoder_dilations)
+        )
         self.conv_post = conv(width[-1], 1, 7)
 
 # %% ../nbs/14_vocoder.ipynb #36abd9f7
 @patch
-def forward(self:Generator, mel:torch.Tensor, # (B, 80, L) natural-log mel, not normalised
-            source=None # none is needed
-           ) -> torch.Tensor: # (B, 160 L) sound in [−1, 1]
-    x, n = self.conv_pre(mel), len(self.resblocks)//len(self.ups)
+def forward(
+    self: Generator,
+    mel: torch.Tensor,  # (B, 80, L) natural-log mel, not normalised
+    source=None,  # none is needed
+) -> torch.Tensor:  # (B, 160 L) sound in [−1, 1]
+    x, n = self.conv_pre(mel), len(self.resblocks) // len(self.ups)
     for i, up in enumerate(self.ups):
-        x = up(F.leaky_relu(x, .1))
-        x = sum(block(x) for block in self.resblocks[n*i:n*i + n])/n
+        x = up(F.leaky_relu(x, 0.1))
+        x = sum(block(x) for block in self.resblocks[n * i : n * i + n]) / n
     return torch.tanh(self.conv_post(F.leaky_relu(x)).float())[:, 0]
 
+
 @patch
-def remove_weight_norm(self:Generator):
+def remove_weight_norm(self: Generator):
     "Fold the norms into plain weights: the same sound, a little faster."
     for m in self.modules():
-        if hasattr(m, "parametrizations"): remove_parametrizations(m, "weight")
+        if hasattr(m, "parametrizations"):
+            remove_parametrizations(m, "weight")
     return self
 
 # %% ../nbs/14_vocoder.ipynb #9492ca8f
 class PlainBlock(nn.Module):
     "HiFi-GAN's second kind of residual block: single dilated convolutions."
-    def __init__(self, channels:int, kernel:int, dilations:tuple):
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple):
         super().__init__()
         self.convs = nn.ModuleList(conv(channels, channels, kernel, d) for d in dilations)
 
-    def forward(self, x): # (B, C, N) → (B, C, N)
-        for c in self.convs: x = x + c(F.leaky_relu(x, .1))
+    def forward(self, x):  # (B, C, N) → (B, C, N)
+        for c in self.convs:
+            x = x + c(F.leaky_relu(x, 0.1))
         return x
 
 # %% ../nbs/14_vocoder.ipynb #0d1223f0
 class Layout(NamedTuple):
     "One size of HiFi-GAN: of its residual blocks, and of the stretches by which it was published at 22 kHz."
+
     channels: int
     kernels: tuple
     dilations: tuple
     block: type
     rates: tuple
     rate_kernels: tuple
-    published: float # million weights, Table 1 of the paper
+    published: float  # million weights, Table 1 of the paper
 
-_three = ((1, 3, 5),)*3
-HIFIGAN = dict(V1=Layout(512, (3, 7, 11), _three, ResBlock, (8, 8, 2, 2), (16, 16, 4, 4), 13.92),
-               V2=Layout(128, (3, 7, 11), _three, ResBlock, (8, 8, 2, 2), (16, 16, 4, 4), .92),
-               V3=Layout(256, (3, 5, 7), ((1, 2), (2, 6), (3, 12)), PlainBlock, (8, 8, 4), (16, 16, 8), 1.46))
+
+_three = ((1, 3, 5),) * 3
+HIFIGAN = dict(
+    V1=Layout(512, (3, 7, 11), _three, ResBlock, (8, 8, 2, 2), (16, 16, 4, 4), 13.92),
+    V2=Layout(128, (3, 7, 11), _three, ResBlock, (8, 8, 2, 2), (16, 16, 4, 4), 0.92),
+    V3=Layout(256, (3, 5, 7), ((1, 2), (2, 6), (3, 12)), PlainBlock, (8, 8, 4), (16, 16, 8), 1.46),
+)
 
 # %% ../nbs/14_vocoder.ipynb #aeb9ffb0
-def hifigan(name:str, # `V1`, `V2`, `V3`
-            published:bool=False # with the stretches of 22 kHz, and not those of this package
-           ) -> Generator:
+def hifigan(
+    name: str,  # `V1`, `V2`, `V3`
+    published: bool = False,  # with the stretches of 22 kHz, and not those of this package
+) -> Generator:
     "HiFi-GAN in one of its sizes."
     size = HIFIGAN[name]
-    preset = replace(PAPER, vocoder_channels=size.channels, vocoder_kernels=size.kernels, vocoder_dilations=size.dilations)
-    return Generator(preset, *((size.rates, size.rate_kernels) if published else (RATES, RATE_KERNELS)), block=size.block)
+    preset = replace(
+        PAPER,
+        vocoder_channels=size.channels,
+        vocoder_kernels=size.kernels,
+        vocoder_dilations=size.dilations,
+    )
+    return Generator(
+        preset,
+        *((size.rates, size.rate_kernels) if published else (RATES, RATE_KERNELS)),
+        block=size.block,
+    )
+
 
 def n_weights(module) -> int:
     "Number of weights, not counting weight norm's lengths."
-    return sum(p.numel() for k, p in module.named_parameters() if not k.endswith("weight.original0"))
+    return sum(
+        p.numel() for k, p in module.named_parameters() if not k.endswith("weight.original0")
+    )
 
 # %% ../nbs/14_vocoder.ipynb #02b663e3
-def load_hifigan(path, # a generator's checkpoint as HiFi-GAN's own code writes it
-                 size # `V1`, `V2`, `V3`, or a preset
-                ) -> Generator:
+def load_hifigan(
+    path,  # a generator's checkpoint as HiFi-GAN's own code writes it
+    size,  # `V1`, `V2`, `V3`, or a preset
+) -> Generator:
     "A published generator in this class; only tensors are read from the file."
     generator = hifigan(size) if isinstance(size, str) else Generator(size)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         generator.load_state_dict(state.get("generator", state))
-    except FileNotFoundError as e: raise CheckpointError(path, "no such file") from e
-    except Exception as e: raise CheckpointError(path, f"is not a HiFi-GAN generator of this size ({e})", f"{generator.conv_pre.out_channels} channels and hop {MEL.hop} are expected") from e
+    except FileNotFoundError as e:
+        raise CheckpointError(path, "no such file") from e
+    except Exception as e:
+        raise CheckpointError(
+            path,
+            f"is not a HiFi-GAN generator of this size ({e})",
+            f"{generator.conv_pre.out_channels} channels and hop {MEL.hop} are expected",
+        ) from e
     return generator.eval()
 
 # %% ../nbs/14_vocoder.ipynb #f2f7eb11
-def pulses(f0, # (N,) Hz at every sample
-           phase # (N,) its integral, radians
-          ) -> torch.Tensor: # (N,) of unit power
+def pulses(
+    f0,  # (N,) Hz at every sample
+    phase,  # (N,) its integral, radians
+) -> torch.Tensor:  # (N,) of unit power
     "All harmonics of a pitch, equally loud."
-    K, half = (7600/f0).floor(), (phase/2).sin()
-    return torch.where(half.abs() < 1e-4, K, ((K + .5)*phase).sin()/(2*half) - .5)/K.sqrt()
+    K, half = (7600 / f0).floor(), (phase / 2).sin()
+    return (
+        torch.where(half.abs() < 1e-4, K, ((K + 0.5) * phase).sin() / (2 * half) - 0.5) / K.sqrt()
+    )
 
 # %% ../nbs/14_vocoder.ipynb #1cbc08cb
-STRETCH = 20   # seconds of noise that come from one seed
+STRETCH = 20  # seconds of noise that come from one seed
 
-def noise(start:int, stop:int, # rows
-          rate:int, # rows a second
-          width:int=1, # numbers in a row
-          seed:int=0, dtype=torch.float32) -> torch.Tensor: # (stop − start, width)
+
+def noise(
+    start: int,
+    stop: int,  # rows
+    rate: int,  # rows a second
+    width: int = 1,  # numbers in a row
+    seed: int = 0,
+    dtype=torch.float32,
+) -> torch.Tensor:  # (stop − start, width)
     "Rows of one endless sequence of standard normal numbers."
-    rows = STRETCH*rate
-    draw = lambda k: torch.randn(rows, width, generator=torch.Generator().manual_seed(seed + 1_000_003*k), dtype=dtype)
-    return torch.cat([draw(k) for k in range(start//rows, -(-stop//rows))])[start%rows:][:stop - start]
+    rows = STRETCH * rate
+    draw = lambda k: torch.randn(
+        rows, width, generator=torch.Generator().manual_seed(seed + 1_000_003 * k), dtype=dtype
+    )
+    return torch.cat([draw(k) for k in range(start // rows, -(-stop // rows))])[start % rows :][
+        : stop - start
+    ]
 
 # %% ../nbs/14_vocoder.ipynb #eacdacfc
-def to_samples(x, # (2T,) at 50 Hz
-               start:int=0, stop:int|None=None # values of the piece that is wanted
-              ) -> torch.Tensor: # (320 (stop − start),) double
+def to_samples(
+    x,  # (2T,) at 50 Hz
+    start: int = 0,
+    stop: int | None = None,  # values of the piece that is wanted
+) -> torch.Tensor:  # (320 (stop − start),) double
     "Straight lines from 50 Hz to 16 kHz."
     x, stop = torch.as_tensor(x), len(x) if stop is None else stop
     left = max(start - 1, 0)
-    fine = F.interpolate(x[None, None, left:stop + 1].double(), scale_factor=320, mode="linear")[0, 0]
-    return fine[320*(start - left):][:320*(stop - start)]
+    fine = F.interpolate(x[None, None, left : stop + 1].double(), scale_factor=320, mode="linear")[
+        0, 0
+    ]
+    return fine[320 * (start - left) :][: 320 * (stop - start)]
 
 # %% ../nbs/14_vocoder.ipynb #fd5cd198
 class Source:
     "A flat-spectrum source, piece after piece: harmonics of the pitch where voiced, and noise."
-    def __init__(self, log_f0, # (2T,) ln Hz
-                 voiced, # (2T,) 0 to 1
-                 seed:int=0 # of the noise
-                ): self.log_f0, self.voiced, self.seed, self.at, self.phase = log_f0, voiced, seed, 0, 0.
+
+    def __init__(
+        self,
+        log_f0,  # (2T,) ln Hz
+        voiced,  # (2T,) 0 to 1
+        seed: int = 0,  # of the noise
+    ):
+        self.log_f0, self.voiced, self.seed, self.at, self.phase = log_f0, voiced, seed, 0, 0.0
 
 # %% ../nbs/14_vocoder.ipynb #21a03cbf
 @patch
-def take(self:Source, n:int # values of the pitch
-        ) -> torch.Tensor: # (2, 320 n) tones and hiss
+def take(
+    self: Source,
+    n: int,  # values of the pitch
+) -> torch.Tensor:  # (2, 320 n) tones and hiss
     "The next piece."
     a, b = self.at, self.at + n
     f0, v = to_samples(self.log_f0, a, b).exp(), to_samples(self.voiced, a, b)
-    phase = self.phase + 2*math.pi*torch.cumsum(f0/MEL.sr, 0)
+    phase = self.phase + 2 * math.pi * torch.cumsum(f0 / MEL.sr, 0)
     self.at, self.phase = b, float(phase[-1])
-    hiss = noise(320*a, 320*b, MEL.sr, seed=self.seed, dtype=torch.float64)[:, 0]
-    return .1*torch.stack([v*pulses(f0, phase), ((1 - v)*.7 + .03)*hiss]).float()
+    hiss = noise(320 * a, 320 * b, MEL.sr, seed=self.seed, dtype=torch.float64)[:, 0]
+    return 0.1 * torch.stack([v * pulses(f0, phase), ((1 - v) * 0.7 + 0.03) * hiss]).float()
 
-def excitation(log_f0, voiced, seed:int=0) -> torch.Tensor: "All of a `Source` at once: (2, 640 T)."; return Source(log_f0, voiced, seed).take(len(log_f0))
+
+def excitation(log_f0, voiced, seed: int = 0) -> torch.Tensor:
+    "All of a `Source` at once: (2, 640 T)."
+    return Source(log_f0, voiced, seed).take(len(log_f0))
 
 # %% ../nbs/14_vocoder.ipynb #cefed86f
-BINS = MEL.n_fft//2 + 1   # of an FFT
+BINS = MEL.n_fft // 2 + 1  # of an FFT
 
-def to_bins(gain:torch.Tensor # (…, 80, L) ln gain of mel bands
-           ) -> torch.Tensor: # (…, 321, L)
+
+def to_bins(
+    gain: torch.Tensor,  # (…, 80, L) ln gain of mel bands
+) -> torch.Tensor:  # (…, 321, L)
     "From mel bands to FFT bins, each the mean of the two bands nearest to it."
     return gain[..., _nearest_bands(), :].mean(-2)
 
 # %% ../nbs/14_vocoder.ipynb #06c6850c
-def band_centres() -> torch.Tensor: # (80,) Hz
+def band_centres() -> torch.Tensor:  # (80,) Hz
     "Centres of the mel bands."
     import librosa
-    return torch.from_numpy(librosa.mel_frequencies(MEL.n_mels + 2, fmin=MEL.fmin, fmax=MEL.fmax)[1:-1]).float()
+
+    return torch.from_numpy(
+        librosa.mel_frequencies(MEL.n_mels + 2, fmin=MEL.fmin, fmax=MEL.fmax)[1:-1]
+    ).float()
+
 
 @lru_cache
-@torch.inference_mode(False)          # as for the mel's filters: training must be able to use it
-def _nearest_bands() -> torch.Tensor: # (321, 2)
+@torch.inference_mode(False)  # as for the mel's filters: training must be able to use it
+def _nearest_bands() -> torch.Tensor:  # (321, 2)
     "The two bands nearest to each FFT bin."
-    return (torch.linspace(0, MEL.sr/2, BINS)[:, None] - band_centres()).abs().argsort(1)[:, :2]
+    return (torch.linspace(0, MEL.sr / 2, BINS)[:, None] - band_centres()).abs().argsort(1)[:, :2]
 
 # %% ../nbs/14_vocoder.ipynb #f8f86e4b
-def tract(mel:torch.Tensor, # (B, 80, L) ln mel that is wanted
-          e:torch.Tensor # (B, 160 L) a source
-         ) -> torch.Tensor: # (B, 321, L + 1)
+def tract(
+    mel: torch.Tensor,  # (B, 80, L) ln mel that is wanted
+    e: torch.Tensor,  # (B, 160 L) a source
+) -> torch.Tensor:  # (B, 321, L + 1)
     "ln gain of every bin that makes the bands of the source as loud as the mel says."
-    h = torch.tensor([1, 2, 3, 2, 1.], device=e.device)[:, None].expand(5, 2)/18
+    h = torch.tensor([1, 2, 3, 2, 1.0], device=e.device)[:, None].expand(5, 2) / 18
     gain = F.conv2d(F.pad((mel - MEL(e))[:, None], (1, 1, 2, 2), "replicate"), h[None, None])[:, 0]
     return to_bins(gain.clamp(-12, 9))
 
 # %% ../nbs/14_vocoder.ipynb #80022e94
-def spectrum(x:torch.Tensor, # (B, N)
-             n_fft:int=MEL.n_fft) -> torch.Tensor: # (B, n_fft/2 + 1, frames) complex
+def spectrum(
+    x: torch.Tensor,  # (B, N)
+    n_fft: int = MEL.n_fft,
+) -> torch.Tensor:  # (B, n_fft/2 + 1, frames) complex
     "STFT with a hop of a quarter window, which is the mel's where nothing else is said."
-    return torch.stft(x, n_fft, n_fft//4, window=torch.hann_window(n_fft, device=x.device), return_complex=True)
+    return torch.stft(
+        x, n_fft, n_fft // 4, window=torch.hann_window(n_fft, device=x.device), return_complex=True
+    )
 
-def sounded(S:torch.Tensor # (B, 321, L + 1) complex
-           ) -> torch.Tensor: # (B, 160 L)
+
+def sounded(
+    S: torch.Tensor,  # (B, 321, L + 1) complex
+) -> torch.Tensor:  # (B, 160 L)
     "The sound whose STFT is nearest to `S`."
-    return torch.istft(S, MEL.n_fft, MEL.hop, window=torch.hann_window(MEL.n_fft, device=S.device), length=MEL.hop*(S.shape[-1] - 1))
+    return torch.istft(
+        S,
+        MEL.n_fft,
+        MEL.hop,
+        window=torch.hann_window(MEL.n_fft, device=S.device),
+        length=MEL.hop * (S.shape[-1] - 1),
+    )
 
 # %% ../nbs/14_vocoder.ipynb #a33aef0b
 class ConvNeXt(nn.Module):
     "Convolution in time channel by channel, then a small network within each frame; its result is added to its input."
-    def __init__(self, dim:int):
+
+    def __init__(self, dim: int):
         super().__init__()
         self.time, self.norm = nn.Conv1d(dim, dim, 7, padding=3, groups=dim), nn.LayerNorm(dim)
-        self.mix, self.scale = nn.Sequential(nn.Linear(dim, 3*dim), nn.GELU(), nn.Linear(3*dim, dim)), nn.Parameter(torch.full((dim,), .2))
+        self.mix, self.scale = (
+            nn.Sequential(nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, dim)),
+            nn.Parameter(torch.full((dim,), 0.2)),
+        )
 
-    def forward(self, x): # (B, L, D) → (B, L, D)
-        return x + self.scale*self.mix(self.norm(self.time(x.mT).mT))
+    def forward(self, x):  # (B, L, D) → (B, L, D)
+        return x + self.scale * self.mix(self.norm(self.time(x.mT).mT))
 
 # %% ../nbs/14_vocoder.ipynb #05645e93
 class SourceFilter(nn.Module):
     "A network that shapes a known source with complex gains, frame by frame and bin by bin."
+
     sourced, segment = True, 16000
+
     def __init__(self, preset):
         super().__init__()
         dim = preset.vocoder_channels
-        self.mel, self.source = nn.Conv1d(MEL.n_mels, dim, 7, padding=3), nn.Linear(2*BINS, dim)
+        self.mel, self.source = nn.Conv1d(MEL.n_mels, dim, 7, padding=3), nn.Linear(2 * BINS, dim)
         self.blocks = nn.Sequential(*(ConvNeXt(dim) for _ in range(preset.vocoder_blocks)))
-        self.norm, self.gains = nn.LayerNorm(dim), nn.Linear(dim, 4*BINS)
-        for p in self.gains.parameters(): nn.init.zeros_(p)
+        self.norm, self.gains = nn.LayerNorm(dim), nn.Linear(dim, 4 * BINS)
+        for p in self.gains.parameters():
+            nn.init.zeros_(p)
+
 
 @patch
-def forward(self:SourceFilter, mel:torch.Tensor, # (B, 80, L) natural-log mel, not normalised
-            source:torch.Tensor # (B, 2, 160 L) what `excitation` makes
-           ) -> torch.Tensor: # (B, 160 L) sound in [−1, 1]
+def forward(
+    self: SourceFilter,
+    mel: torch.Tensor,  # (B, 80, L) natural-log mel, not normalised
+    source: torch.Tensor,  # (B, 2, 160 L) what `excitation` makes
+) -> torch.Tensor:  # (B, 160 L) sound in [−1, 1]
     S, g = spectrum(source.flatten(0, 1)).unflatten(0, (-1, 2)), tract(mel, source.sum(1))
-    between = F.avg_pool1d(F.pad(mel, (1, 1), "replicate"), 2, 1)      # (B, 80, L + 1)
-    x = self.mel((between + 4)/2.5).mT + self.source((S.abs() + 1e-4).log().flatten(1, 2).mT + 3)
-    a, turn = self.gains(self.norm(self.blocks(x))).float().mT.unflatten(1, (2, 2, BINS)).unbind(1)  # (B, 2, 321, L + 1) each
-    return sounded((S*torch.polar((g[:, None] + a).clamp(-14, 11).exp(), turn)).sum(1)).clamp(-1, 1)
+    between = F.avg_pool1d(F.pad(mel, (1, 1), "replicate"), 2, 1)  # (B, 80, L + 1)
+    x = self.mel((between + 4) / 2.5).mT + self.source((S.abs() + 1e-4).log().flatten(1, 2).mT + 3)
+    a, turn = (
+        self.gains(self.norm(self.blocks(x))).float().mT.unflatten(1, (2, 2, BINS)).unbind(1)
+    )  # (B, 2, 321, L + 1) each
+    return sounded((S * torch.polar((g[:, None] + a).clamp(-14, 11).exp(), turn)).sum(1)).clamp(
+        -1, 1
+    )
 
 # %% ../nbs/14_vocoder.ipynb #ad590215
 def make_vocoder(preset) -> nn.Module:
@@ -262,204 +367,360 @@ def make_vocoder(preset) -> nn.Module:
     return Generator(preset) if preset.vocoder_kernels else SourceFilter(preset)
 
 # %% ../nbs/14_vocoder.ipynb #767ec2a2
-def magnitude(wav:torch.Tensor, # (B, N)
-              n_fft:int) -> torch.Tensor: # (B, n_fft/2 + 1, frames)
+def magnitude(
+    wav: torch.Tensor,  # (B, N)
+    n_fft: int,
+) -> torch.Tensor:  # (B, n_fft/2 + 1, frames)
     "|STFT| with a hop of a quarter window, never quite zero."
     S = spectrum(wav, n_fft)
     return (S.real**2 + S.imag**2 + 1e-9).sqrt()
 
-def mel_loss(fake, real): "Mean distance of the ln mels of two (B, N) sounds."; return F.l1_loss(MEL(fake), MEL(real))
 
-def stft_loss(fake, real, # (B, N)
-              windows=(256, 512, 1024, 2048)) -> torch.Tensor:
+def mel_loss(fake, real):
+    "Mean distance of the ln mels of two (B, N) sounds."
+    return F.l1_loss(MEL(fake), MEL(real))
+
+
+def stft_loss(
+    fake,
+    real,  # (B, N)
+    windows=(256, 512, 1024, 2048),
+) -> torch.Tensor:
     "Spectral convergence and log magnitude, averaged over window lengths."
     pairs = [(magnitude(fake, w), magnitude(real, w)) for w in windows]
-    return sum((a - b).norm()/b.norm() + F.l1_loss(a.log(), b.log()) for a, b in pairs)/len(windows)
+    return sum((a - b).norm() / b.norm() + F.l1_loss(a.log(), b.log()) for a, b in pairs) / len(
+        windows
+    )
 
 # %% ../nbs/14_vocoder.ipynb #42319a12
 class Critic(nn.Module):
     "A stack of convolutions that returns what each layer sees; the last is the score."
-    def __init__(self, convs:list, conv_post, look=lambda wav: wav[:, None]): # look: (B, N) sound → what the first layer reads
+
+    def __init__(
+        self, convs: list, conv_post, look=lambda wav: wav[:, None]
+    ):  # look: (B, N) sound → what the first layer reads
         super().__init__()
         self.convs, self.conv_post, self.look = nn.ModuleList(convs), conv_post, look
 
-    def forward(self, wav): # (B, N)
+    def forward(self, wav):  # (B, N)
         x, seen = self.look(wav), []
-        for c in self.convs: x = F.leaky_relu(c(x), .1); seen.append(x)
+        for c in self.convs:
+            x = F.leaky_relu(c(x), 0.1)
+            seen.append(x)
         return seen + [self.conv_post(x)]
 
 # %% ../nbs/14_vocoder.ipynb #6125d08d
-def fold(wav:torch.Tensor, # (B, N)
-         period:int) -> torch.Tensor: # (B, 1, ⌈N/period⌉, period)
+def fold(
+    wav: torch.Tensor,  # (B, N)
+    period: int,
+) -> torch.Tensor:  # (B, 1, ⌈N/period⌉, period)
     "Sound in rows of `period` samples."
     return F.pad(wav, (0, -wav.shape[-1] % period), "reflect").reshape(len(wav), 1, -1, period)
 
-def period_critic(period:int, width:float=1.) -> Critic:
+
+def period_critic(period: int, width: float = 1.0) -> Critic:
     "Looks down the columns of the folded sound."
-    c = [1] + [max(4, int(n*width)) for n in (32, 128, 512, 1024, 1024)]
-    convs = [weight_norm(nn.Conv2d(c[i], c[i + 1], (5, 1), (3 if i < 4 else 1, 1), padding=(2, 0))) for i in range(5)]
-    return Critic(convs, weight_norm(nn.Conv2d(c[-1], 1, (3, 1), padding=(1, 0))), lambda wav: fold(wav, period))
+    c = [1] + [max(4, int(n * width)) for n in (32, 128, 512, 1024, 1024)]
+    convs = [
+        weight_norm(nn.Conv2d(c[i], c[i + 1], (5, 1), (3 if i < 4 else 1, 1), padding=(2, 0)))
+        for i in range(5)
+    ]
+    return Critic(
+        convs,
+        weight_norm(nn.Conv2d(c[-1], 1, (3, 1), padding=(1, 0))),
+        lambda wav: fold(wav, period),
+    )
 
 # %% ../nbs/14_vocoder.ipynb #20fc3338
-def scale_critic(scale:int, width:float=1.) -> Critic:
+def scale_critic(scale: int, width: float = 1.0) -> Critic:
     "Looks at the sound after `scale` halvings of its rate."
-    sizes = [(1, 128, 15, 1, 1), (128, 128, 41, 2, 4), (128, 256, 41, 2, 16), (256, 512, 41, 4, 16), (512, 1024, 41, 4, 16), (1024, 1024, 41, 1, 16), (1024, 1024, 5, 1, 1)]
+    sizes = [
+        (1, 128, 15, 1, 1),
+        (128, 128, 41, 2, 4),
+        (128, 256, 41, 2, 16),
+        (256, 512, 41, 4, 16),
+        (512, 1024, 41, 4, 16),
+        (1024, 1024, 41, 1, 16),
+        (1024, 1024, 5, 1, 1),
+    ]
     norm = spectral_norm if scale == 0 else weight_norm
-    thin = lambda n: n if n == 1 else max(16, int(n*width))
-    convs = [norm(nn.Conv1d(thin(a), thin(b), k, s, padding=k//2, groups=g)) for a, b, k, s, g in sizes]
+    thin = lambda n: n if n == 1 else max(16, int(n * width))
+    convs = [
+        norm(nn.Conv1d(thin(a), thin(b), k, s, padding=k // 2, groups=g)) for a, b, k, s, g in sizes
+    ]
+
     def look(wav):
         x = wav[:, None]
-        for _ in range(scale): x = F.avg_pool1d(x, 4, 2, padding=2)
+        for _ in range(scale):
+            x = F.avg_pool1d(x, 4, 2, padding=2)
         return x
+
     return Critic(convs, norm(nn.Conv1d(thin(1024), 1, 3, padding=1)), look)
 
 # %% ../nbs/14_vocoder.ipynb #9074d7e8
-def spectrum_critic(n_fft:int, channels:int=16) -> Critic:
+def spectrum_critic(n_fft: int, channels: int = 16) -> Critic:
     "Looks at the logarithm of a magnitude spectrogram."
-    sizes = [(1, channels, (3, 9), (2, 2)), (channels, channels, (3, 9), (1, 2)), (channels, channels, (3, 9), (1, 2)), (channels, channels, (3, 3), (1, 1))]
-    convs = [weight_norm(nn.Conv2d(a, b, k, s, padding=(k[0]//2, k[1]//2))) for a, b, k, s in sizes]
-    return Critic(convs, weight_norm(nn.Conv2d(channels, 1, 3, padding=1)), lambda wav: magnitude(wav.float(), n_fft).log().transpose(1, 2)[:, None])
+    sizes = [
+        (1, channels, (3, 9), (2, 2)),
+        (channels, channels, (3, 9), (1, 2)),
+        (channels, channels, (3, 9), (1, 2)),
+        (channels, channels, (3, 3), (1, 1)),
+    ]
+    convs = [
+        weight_norm(nn.Conv2d(a, b, k, s, padding=(k[0] // 2, k[1] // 2))) for a, b, k, s in sizes
+    ]
+    return Critic(
+        convs,
+        weight_norm(nn.Conv2d(channels, 1, 3, padding=1)),
+        lambda wav: magnitude(wav.float(), n_fft).log().transpose(1, 2)[:, None],
+    )
 
 # %% ../nbs/14_vocoder.ipynb #03fbfd45
 class Critics(nn.Module):
     "Several critics that look at one sound."
-    def __init__(self, critics:list):
+
+    def __init__(self, critics: list):
         super().__init__()
         self.discriminators = nn.ModuleList(critics)
-    def forward(self, wav) -> list: # one list of layers for each critic
+
+    def forward(self, wav) -> list:  # one list of layers for each critic
         return [d(wav) for d in self.discriminators]
 
-def full_critics() -> Critics: "Those of HiFi-GAN: five periods, three scales (for a GPU)."; return Critics([period_critic(p) for p in (2, 3, 5, 7, 11)] + [scale_critic(s) for s in range(3)])
-def slim_critics() -> Critics: "Five narrow period critics and three on spectrograms (for a CPU)."; return Critics([period_critic(p, 1/8) for p in (2, 3, 5, 7, 11)] + [spectrum_critic(n) for n in (256, 512, 1024)])
+
+def full_critics() -> Critics:
+    "Those of HiFi-GAN: five periods, three scales (for a GPU)."
+    return Critics(
+        [period_critic(p) for p in (2, 3, 5, 7, 11)] + [scale_critic(s) for s in range(3)]
+    )
+
+
+def slim_critics() -> Critics:
+    "Five narrow period critics and three on spectrograms (for a CPU)."
+    return Critics(
+        [period_critic(p, 1 / 8) for p in (2, 3, 5, 7, 11)]
+        + [spectrum_critic(n) for n in (256, 512, 1024)]
+    )
 
 # %% ../nbs/14_vocoder.ipynb #2f0b9b8e
-def critic_loss(real, fake): "Real should score 1 and made 0; each a list of layers for each critic."; return sum((r[-1] - 1).pow(2).mean() + f[-1].pow(2).mean() for r, f in zip(real, fake))
-def adversarial_loss(fake): "The generator wants 1."; return sum((f[-1] - 1).pow(2).mean() for f in fake)
-def feature_loss(real, fake): "Mean distance of every layer but the score."; return sum(F.l1_loss(b, a.detach()) for r, f in zip(real, fake) for a, b in zip(r[:-1], f[:-1]))
+def critic_loss(real, fake):
+    "Real should score 1 and made 0; each a list of layers for each critic."
+    return sum((r[-1] - 1).pow(2).mean() + f[-1].pow(2).mean() for r, f in zip(real, fake))
+
+
+def adversarial_loss(fake):
+    "The generator wants 1."
+    return sum((f[-1] - 1).pow(2).mean() for f in fake)
+
+
+def feature_loss(real, fake):
+    "Mean distance of every layer but the score."
+    return sum(F.l1_loss(b, a.detach()) for r, f in zip(real, fake) for a, b in zip(r[:-1], f[:-1]))
 
 # %% ../nbs/14_vocoder.ipynb #fef5aef0
-def soften(mel:torch.Tensor, # (B, 80, L) ln mel
-           rng:torch.Generator) -> torch.Tensor:
+def soften(
+    mel: torch.Tensor,  # (B, 80, L) ln mel
+    rng: torch.Generator,
+) -> torch.Tensor:
     "Blur and noise on every second mel (by chance), as a decoder's mistakes would."
-    sigma, noise, hit = (torch.rand(len(mel), 1, 1, generator=rng)*scale for scale in (1., .3, 1.))
-    k = (-torch.arange(-2, 3)**2/(2*sigma.clamp(min=.1)**2)).exp()
-    k = (k/k.sum(-1, keepdim=True))
-    kernel = (k.transpose(1, 2)*k)[:, None]
+    sigma, noise, hit = (
+        torch.rand(len(mel), 1, 1, generator=rng) * scale for scale in (1.0, 0.3, 1.0)
+    )
+    k = (-(torch.arange(-2, 3) ** 2) / (2 * sigma.clamp(min=0.1) ** 2)).exp()
+    k = k / k.sum(-1, keepdim=True)
+    kernel = (k.transpose(1, 2) * k)[:, None]
     blurred = F.conv2d(F.pad(mel[None], (2, 2, 2, 2), "reflect"), kernel, groups=len(mel))[0]
-    return torch.where(hit < .5, blurred + noise*torch.randn(mel.shape, generator=rng), mel)
+    return torch.where(hit < 0.5, blurred + noise * torch.randn(mel.shape, generator=rng), mel)
 
 # %% ../nbs/14_vocoder.ipynb #9a04648c
 class Segments(NamedTuple):
     "A batch of short pieces of clips."
+
     names: list
-    mel: torch.Tensor # (B, 80, L) ln mel, softened or not
-    wav: torch.Tensor # (B, 160 L)
-    source: torch.Tensor|None = None # (B, 2, 160 L) excitation, for a generator that takes one
+    mel: torch.Tensor  # (B, 80, L) ln mel, softened or not
+    wav: torch.Tensor  # (B, 160 L)
+    source: torch.Tensor | None = None  # (B, 2, 160 L) excitation, for a generator that takes one
 
 # %% ../nbs/14_vocoder.ipynb #0e3d1e6b
-def segment_batches(wavs:list, # (N,) sounds at 16 kHz
-                    batch:int, length:int=8000, # samples, a multiple of 320
-                    softened:bool=False, seed:int=0,
-                    contours:list|None=None # (2, N/320) ln Hz and voicing of the same clips
-                   ):
+def segment_batches(
+    wavs: list,  # (N,) sounds at 16 kHz
+    batch: int,
+    length: int = 8000,  # samples, a multiple of 320
+    softened: bool = False,
+    seed: int = 0,
+    contours: list | None = None,  # (2, N/320) ln Hz and voicing of the same clips
+):
     "A function from step to Segments, drawn at random from all clips."
-    margin, padded = 320, lambda x, n, rim, mode: F.pad(x[None], (rim, max(0, n - x.shape[-1]) + rim), mode)[0]
+    margin, padded = (
+        320,
+        lambda x, n, rim, mode: F.pad(x[None], (rim, max(0, n - x.shape[-1]) + rim), mode)[0],
+    )
+
     def segments(step):
-        rng, names, wide, tunes = torch.Generator().manual_seed(seed*1_000_003 + step), [], [], []
+        rng, names, wide, tunes = torch.Generator().manual_seed(seed * 1_000_003 + step), [], [], []
         for _ in range(batch):
             i = int(torch.randint(len(wavs), (), generator=rng))
             wav = padded(wavs[i], length, margin, "constant")
-            at = int(torch.randint((len(wav) - length - 2*margin)//320 + 1, (), generator=rng))
-            names.append(f"clip {i} at {320*at}"); wide.append(wav[320*at:][:length + 2*margin])
-            if contours: tunes.append(padded(contours[i], length//320, 1, "replicate")[:, at:][:, :length//320 + 2])
+            at = int(torch.randint((len(wav) - length - 2 * margin) // 320 + 1, (), generator=rng))
+            names.append(f"clip {i} at {320 * at}")
+            wide.append(wav[320 * at :][: length + 2 * margin])
+            if contours:
+                tunes.append(
+                    padded(contours[i], length // 320, 1, "replicate")[:, at:][
+                        :, : length // 320 + 2
+                    ]
+                )
         wide = torch.stack(wide)
         mel = MEL(wide)[..., 2:-2]
-        source = excitation(*torch.cat(tunes, 1), seed=step).unflatten(1, (batch, -1)).movedim(1, 0)[..., margin:-margin] if tunes else None
-        return Segments(names, soften(mel, rng) if softened else mel, wide[:, margin:-margin], source)
+        source = (
+            excitation(*torch.cat(tunes, 1), seed=step)
+            .unflatten(1, (batch, -1))
+            .movedim(1, 0)[..., margin:-margin]
+            if tunes
+            else None
+        )
+        return Segments(
+            names, soften(mel, rng) if softened else mel, wide[:, margin:-margin], source
+        )
+
     return segments
 
 # %% ../nbs/14_vocoder.ipynb #08c0c55f
 class Game:
     "The two losses of adversarial training. The generator moves first, and the critics judge what it made."
-    def __init__(self, generator, critics, plain:bool): # plain: keep the STFT loss
-        self.generator, self.critics, self.plain = generator, critics, plain
-        self.made = {} # by batch: what the critics have not judged yet
 
-    def generator_loss(self, b:Segments) -> dict:
+    def __init__(self, generator, critics, plain: bool):  # plain: keep the STFT loss
+        self.generator, self.critics, self.plain = generator, critics, plain
+        self.made = {}  # by batch: what the critics have not judged yet
+
+    def generator_loss(self, b: Segments) -> dict:
         sound = self.generator(b.mel, b.source)
         self.made[id(b)] = sound.detach()
-        with torch.no_grad(): real = self.critics(b.wav)
+        with torch.no_grad():
+            real = self.critics(b.wav)
         fake = self.critics(sound)
         with torch.autocast(b.wav.device.type, enabled=False):
-            loss = dict(mel=mel_loss(sound, b.wav), feature=feature_loss(real, fake), adversarial=adversarial_loss(fake))
-            if self.plain: loss["stft"] = stft_loss(sound, b.wav)
-        return dict(total=45*loss["mel"] + 2*loss["feature"] + loss["adversarial"] + 10*loss.get("stft", 0), **loss)
+            loss = dict(
+                mel=mel_loss(sound, b.wav),
+                feature=feature_loss(real, fake),
+                adversarial=adversarial_loss(fake),
+            )
+            if self.plain:
+                loss["stft"] = stft_loss(sound, b.wav)
+        return dict(
+            total=45 * loss["mel"]
+            + 2 * loss["feature"]
+            + loss["adversarial"]
+            + 10 * loss.get("stft", 0),
+            **loss,
+        )
 
-    def critics_loss(self, b:Segments): return critic_loss(self.critics(b.wav), self.critics(self.made.pop(id(b))))
+    def critics_loss(self, b: Segments):
+        return critic_loss(self.critics(b.wav), self.critics(self.made.pop(id(b))))
+
 
 def plain_loss(generator):
     "The loss without critics."
-    def loss(b:Segments) -> dict:
+
+    def loss(b: Segments) -> dict:
         fake = generator(b.mel, b.source)
-        with torch.autocast(b.wav.device.type, enabled=False): mel, stft = mel_loss(fake, b.wav), stft_loss(fake, b.wav)
-        return dict(total=45*mel + 10*stft, mel=mel, stft=stft)
+        with torch.autocast(b.wav.device.type, enabled=False):
+            mel, stft = mel_loss(fake, b.wav), stft_loss(fake, b.wav)
+        return dict(total=45 * mel + 10 * stft, mel=mel, stft=stft)
+
     return loss
 
 # %% ../nbs/14_vocoder.ipynb #f44caf6e
-PLAIN_SHARE = .9 # of the steps on a CPU
+PLAIN_SHARE = 0.9  # of the steps on a CPU
 
-def train_vocoder(wavs:list, # (N,) sounds at 16 kHz
-                  generator, # Generator or SourceFilter, trained in place
-                  preset, # `steps`, `batch` and `lr` of "vocoder"
-                  *, run_dir=None, # for checkpoints and logs; a run that was stopped goes on from there
-                  plain_share:float|None=None, # share of the steps without critics; None: 0.9 on a CPU, 0 on a GPU
-                  contours:list|None=None, # (2, N/320) ln Hz and voicing of the sounds, for a generator that takes a source
-                  workers:int=0, seed:int=0 # processes that draw batches ahead
-                 ) -> list: # log
+
+def train_vocoder(
+    wavs: list,  # (N,) sounds at 16 kHz
+    generator,  # Generator or SourceFilter, trained in place
+    preset,  # `steps`, `batch` and `lr` of "vocoder"
+    *,
+    run_dir=None,  # for checkpoints and logs; a run that was stopped goes on from there
+    plain_share: float
+    | None = None,  # share of the steps without critics; None: 0.9 on a CPU, 0 on a GPU
+    contours: list
+    | None = None,  # (2, N/320) ln Hz and voicing of the sounds, for a generator that takes a source
+    workers: int = 0,
+    seed: int = 0,  # processes that draw batches ahead
+) -> list:  # log
     "Plain losses first, then critics; slim critics on a CPU, HiFi-GAN's own on a GPU."
     seed = whole_seed(seed)
     from faces2voices.training import fit
+
     gpu = next(generator.parameters()).device.type != "cpu"
     steps, batch, lr = (d["vocoder"] for d in (preset.steps, preset.batch, preset.lr))
-    plain = int(steps*((0. if gpu else PLAIN_SHARE) if plain_share is None else plain_share))
-    common = dict(run_dir=run_dir, clip=1e3, betas=(.8, .99), workers=workers, seed=seed)
+    plain = int(steps * ((0.0 if gpu else PLAIN_SHARE) if plain_share is None else plain_share))
+    common = dict(run_dir=run_dir, clip=1e3, betas=(0.8, 0.99), workers=workers, seed=seed)
     draw, log = partial(segment_batches, wavs, batch, generator.segment, contours=contours), []
-    if plain: log += fit(plain_loss(generator), generator, draw(seed=seed), plain, lr, name="vocoder-plain", **common)
+    if plain:
+        log += fit(
+            plain_loss(generator),
+            generator,
+            draw(seed=seed),
+            plain,
+            lr,
+            name="vocoder-plain",
+            **common,
+        )
     if steps > plain:
         game = Game(generator, seeded(seed, full_critics if gpu else slim_critics), plain=not gpu)
-        log += fit((game.generator_loss, game.critics_loss), (generator, game.critics), draw(softened=True, seed=seed + 1), steps - plain, lr/4 if plain else lr, name="vocoder-critics", **common)
+        log += fit(
+            (game.generator_loss, game.critics_loss),
+            (generator, game.critics),
+            draw(softened=True, seed=seed + 1),
+            steps - plain,
+            lr / 4 if plain else lr,
+            name="vocoder-critics",
+            **common,
+        )
     return log
 
 # %% ../nbs/14_vocoder.ipynb #8dc0d887
 @torch.inference_mode()
-def copy_synthesis(generator, # Generator or SourceFilter
-                   wav:torch.Tensor # (N,) sound at 16 kHz
-                  ) -> torch.Tensor: # (N // 160 · 160,)
+def copy_synthesis(
+    generator,  # Generator or SourceFilter
+    wav: torch.Tensor,  # (N,) sound at 16 kHz
+) -> torch.Tensor:  # (N // 160 · 160,)
     "Through the mel and back: the best that this vocoder can do for this sound."
-    device, wav = next(generator.parameters()).device, wav[:len(wav)//MEL.hop*MEL.hop]
+    device, wav = next(generator.parameters()).device, wav[: len(wav) // MEL.hop * MEL.hop]
     mel = MEL(wav)
-    source = fit_length(excitation(*pitch(wav)), len(wav))[None].to(device) if generator.sourced else None
+    source = (
+        fit_length(excitation(*pitch(wav)), len(wav))[None].to(device)
+        if generator.sourced
+        else None
+    )
     return generator.eval()(mel[None].to(device), source)[0].cpu()
 
 # %% ../nbs/14_vocoder.ipynb #c2bf22dc
 COPIED = {"ESTOI": "↑", "PESQ": "↑", "DNSMOS OVRL": "↑", "mel distance": "↓"}
 
-def copy_scores(copy, # (N,) sound → its copy
-                wavs:list) -> dict: # measure of COPIED → a number for each sound
+
+def copy_scores(
+    copy,  # (N,) sound → its copy
+    wavs: list,
+) -> dict:  # measure of COPIED → a number for each sound
     "What is lost between a sound and its copy."
     from faces2voices.evaluation import dnsmos, pesq, stoi
+
     pairs = [(copy(wav), wav) for wav in wavs]
-    rows = [[stoi(a, b, True), pesq(a, b), dnsmos(a)["ovrl_mos"], mel_loss(a[None], b[None]).item()]
-            for a, b in pairs]
+    rows = [
+        [stoi(a, b, True), pesq(a, b), dnsmos(a)["ovrl_mos"], mel_loss(a[None], b[None]).item()]
+        for a, b in pairs
+    ]
     return {k: [round(float(x), 4) for x in column] for k, column in zip(COPIED, zip(*rows))}
 
 # %% ../nbs/14_vocoder.ipynb #ac1c8f91
-def copy_study(*folders, # of prepared clips with a split `test`, one a world
-               n:int=12, # clips of each
-               model="grid" # whose vocoder
-              ) -> dict: # what JSON can hold
+def copy_study(
+    *folders,  # of prepared clips with a split `test`, one a world
+    n: int = 12,  # clips of each
+    model="grid",  # whose vocoder
+) -> dict:  # what JSON can hold
     "Copy synthesis of every world's test clips by a model's vocoder, by its filter without the network, and by Griffin-Lim."
     from faces2voices.corpora import ClipDataset
+
     copies, rows = _copies(model), {}
     for folder in folders:
         wavs = [clip.wav for clip, _ in zip(ClipDataset(folder, split="test"), range(n))]
@@ -467,48 +728,74 @@ def copy_study(*folders, # of prepared clips with a split `test`, one a world
     return dict(clips=n, rows=rows)
 
 # %% ../nbs/14_vocoder.ipynb #09ba35b7
-def _copies(model) -> dict: # name → (N,) sound → its copy
+def _copies(model) -> dict:  # name → (N,) sound → its copy
     "Nothing at all; an untrained network, which is the filter; the trained one; Griffin-Lim."
     from faces2voices.synthesis import FacesToVoices
+
     trained = FacesToVoices.from_pretrained(model, device="cpu")
-    return {"original": lambda wav: wav, "filter alone": partial(copy_synthesis, make_vocoder(trained.preset)),
-            "our vocoder": partial(copy_synthesis, trained.vocoder), "Griffin-Lim, 32": lambda wav: griffin_lim(MEL(wav), 32)}
+    return {
+        "original": lambda wav: wav,
+        "filter alone": partial(copy_synthesis, make_vocoder(trained.preset)),
+        "our vocoder": partial(copy_synthesis, trained.vocoder),
+        "Griffin-Lim, 32": lambda wav: griffin_lim(MEL(wav), 32),
+    }
 
 # %% ../nbs/14_vocoder.ipynb #4a1496f9
-def plot_copies(found # from `copy_study`
-               ):
+def plot_copies(
+    found,  # from `copy_study`
+):
     "Figure: a panel for each measure, a row for each way of copying, a mark for each world."
     import matplotlib.pyplot as plt
+
     fig, axs = plt.subplots(1, len(COPIED), figsize=(10, 2.1), sharey=True, layout="constrained")
-    for (world, rows), mark, colour, shift in zip(found["rows"].items(), "os", ("#0072B2", "#D55E00"), (-.12, .12)):
+    for (world, rows), mark, colour, shift in zip(
+        found["rows"].items(), "os", ("#0072B2", "#D55E00"), (-0.12, 0.12)
+    ):
         for ax, k in zip(axs, COPIED):
             seen = [bootstrap_interval(r[k]) for r in rows.values()]
             mean, low, high = torch.tensor([i[:3] for i in seen]).T
             at, label = torch.arange(len(rows)) + shift, f"clips of {world}, 95 % intervals"
-            ax.errorbar(mean, at, xerr=[mean - low, high - mean], fmt=mark, ms=5, color=colour, lw=1.2, label=label)
+            ax.errorbar(
+                mean,
+                at,
+                xerr=[mean - low, high - mean],
+                fmt=mark,
+                ms=5,
+                color=colour,
+                lw=1.2,
+                label=label,
+            )
             ax.set_xlabel(f"{k} {COPIED[k]}")
-            ax.grid(axis="x", lw=.3)
-    axs[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .5, -.5))
-    fig.legend(*axs[0].get_legend_handles_labels(), loc="outside upper center", ncol=2, frameon=False)
+            ax.grid(axis="x", lw=0.3)
+    axs[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
+    fig.legend(
+        *axs[0].get_legend_handles_labels(), loc="outside upper center", ncol=2, frameon=False
+    )
     plt.close(fig)
     return fig
 
 # %% ../nbs/14_vocoder.ipynb #7c1e5a90
 PAIRED = ("filter alone", COPIED), ("Griffin-Lim, 32", COPIED), ("original", ["DNSMOS OVRL"])
 
-def compare_copies(found # from `copy_study`
-                  ) -> str: # Markdown
+
+def compare_copies(
+    found,  # from `copy_study`
+) -> str:  # Markdown
     "What our vocoder has more than another way of copying, on the same clips; bold is what holds."
     seen = {}
     for world, (other, measures) in product(found["rows"], PAIRED):
         ours, theirs = (found["rows"][world][name] for name in ("our vocoder", other))
         seen |= {(world, other, k): paired_difference(ours[k], theirs[k]) for k in measures}
-    sure = dict(zip(seen, holm([d.p for d in seen.values()]) < .05))
+    sure = dict(zip(seen, holm([d.p for d in seen.values()]) < 0.05))
+
     def cell(key):
         mark = "**" if sure.get(key) else ""
         return f"{mark}{seen[key].interval:+.2f}{mark}" if key in seen else None
-    rows = [[world, f"our vocoder − {other}", *(cell((world, other, k)) for k in COPIED)]
-            for world, (other, _) in product(found["rows"], PAIRED)]
+
+    rows = [
+        [world, f"our vocoder − {other}", *(cell((world, other, k)) for k in COPIED)]
+        for world, (other, _) in product(found["rows"], PAIRED)
+    ]
     table = markdown_table(["clips of", "difference", *map(" ".join, COPIED.items())], rows)
     bold = f"{sum(sure.values())} of {len(sure)} differences hold together (bold: p < 0.05 after Holm)."
     return f"{table}\n\n{bold}"
@@ -518,36 +805,64 @@ def reach(generator) -> int:
     "How many columns to each side of its own a sample depends on."
     with torch.inference_mode(False), torch.enable_grad():
         device = next(generator.parameters()).device
-        source = .1*torch.randn(1, 2, 129*MEL.hop, generator=torch.Generator().manual_seed(0)).to(device)
-        inputs = [x.requires_grad_() for x in (MEL(source.sum(1)), source)][:1 + generator.sourced]
-        grads = torch.autograd.grad(generator(*inputs)[0, 64*MEL.hop:65*MEL.hop].square().sum(), inputs)
-    seen = sum(g.abs().reshape(-1, 129, g.shape[-1]//129).sum((0, 2)) for g in grads).nonzero()
+        source = 0.1 * torch.randn(
+            1, 2, 129 * MEL.hop, generator=torch.Generator().manual_seed(0)
+        ).to(device)
+        inputs = [x.requires_grad_() for x in (MEL(source.sum(1)), source)][: 1 + generator.sourced]
+        grads = torch.autograd.grad(
+            generator(*inputs)[0, 64 * MEL.hop : 65 * MEL.hop].square().sum(), inputs
+        )
+    seen = sum(g.abs().reshape(-1, 129, g.shape[-1] // 129).sum((0, 2)) for g in grads).nonzero()
     return max(64 - int(seen.min()), int(seen.max()) - 64)
 
 # %% ../nbs/14_vocoder.ipynb #bdd74337
-def in_pieces(speak, # (C, n) columns → (160 n,)
-              pieces, # of columns, (C, n) each, that follow each other
-              context:int # columns to each side that `speak` looks at
-             ): # yields (C, m) columns and their (160 m,) samples
+def in_pieces(
+    speak,  # (C, n) columns → (160 n,)
+    pieces,  # of columns, (C, n) each, that follow each other
+    context: int,  # columns to each side that `speak` looks at
+):  # yields (C, m) columns and their (160 m,) samples
     "Speak what comes, as soon as its neighbours are there."
-    held, left = None, 0                                     # columns at hand; how many of them, at the left, are said already
+    held, left = None, 0  # columns at hand; how many of them, at the left, are said already
     for piece in chain(pieces, [None]):
-        if piece is not None: held = piece if held is None else torch.cat([held, piece], 1)
+        if piece is not None:
+            held = piece if held is None else torch.cat([held, piece], 1)
         end = held.shape[1] - (0 if piece is None else context)
-        if end <= left: continue
-        yield held[:, left:end], speak(held)[MEL.hop*left:MEL.hop*end]
-        held, left = held[:, max(0, end - context):], min(end, context)
+        if end <= left:
+            continue
+        yield held[:, left:end], speak(held)[MEL.hop * left : MEL.hop * end]
+        held, left = held[:, max(0, end - context) :], min(end, context)
 
 # %% ../nbs/14_vocoder.ipynb #2aa34f2d
-def sing(generator, mels, # (80, n) ln mels that follow each other, n even
-         log_f0, voiced, seed:int=0, # (2T,) of all of them together; and of the noise
-         context:int|None=None # columns; None: as far as the generator looks
-        ): # yields mel (80, m) and sound (160 m,)
+def sing(
+    generator,
+    mels,  # (80, n) ln mels that follow each other, n even
+    log_f0,
+    voiced,
+    seed: int = 0,  # (2T,) of all of them together; and of the noise
+    context: int | None = None,  # columns; None: as far as the generator looks
+):  # yields mel (80, m) and sound (160 m,)
     "Sound of any length from a mel of any length, a piece at a time: equal, joined, to that of the whole."
-    source, C, device = Source(log_f0, voiced, seed), MEL.n_mels, next(generator.parameters()).device
-    def driven(mel): return torch.cat([mel, source.take(mel.shape[1]//2).unflatten(1, (-1, MEL.hop)).mT.flatten(0, 1)])
+    source, C, device = (
+        Source(log_f0, voiced, seed),
+        MEL.n_mels,
+        next(generator.parameters()).device,
+    )
+
+    def driven(mel):
+        return torch.cat(
+            [mel, source.take(mel.shape[1] // 2).unflatten(1, (-1, MEL.hop)).mT.flatten(0, 1)]
+        )
+
     def speak(x):
-        e = x[C:].unflatten(0, (2, MEL.hop)).mT.flatten(1)[None].to(device) if generator.sourced else None
+        e = (
+            x[C:].unflatten(0, (2, MEL.hop)).mT.flatten(1)[None].to(device)
+            if generator.sourced
+            else None
+        )
         return generator(x[None, :C].to(device), e)[0].cpu()
+
     columns = map(driven, mels) if generator.sourced else mels
-    yield from ((x[:C], wav) for x, wav in in_pieces(speak, columns, reach(generator) if context is None else context))
+    yield from (
+        (x[:C], wav)
+        for x, wav in in_pieces(speak, columns, reach(generator) if context is None else context)
+    )

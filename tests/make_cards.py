@@ -1,6 +1,8 @@
 "Write the cards of the packaged models from how they were made and the recorded metric cards (`make readme`)."
+
 from faces2voices.experiments import WEIGHTS, model_card
 from faces2voices.synthesis import packaged_models
 
 if __name__ == "__main__":
-    for name in packaged_models(): (WEIGHTS/name/"README.md").write_text(model_card(name), encoding="utf-8")
+    for name in packaged_models():
+        (WEIGHTS / name / "README.md").write_text(model_card(name), encoding="utf-8")

@@ -1,4 +1,5 @@
 "Write README.md from nbs/index.ipynb (`make readme`): prose, code and tables; links made to work from the top folder."
+
 import re, sys
 from pathlib import Path
 import nbformat
@@ -6,21 +7,34 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
 def readme() -> str:
     "The text of README.md."
-    nb = nbformat.read(ROOT/"nbs"/"index.ipynb", 4)
+    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
     nb.metadata.language_info = {"name": "python"}
     for cell in nb.cells:
-        if "#| echo: false" in cell.source: cell.metadata["transient"] = {"remove_source": True}
+        if "#| echo: false" in cell.source:
+            cell.metadata["transient"] = {"remove_source": True}
         cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
-        if cell.cell_type == "code": cell.source = cell.source.replace('"../', '"')                  # as a script of the top folder finds it
-        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if "text/markdown" in o.get("data", {})]     # no sounds, no pictures
+        if cell.cell_type == "code":
+            cell.source = cell.source.replace('"../', '"')  # as a script of the top folder finds it
+        if cell.cell_type == "code":
+            cell.outputs = [
+                o for o in cell.outputs if "text/markdown" in o.get("data", {})
+            ]  # no sounds, no pictures
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({_from_root(m[1])})", text)
-    return "<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return (
+        "<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->\n\n"
+        + re.sub(r"\n{3,}", "\n\n", text).strip()
+        + "\n"
+    )
 
-def _from_root(link:str) -> str:
+
+def _from_root(link: str) -> str:
     "A link of nbs/index.ipynb as seen from the top folder."
     return link.removeprefix("../") if link.startswith("../") else f"nbs/{link}"
 
-if __name__ == "__main__": (ROOT/"README.md").write_text(readme(), encoding="utf-8")
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")

@@ -6,6 +6,7 @@ installs what `pip install` would, imports every module, speaks a sample clip, r
 says what came of it, and removes the environment (.venv-3.10 …, about 5 GB, ten minutes each).
 A Python that is not found is named.
 """
+
 import os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -19,18 +20,24 @@ for module in pkgutil.iter_modules(faces2voices.__path__):
     importlib.import_module(f"faces2voices.{module.name}")
 """
 
-def find(version:str) -> str|None: # path of its interpreter
+
+def find(version: str) -> str | None:  # path of its interpreter
     "Where a Python is. PYENV_VERSION lets pyenv find its own; others pass it over."
     code = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
     try:
-        said = subprocess.run([f"python{version}", "-c", code], capture_output=True, text=True,
-                              env=os.environ | dict(PYENV_VERSION=version))
+        said = subprocess.run(
+            [f"python{version}", "-c", code],
+            capture_output=True,
+            text=True,
+            env=os.environ | dict(PYENV_VERSION=version),
+        )
     except FileNotFoundError:
         return None
     found, _, path = said.stdout.strip().partition(" ")
     return path if found == version else None
 
-def steps(python:Path, speech:str) -> dict: # name → command
+
+def steps(python: Path, speech: str) -> dict:  # name → command
     "What is done in the environment, in this order."
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-c", "constraints.txt"]
     f2v, clip = python.with_name("faces2voices"), "data_samples/t0000_000.mp4"
@@ -41,17 +48,18 @@ def steps(python:Path, speech:str) -> dict: # name → command
         "fast tests": [python, "-m", "pytest", "-q", "-rs", *(f"tests/test_{n}.py" for n in FAST)],
     }
 
-def passes(version:str) -> bool:
+
+def passes(version: str) -> bool:
     "Make the environment, take every step in it, and remove it; stop at the first step that fails."
     interpreter = find(version)
     if not interpreter:
         print(f"Python {version}: not found here, not tried", flush=True)
         return True
-    folder = ROOT/f".venv-{version}"
+    folder = ROOT / f".venv-{version}"
     subprocess.run([interpreter, "-m", "venv", "--clear", folder], check=True)
     try:
         with tempfile.TemporaryDirectory() as speech:
-            for name, command in steps(folder/"bin"/"python", speech).items():
+            for name, command in steps(folder / "bin" / "python", speech).items():
                 print(f"Python {version}: {name}", flush=True)
                 if subprocess.run(command, cwd=ROOT).returncode:
                     print(f"Python {version}: {name} FAILED", flush=True)
@@ -60,6 +68,7 @@ def passes(version:str) -> bool:
         shutil.rmtree(folder)
     print(f"Python {version}: passed", flush=True)
     return True
+
 
 if __name__ == "__main__":
     sys.exit(not all([passes(version) for version in sys.argv[1:] or PROMISED]))

@@ -3,6 +3,7 @@
 The packaged model `talkers` speaks every clip of data_samples that is not a test clip, under each
 number of steps and each temperature (ten minutes on one core). Scores are kept clip by clip,
 because the clips differ more than the settings do."""
+
 from itertools import product
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from faces2voices.synthesis import FacesToVoices
 from faces2voices.video import look
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT/"nbs"/"results"/"temperature.json"
-SETTINGS = list(product((2, 10), (1., .3, 0.)))   # Euler steps, temperature
+OUT = ROOT / "nbs" / "results" / "temperature.json"
+SETTINGS = list(product((2, 10), (1.0, 0.3, 0.0)))  # Euler steps, temperature
+
 
 def scored(model, entry) -> list:
     "One clip's scores, a row for each setting."
@@ -22,13 +24,17 @@ def scored(model, entry) -> list:
     found = sweep(model, [clip], {(n, tau): dict(steps=n, temperature=tau) for n, tau in SETTINGS})
     return [dict(clip=clip.name, steps=n, temperature=tau, **found[n, tau]) for n, tau in SETTINGS]
 
+
 def main():
     model = FacesToVoices.from_pretrained("talkers", device="cpu")
-    entries = [e for e in read_manifest(ROOT/"data_samples"/"manifest.jsonl") if e.split != "test"]
+    entries = [
+        e for e in read_manifest(ROOT / "data_samples" / "manifest.jsonl") if e.split != "test"
+    ]
     rows = [row for entry in entries for row in scored(model, entry)]
     found = dict(model="talkers", clips=len(entries), rows=rows)
     tools = "pystoi", "librosa", "speechmos", "pocketsphinx", "jiwer"
     record(found, "python tests/temperature.py", 0, {}, tools, OUT, overwrite=True)
+
 
 if __name__ == "__main__":
     main()

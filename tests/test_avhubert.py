@@ -1,4 +1,5 @@
 "Lip encoders: padding, identities, the published layout, and files that must not be trusted."
+
 import os, pickle, subprocess, sys, tarfile, types
 from collections import OrderedDict
 from pathlib import Path
@@ -6,38 +7,68 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from faces2voices.core import CheckpointError, EIGENLIPS, PAPER, TINY, seed_everything, test_same
-from faces2voices.avhubert import (AVHUBERT_SIZES, AVHubert, BasicBlock, EigenlipEncoder, Eigenlips, FrozenAVHubert, SlimLipEncoder, convert_avhubert, filter_banks,
-                                   influence, load_avhubert, make_lip_encoder, official_weights, stack_frames, torch_layer)
+from faces2voices.avhubert import (
+    AVHUBERT_SIZES,
+    AVHubert,
+    BasicBlock,
+    EigenlipEncoder,
+    Eigenlips,
+    FrozenAVHubert,
+    SlimLipEncoder,
+    convert_avhubert,
+    filter_banks,
+    influence,
+    load_avhubert,
+    make_lip_encoder,
+    official_weights,
+    stack_frames,
+    torch_layer,
+)
 
 HERE = Path(__file__).parent
 
+
 @pytest.fixture(autouse=True)
-def _seed(): seed_everything(0)
+def _seed():
+    seed_everything(0)
+
 
 def batch(T=9, short=5):
     "Two clips of lips, the second shorter, with rubbish in its padding."
     lips, mask = torch.randn(2, 1, T, 88, 88), torch.arange(T)[None] < torch.tensor([[T], [short]])
-    lips[1, :, short:] = 50.
+    lips[1, :, short:] = 50.0
     return lips, mask
 
-def small(**kw): return AVHubert(**(dict(dim=128, n_layers=2, ffn=256) | kw)).eval()
+
+def small(**kw):
+    return AVHubert(**(dict(dim=128, n_layers=2, ffn=256) | kw)).eval()
+
 
 # --- slim encoder
 
+
 def test_stacked_2d_convolution_is_the_3d_one():
-    conv, lips = nn.Conv3d(1, 4, (5, 7, 7), (1, 2, 2), (2, 3, 3), bias=False), torch.randn(2, 1, 6, 20, 20)
-    flat = F.conv2d(stack_frames(lips).flatten(0, 1).movedim(-1, 1), conv.weight[:, 0], stride=2, padding=3)
+    conv, lips = (
+        nn.Conv3d(1, 4, (5, 7, 7), (1, 2, 2), (2, 3, 3), bias=False),
+        torch.randn(2, 1, 6, 20, 20),
+    )
+    flat = F.conv2d(
+        stack_frames(lips).flatten(0, 1).movedim(-1, 1), conv.weight[:, 0], stride=2, padding=3
+    )
     test_same(flat.unflatten(0, (2, 6)).transpose(1, 2), conv(lips), atol=1e-5)
+
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("scale", [1, 2])
 @torch.no_grad()
 def test_slim_does_not_feel_padding(scale, training):
-    net, (lips, mask) = SlimLipEncoder(8, 32, scale=scale, dropout=0.).train(training), batch()
-    padded = net(F.pad(lips, (0, 0, 0, 0, 0, 3), value=7.), F.pad(mask, (0, 3)))
+    net, (lips, mask) = SlimLipEncoder(8, 32, scale=scale, dropout=0.0).train(training), batch()
+    padded = net(F.pad(lips, (0, 0, 0, 0, 0, 3), value=7.0), F.pad(mask, (0, 3)))
     test_same(padded[:, :9], net(lips, mask), atol=1e-4)
     assert not padded[~F.pad(mask, (0, 3))].any()
-    if not training: test_same(padded[1, :5], net(lips[1:, :, :5], mask[1:, :5])[0], atol=1e-4)
+    if not training:
+        test_same(padded[1, :5], net(lips[1:, :, :5], mask[1:, :5])[0], atol=1e-4)
+
 
 def test_slim_sees_the_whole_clip_and_every_parameter_learns():
     net, (lips, mask) = SlimLipEncoder(8, 32), batch()
@@ -46,123 +77,183 @@ def test_slim_sees_the_whole_clip_and_every_parameter_learns():
     full = torch.ones(1, 9, dtype=torch.bool)
     assert (influence(lambda x: net.eval()(x, full)[0], lips[:1], 4) > 0).all()
 
+
 def test_slim_in_bfloat16():
     net, (lips, mask) = SlimLipEncoder(8, 32).eval(), batch()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): low = net(lips, mask)
-    with torch.no_grad(): high = net(lips, mask)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = net(lips, mask)
+    with torch.no_grad():
+        high = net(lips, mask)
     assert low.dtype == torch.float32
     assert F.cosine_similarity(low[mask], high[mask]).min() > 0.98
 
+
 # --- eigenlips
+
 
 def mouths(n=40, size=6):
     "Clips of 20 pictures, spread over eight directions with eight different widths, and their mask."
     directions = torch.linalg.qr(torch.randn(size**2, 8))[0]
-    pictures = torch.randn(20*n, 8) * torch.arange(8, 0, -1.) @ directions.T
+    pictures = torch.randn(20 * n, 8) * torch.arange(8, 0, -1.0) @ directions.T
     return pictures.view(n, 1, 20, size, size), torch.ones(n, 20, dtype=torch.bool)
+
 
 def test_eigenlips_are_the_principal_components_of_scikit_learn():
     from sklearn.decomposition import PCA
+
     eigen, (lips, mask) = Eigenlips(4, 6), mouths()
     eigen.fit(lips, mask)
     x = eigen.even(lips, mask)
     reference = torch.from_numpy(PCA(4, whiten=True).fit_transform(x.numpy())).float()
     z = eigen(lips, mask)[mask]
     inside = (reference.abs() < 4.9).all(1)
-    test_same((z.sign()*z)[inside], reference.abs()[inside], atol=.02)
-    assert (F.cosine_similarity(z.T, reference.T).abs() > .9999).all()
+    test_same((z.sign() * z)[inside], reference.abs()[inside], atol=0.02)
+    assert (F.cosine_similarity(z.T, reference.T).abs() > 0.9999).all()
+
 
 def test_eigenlips_do_not_see_the_light():
     eigen, (lips, mask) = Eigenlips(4, 6), mouths()
     eigen.fit(lips, mask)
-    test_same(eigen(3*lips - 7, mask), eigen(lips, mask), atol=1e-3)
+    test_same(eigen(3 * lips - 7, mask), eigen(lips, mask), atol=1e-3)
+
 
 def test_eigenlips_of_a_black_clip_are_finite():
     eigen, (lips, mask) = Eigenlips(4, 6), mouths()
     eigen.fit(lips, mask)
-    assert eigen(0*lips, mask).isfinite().all()
+    assert eigen(0 * lips, mask).isfinite().all()
+
 
 def eigenlip_encoder(**kw):
     net, (lips, mask) = EigenlipEncoder(8, 16, **kw), batch()
     net.fit(lips, mask)
     return net, lips, mask
 
+
 @pytest.mark.parametrize("scale", [1, 2])
 @torch.no_grad()
 def test_eigenlip_encoder_does_not_feel_padding(scale):
     net, lips, mask = eigenlip_encoder(scale=scale)
     net.eval()
-    padded = net(F.pad(lips, (0, 0, 0, 0, 0, 3), value=7.), F.pad(mask, (0, 3)))
+    padded = net(F.pad(lips, (0, 0, 0, 0, 0, 3), value=7.0), F.pad(mask, (0, 3)))
     test_same(padded[:, :9], net(lips, mask), atol=1e-4)
     assert not padded[~F.pad(mask, (0, 3))].any()
     test_same(padded[1, :5], net(lips[1:, :, :5], mask[1:, :5])[0], atol=1e-4)
+
 
 def test_eigenlip_encoder_learns_with_every_parameter_and_keeps_its_pictures():
     net, lips, mask = eigenlip_encoder()
     net(lips, mask).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
-    assert {"eigen.mean", "eigen.basis"} <= net.state_dict().keys() and not {"eigen.mean", "eigen.basis"} & dict(net.named_parameters()).keys()
+    assert {"eigen.mean", "eigen.basis"} <= net.state_dict().keys() and not {
+        "eigen.mean",
+        "eigen.basis",
+    } & dict(net.named_parameters()).keys()
+
 
 def test_make_lip_encoder_matches_the_preset():
-    assert make_lip_encoder(TINY).dim == TINY.dim and make_lip_encoder(EIGENLIPS).dim == 2*EIGENLIPS.lip_memory
-    with torch.device("meta"): big = make_lip_encoder(PAPER)
-    assert big.dim == 1024 and [n for n, p in big.named_parameters() if p.requires_grad] == ["weights"]
+    assert (
+        make_lip_encoder(TINY).dim == TINY.dim
+        and make_lip_encoder(EIGENLIPS).dim == 2 * EIGENLIPS.lip_memory
+    )
+    with torch.device("meta"):
+        big = make_lip_encoder(PAPER)
+    assert big.dim == 1024 and [n for n, p in big.named_parameters() if p.requires_grad] == [
+        "weights"
+    ]
+
 
 # --- AV-HuBERT
 
+
 def official_shapes(D, n, ffn):
     "Names and shapes of the official encoder's tensors, written out from the published layout."
-    bn = lambda name, c: {f"{name}.{k}": (c,) for k in ("weight", "bias", "running_mean", "running_var")} | {f"{name}.num_batches_tracked": ()}
+    bn = lambda name, c: (
+        {f"{name}.{k}": (c,) for k in ("weight", "bias", "running_mean", "running_var")}
+        | {f"{name}.num_batches_tracked": ()}
+    )
     lin = lambda name, o, i: {f"{name}.weight": (o, i), f"{name}.bias": (o,)}
     norm = lambda name, c: {f"{name}.weight": (c,), f"{name}.bias": (c,)}
     s, r = {}, "feature_extractor_video.resnet."
-    s |= {r + "frontend3D.0.weight": (64, 1, 5, 7, 7), r + "frontend3D.2.weight": (64,)} | bn(r + "frontend3D.1", 64)
+    s |= {r + "frontend3D.0.weight": (64, 1, 5, 7, 7), r + "frontend3D.2.weight": (64,)} | bn(
+        r + "frontend3D.1", 64
+    )
     for i, (c_in, c) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1):
         for j in (0, 1):
             b = f"{r}trunk.layer{i}.{j}."
-            s |= {b + "conv1.weight": (c, c_in if j == 0 else c, 3, 3), b + "conv2.weight": (c, c, 3, 3)}
-            s |= {b + "relu1.weight": (c,), b + "relu2.weight": (c,)} | bn(b + "bn1", c) | bn(b + "bn2", c)
-        if i > 1: s |= {f"{r}trunk.layer{i}.0.downsample.0.weight": (c, c_in, 1, 1)} | bn(f"{r}trunk.layer{i}.0.downsample.1", c)
+            s |= {
+                b + "conv1.weight": (c, c_in if j == 0 else c, 3, 3),
+                b + "conv2.weight": (c, c, 3, 3),
+            }
+            s |= (
+                {b + "relu1.weight": (c,), b + "relu2.weight": (c,)}
+                | bn(b + "bn1", c)
+                | bn(b + "bn2", c)
+            )
+        if i > 1:
+            s |= {f"{r}trunk.layer{i}.0.downsample.0.weight": (c, c_in, 1, 1)} | bn(
+                f"{r}trunk.layer{i}.0.downsample.1", c
+            )
     s |= lin("feature_extractor_video.proj", D, 512) | lin("feature_extractor_audio.proj", D, 104)
-    s |= norm("layer_norm", 2*D) | lin("post_extract_proj", D, 2*D)
-    s |= {"encoder.pos_conv.0.bias": (D,), "encoder.pos_conv.0.weight_g": (1, 1, 128), "encoder.pos_conv.0.weight_v": (D, D//16, 128)}
+    s |= norm("layer_norm", 2 * D) | lin("post_extract_proj", D, 2 * D)
+    s |= {
+        "encoder.pos_conv.0.bias": (D,),
+        "encoder.pos_conv.0.weight_g": (1, 1, 128),
+        "encoder.pos_conv.0.weight_v": (D, D // 16, 128),
+    }
     for i in range(n):
         b = f"encoder.layers.{i}."
-        for p in "qkv": s |= lin(f"{b}self_attn.{p}_proj", D, D)
-        s |= lin(b + "self_attn.out_proj", D, D) | norm(b + "self_attn_layer_norm", D) | norm(b + "final_layer_norm", D)
+        for p in "qkv":
+            s |= lin(f"{b}self_attn.{p}_proj", D, D)
+        s |= (
+            lin(b + "self_attn.out_proj", D, D)
+            | norm(b + "self_attn_layer_norm", D)
+            | norm(b + "final_layer_norm", D)
+        )
         s |= lin(b + "fc1", ffn, D) | lin(b + "fc2", D, ffn)
     return s | norm("encoder.layer_norm", D)
+
 
 @pytest.mark.parametrize("size,published", [("base", 102.8), ("large", 324.9)])
 def test_names_shapes_and_count_are_the_published_ones(size, published):
     cfg = AVHUBERT_SIZES[size]
-    with torch.device("meta"): net = AVHubert(**cfg)
-    assert {k: tuple(v.shape) for k, v in official_weights(net).items()} == official_shapes(cfg["dim"], cfg["n_layers"], cfg["ffn"])
-    head = cfg["dim"]*256 + 256
-    assert round((sum(p.numel() for p in net.parameters()) + head)/1e6, 1) == published
+    with torch.device("meta"):
+        net = AVHubert(**cfg)
+    assert {k: tuple(v.shape) for k, v in official_weights(net).items()} == official_shapes(
+        cfg["dim"], cfg["n_layers"], cfg["ffn"]
+    )
+    head = cfg["dim"] * 256 + 256
+    assert round((sum(p.numel() for p in net.parameters()) + head) / 1e6, 1) == published
+
 
 @torch.no_grad()
 def test_every_layer_equals_torchs_pre_ln_transformer():
     net, (lips, mask) = AVHubert(dim=128, n_layers=12, ffn=512).eval(), batch()
-    for p in net.encoder.parameters(): p.mul_(1.5)                      # away from the tame initial weights
+    for p in net.encoder.parameters():
+        p.mul_(1.5)  # away from the tame initial weights
     states = net(lips, mask, layers=range(13))
     w, conv = official_weights(net), net.encoder.pos_conv[0]
     g, v = w["encoder.pos_conv.0.weight_g"], w["encoder.pos_conv.0.weight_v"]
-    pos = F.conv1d(states[0].mT, g*v/v.norm(dim=(0, 1), keepdim=True), conv.bias, padding=64, groups=16)[..., :9]
+    pos = F.conv1d(
+        states[0].mT, g * v / v.norm(dim=(0, 1), keepdim=True), conv.bias, padding=64, groups=16
+    )[..., :9]
     x = states[0] + F.gelu(pos).mT
     for i, layer in enumerate(net.encoder.layers, 1):
         x = torch_layer(layer)(x, src_key_padding_mask=~mask)
         test_same(states[i][mask], x[mask], atol=1e-4)
     test_same(net(lips, mask)[mask], net.encoder.layer_norm(x)[mask], atol=1e-4)
 
+
 @torch.no_grad()
 def test_residual_block_by_hand():
     b, x = BasicBlock(4, 6, 2).eval(), torch.randn(2, 4, 9, 9)
-    unit = lambda bn, y: y / (1 + bn.eps)**.5                          # fresh BatchNorm: mean 0, variance 1
-    prelu = lambda y: torch.where(y > 0, y, 0.25*y)
+    unit = lambda bn, y: y / (1 + bn.eps) ** 0.5  # fresh BatchNorm: mean 0, variance 1
+    prelu = lambda y: torch.where(y > 0, y, 0.25 * y)
     way_round = unit(b.downsample[1], F.conv2d(x, b.downsample[0].weight, stride=2))
     y = prelu(unit(b.bn1, F.conv2d(x, b.conv1.weight, stride=2, padding=1)))
-    test_same(b(x), prelu(unit(b.bn2, F.conv2d(y, b.conv2.weight, padding=1)) + way_round), atol=1e-5)
+    test_same(
+        b(x), prelu(unit(b.bn2, F.conv2d(y, b.conv2.weight, padding=1)) + way_round), atol=1e-5
+    )
+
 
 @torch.no_grad()
 def test_avhubert_does_not_feel_padding():
@@ -171,14 +262,18 @@ def test_avhubert_does_not_feel_padding():
     test_same(together[1, :5], alone[0], atol=1e-4)
     assert not together[1, 5:].any()
 
+
 @torch.no_grad()
 def test_no_audio_is_zeros_and_audio_comes_first():
     net, (lips, mask) = small(), batch()
-    net.feature_extractor_audio.proj.weight.zero_(); net.feature_extractor_audio.proj.bias.fill_(3.)
+    net.feature_extractor_audio.proj.weight.zero_()
+    net.feature_extractor_audio.proj.bias.fill_(3.0)
     assert (net(lips, mask) - net(lips, mask, torch.zeros(2, 9, 104))).abs().max() > 1e-3
-    net.layer_norm.weight[:128] = 0; net.layer_norm.bias[:128] = 0    # deaf in the first half
+    net.layer_norm.weight[:128] = 0
+    net.layer_norm.bias[:128] = 0  # deaf in the first half
     net.feature_extractor_audio.proj.bias.zero_()
     test_same(net(lips, mask), net(lips, mask, torch.randn(2, 9, 104)), atol=1e-6)
+
 
 def test_frozen_keeps_its_statistics_and_learns_only_its_weights():
     net, (lips, mask) = FrozenAVHubert(small()), batch()
@@ -186,123 +281,236 @@ def test_frozen_keeps_its_statistics_and_learns_only_its_weights():
     out = net.train()(lips, mask)
     out.square().sum().backward()
     torch.optim.SGD((p for p in net.parameters() if p.requires_grad), 0.1).step()
-    for k, v in net.net.state_dict().items(): test_same(v, before[k])
+    for k, v in net.net.state_dict().items():
+        test_same(v, before[k])
     assert net.weights.abs().sum() > 0 and not net.net.training
+
 
 @torch.no_grad()
 def test_weighted_sum_can_be_one_layer():
     net, (lips, mask) = FrozenAVHubert(small()), batch()
-    net.weights[1] = 60.
-    test_same(net(lips, mask), F.layer_norm(net.net(lips, mask, layers=[1])[0], (128,)) * mask[..., None], atol=1e-5)
+    net.weights[1] = 60.0
+    test_same(
+        net(lips, mask),
+        F.layer_norm(net.net(lips, mask, layers=[1])[0], (128,)) * mask[..., None],
+        atol=1e-5,
+    )
+
 
 # --- checkpoints
+
 
 def foreign(monkeypatch, path, **state):
     "An instance of a class that is called `path` and that exists only now."
     module, _, name = path.rpartition(".")
     parts = module.split(".")
-    for i in range(len(parts)): monkeypatch.setitem(sys.modules, ".".join(parts[:i+1]), types.ModuleType(parts[i]))
+    for i in range(len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType(parts[i]))
     cls = type(name, (), {"__module__": module})
     setattr(sys.modules[module], name, cls)
-    obj = cls(); obj.__dict__.update(state)
+    obj = cls()
+    obj.__dict__.update(state)
     return obj
 
+
 def official_file(monkeypatch, net):
-    words = foreign(monkeypatch, "fairseq.data.dictionary.Dictionary", symbols=["<s>", "0"], indices={"0": 1})
-    heads = {"mask_emb": torch.zeros(104), "label_embs_concat": torch.zeros(9, 256), "final_proj.weight": torch.zeros(256, 128)}
-    return dict(cfg=dict(model=dict(layer_norm_first=True)), model=OrderedDict(official_weights(net) | heads), task_state=dict(dictionaries=[words]))
+    words = foreign(
+        monkeypatch, "fairseq.data.dictionary.Dictionary", symbols=["<s>", "0"], indices={"0": 1}
+    )
+    heads = {
+        "mask_emb": torch.zeros(104),
+        "label_embs_concat": torch.zeros(9, 256),
+        "final_proj.weight": torch.zeros(256, 128),
+    }
+    return dict(
+        cfg=dict(model=dict(layer_norm_first=True)),
+        model=OrderedDict(official_weights(net) | heads),
+        task_state=dict(dictionaries=[words]),
+    )
+
 
 def check_same(a, b):
     lips, mask = batch()
-    with torch.no_grad(): test_same(a(lips, mask), b(lips, mask), atol=1e-6)
+    with torch.no_grad():
+        test_same(a(lips, mask), b(lips, mask), atol=1e-6)
+
 
 def test_pretrained_layout_and_conversion(tmp_path, monkeypatch):
     net = small()
-    torch.save(official_file(monkeypatch, net), tmp_path/"official.pt")
+    torch.save(official_file(monkeypatch, net), tmp_path / "official.pt")
     monkeypatch.undo()
-    check_same(load_avhubert(tmp_path/"official.pt"), net)
-    convert_avhubert(tmp_path/"official.pt", tmp_path/"folder")
-    assert sorted(p.name for p in (tmp_path/"folder").iterdir()) == ["config.json", "model.safetensors"]
-    check_same(load_avhubert(tmp_path/"folder"), net)
+    check_same(load_avhubert(tmp_path / "official.pt"), net)
+    convert_avhubert(tmp_path / "official.pt", tmp_path / "folder")
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    check_same(load_avhubert(tmp_path / "folder"), net)
+
 
 @pytest.mark.parametrize("pre", ["encoder.w2v_model.", "w2v_encoder.w2v_model."])
 def test_finetuned_layout(tmp_path, monkeypatch, pre):
     net = small()
-    weights = {pre + k: v for k, v in official_weights(net).items()} | {"decoder.embed_tokens.weight": torch.zeros(3, 3)}
+    weights = {pre + k: v for k, v in official_weights(net).items()} | {
+        "decoder.embed_tokens.weight": torch.zeros(3, 3)
+    }
     bpe = foreign(monkeypatch, "sentencepiece.SentencePieceProcessor", proto=b"\x00\xff bytes")
-    torch.save(dict(cfg={}, model=weights, task_state=dict(s2s_tokenizer=bpe)), tmp_path/"finetuned.pt")
+    torch.save(
+        dict(cfg={}, model=weights, task_state=dict(s2s_tokenizer=bpe)), tmp_path / "finetuned.pt"
+    )
     monkeypatch.undo()
-    check_same(load_avhubert(tmp_path/"finetuned.pt"), net)
+    check_same(load_avhubert(tmp_path / "finetuned.pt"), net)
+
 
 def test_half_precision_is_read_as_float32(tmp_path):
-    torch.save(dict(model={k: v.half() if v.is_floating_point() else v for k, v in official_weights(small()).items()}), tmp_path/"half.pt")
-    assert {p.dtype for p in load_avhubert(tmp_path/"half.pt").parameters()} == {torch.float32}
+    torch.save(
+        dict(
+            model={
+                k: v.half() if v.is_floating_point() else v
+                for k, v in official_weights(small()).items()
+            }
+        ),
+        tmp_path / "half.pt",
+    )
+    assert {p.dtype for p in load_avhubert(tmp_path / "half.pt").parameters()} == {torch.float32}
+
 
 class Evil:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return os.system, (f"touch {self.path}",)
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_in_a_checkpoint_is_refused(tmp_path, legacy):
-    torch.save(dict(model=official_weights(small()), task_state=Evil(tmp_path/"harm")), tmp_path/"evil.pt", _use_new_zipfile_serialization=not legacy)
-    for read in (load_avhubert, lambda p: convert_avhubert(p, tmp_path/"out")):
-        with pytest.raises(CheckpointError, match="posix.system"): read(tmp_path/"evil.pt")
-    assert not (tmp_path/"harm").exists() and not (tmp_path/"out").exists()
+    torch.save(
+        dict(model=official_weights(small()), task_state=Evil(tmp_path / "harm")),
+        tmp_path / "evil.pt",
+        _use_new_zipfile_serialization=not legacy,
+    )
+    for read in (load_avhubert, lambda p: convert_avhubert(p, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="posix.system"):
+            read(tmp_path / "evil.pt")
+    assert not (tmp_path / "harm").exists() and not (tmp_path / "out").exists()
+
 
 def test_unknown_classes_are_refused(tmp_path, monkeypatch):
-    torch.save(dict(model={}, task_state=foreign(monkeypatch, "fairseq.data.dictionary.Evil")), tmp_path/"x.pt")
-    with pytest.raises(CheckpointError, match="fairseq.data.dictionary.Evil"): load_avhubert(tmp_path/"x.pt")
+    torch.save(
+        dict(model={}, task_state=foreign(monkeypatch, "fairseq.data.dictionary.Evil")),
+        tmp_path / "x.pt",
+    )
+    with pytest.raises(CheckpointError, match="fairseq.data.dictionary.Evil"):
+        load_avhubert(tmp_path / "x.pt")
+
 
 def test_broken_files_are_named(tmp_path):
     good = official_weights(small())
-    torch.save(dict(model=good), tmp_path/"cut.pt")
-    (tmp_path/"cut.pt").write_bytes((tmp_path/"cut.pt").read_bytes()[:5000])
-    (tmp_path/"text.pt").write_text("<html>not found</html>")
-    torch.save([1, 2], tmp_path/"list.pt")
-    torch.save(dict(model={k: v for k, v in good.items() if "q_proj" not in k}), tmp_path/"missing.pt")
-    torch.save(dict(model={k: v for k, v in good.items() if "encoder.layers" not in k}), tmp_path/"headless.pt")
-    torch.save(dict(model=good, cfg=dict(model=dict(layer_norm_first=False))), tmp_path/"post.pt")
-    torch.save(dict(model=good, cfg=dict(model=dict(w2v_args=dict(model=dict(layer_norm_first=False))))), tmp_path/"tuned.pt")
-    torch.save(dict(model={1: 2} | good), tmp_path/"numbers.pt")
-    torch.save(dict(model=good | {"encoder.layers.999999999.x": good["layer_norm.bias"]}), tmp_path/"deep.pt")
-    torch.save(dict(model=good | {"encoder.layers.0.fc1.weight": torch.zeros(1).expand(10**6, 10**6)}), tmp_path/"wide.pt")
-    (tmp_path/"empty").mkdir()
-    for name in ("cut.pt", "text.pt", "list.pt", "missing.pt", "headless.pt", "post.pt", "tuned.pt", "numbers.pt", "deep.pt", "wide.pt",
-                 "empty", "absent.pt"):
-        with pytest.raises(CheckpointError, match=name): load_avhubert(tmp_path/name)
-        with pytest.raises(CheckpointError, match=name): convert_avhubert(tmp_path/name, tmp_path/"out")
+    torch.save(dict(model=good), tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("<html>not found</html>")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(
+        dict(model={k: v for k, v in good.items() if "q_proj" not in k}), tmp_path / "missing.pt"
+    )
+    torch.save(
+        dict(model={k: v for k, v in good.items() if "encoder.layers" not in k}),
+        tmp_path / "headless.pt",
+    )
+    torch.save(dict(model=good, cfg=dict(model=dict(layer_norm_first=False))), tmp_path / "post.pt")
+    torch.save(
+        dict(model=good, cfg=dict(model=dict(w2v_args=dict(model=dict(layer_norm_first=False))))),
+        tmp_path / "tuned.pt",
+    )
+    torch.save(dict(model={1: 2} | good), tmp_path / "numbers.pt")
+    torch.save(
+        dict(model=good | {"encoder.layers.999999999.x": good["layer_norm.bias"]}),
+        tmp_path / "deep.pt",
+    )
+    torch.save(
+        dict(model=good | {"encoder.layers.0.fc1.weight": torch.zeros(1).expand(10**6, 10**6)}),
+        tmp_path / "wide.pt",
+    )
+    (tmp_path / "empty").mkdir()
+    for name in (
+        "cut.pt",
+        "text.pt",
+        "list.pt",
+        "missing.pt",
+        "headless.pt",
+        "post.pt",
+        "tuned.pt",
+        "numbers.pt",
+        "deep.pt",
+        "wide.pt",
+        "empty",
+        "absent.pt",
+    ):
+        with pytest.raises(CheckpointError, match=name):
+            load_avhubert(tmp_path / name)
+        with pytest.raises(CheckpointError, match=name):
+            convert_avhubert(tmp_path / name, tmp_path / "out")
+
 
 @pytest.mark.parametrize("seed", range(4))
 def test_broken_bytes_never_escape(tmp_path, seed):
-    torch.save(dict(model={k: v for k, v in official_weights(small()).items() if v.numel() < 300}), tmp_path/"good.pt", _use_new_zipfile_serialization=False)
-    rng, good = np.random.RandomState(seed), np.fromfile(tmp_path/"good.pt", np.uint8)
+    torch.save(
+        dict(model={k: v for k, v in official_weights(small()).items() if v.numel() < 300}),
+        tmp_path / "good.pt",
+        _use_new_zipfile_serialization=False,
+    )
+    rng, good = np.random.RandomState(seed), np.fromfile(tmp_path / "good.pt", np.uint8)
     for _ in range(50):
-        bad = good.copy(); bad[rng.randint(0, 20_000, 3)] = rng.randint(0, 256, 3); bad.tofile(tmp_path/"bad.pt")
-        with pytest.raises(CheckpointError): load_avhubert(tmp_path/"bad.pt")
+        bad = good.copy()
+        bad[rng.randint(0, 20_000, 3)] = rng.randint(0, 256, 3)
+        bad.tofile(tmp_path / "bad.pt")
+        with pytest.raises(CheckpointError):
+            load_avhubert(tmp_path / "bad.pt")
+
 
 # --- beside fairseq 0.12.2 (see fairseq/official.py: what comes from fairseq, what is written a second time)
+
 
 def python_3_10() -> bool:
     "Whether a Python 3.10 can be run here."
     command = os.environ.get("PYTHON310", "python3.10")
-    try: return not subprocess.run([command, "-c", ""], env=os.environ | {"PYENV_VERSION": "3.10"}, capture_output=True).returncode
-    except OSError: return False
+    try:
+        return not subprocess.run(
+            [command, "-c", ""], env=os.environ | {"PYENV_VERSION": "3.10"}, capture_output=True
+        ).returncode
+    except OSError:
+        return False
+
 
 @pytest.fixture(scope="module", params=["recorded", "live"])
 def fairseq_files(request, tmp_path_factory) -> Path:
     "Checkpoints and answers of fairseq: the recorded ones; those that FAIRSEQ_FILES names, or new ones where fairseq's environment is."
-    folder, env = tmp_path_factory.mktemp("fairseq"), HERE.parent/".venv-fairseq"
+    folder, env = tmp_path_factory.mktemp("fairseq"), HERE.parent / ".venv-fairseq"
     if request.param == "recorded":
-        with tarfile.open(HERE/"fairseq"/"recorded.tar.xz") as recording: recording.extractall(folder, filter="data")
+        with tarfile.open(HERE / "fairseq" / "recorded.tar.xz") as recording:
+            recording.extractall(folder, filter="data")
         return folder
-    if "FAIRSEQ_FILES" in os.environ: return Path(os.environ["FAIRSEQ_FILES"])
-    if not (env/".ready").exists():
-        found = "Python 3.10 is here, fairseq is not: `make test-fairseq` installs it" if python_3_10() else "no Python 3.10 here for `make test-fairseq`"
+    if "FAIRSEQ_FILES" in os.environ:
+        return Path(os.environ["FAIRSEQ_FILES"])
+    if not (env / ".ready").exists():
+        found = (
+            "Python 3.10 is here, fairseq is not: `make test-fairseq` installs it"
+            if python_3_10()
+            else "no Python 3.10 here for `make test-fairseq`"
+        )
         pytest.skip(f"compared with recorded answers of fairseq 0.12.2 only; {found}")
-    subprocess.run([env/"bin"/"python", HERE/"fairseq"/"official.py", folder, "small"], check=True, capture_output=True)
+    subprocess.run(
+        [env / "bin" / "python", HERE / "fairseq" / "official.py", folder, "small"],
+        check=True,
+        capture_output=True,
+    )
     return folder
 
-def answers(file) -> dict: return {k: torch.from_numpy(v) for k, v in np.load(file).items()}
+
+def answers(file) -> dict:
+    return {k: torch.from_numpy(v) for k, v in np.load(file).items()}
+
 
 @pytest.mark.parametrize("layout", ["pretrained", "ctc", "seq2seq"])
 @torch.no_grad()
@@ -310,21 +518,32 @@ def test_every_layer_equals_fairseq(fairseq_files, layout):
     files = sorted(fairseq_files.glob(f"*-{layout}.pt"))
     assert files
     for file in files:
-        net, said = load_avhubert(file), answers(fairseq_files/f"{file.stem.split('-')[0]}.npz")
+        net, said = load_avhubert(file), answers(fairseq_files / f"{file.stem.split('-')[0]}.npz")
         lips, mask = said["lips"], said["mask"]
         for audio, theirs in ((None, said["video"]), (said["audio"], said["both"])):
-            ours = torch.cat([net(lips, mask, audio, layers=range(net.n_layers + 1)), net(lips, mask, audio)[None]])
+            ours = torch.cat(
+                [
+                    net(lips, mask, audio, layers=range(net.n_layers + 1)),
+                    net(lips, mask, audio)[None],
+                ]
+            )
             test_same(ours[:, mask], theirs[:, mask], atol=1e-4)
+
 
 def test_files_of_fairseq_are_more_than_weights_and_convert(fairseq_files, tmp_path):
     for file in fairseq_files.glob("small-*.pt"):
-        with pytest.raises(pickle.UnpicklingError, match="fairseq.data.dictionary.Dictionary"): torch.load(file, weights_only=True)
-        convert_avhubert(file, tmp_path/file.stem)
-        read, converted = (load_avhubert(p).state_dict() for p in (file, tmp_path/file.stem))
-        for k, v in read.items(): test_same(converted[k], v)
+        with pytest.raises(pickle.UnpicklingError, match="fairseq.data.dictionary.Dictionary"):
+            torch.load(file, weights_only=True)
+        convert_avhubert(file, tmp_path / file.stem)
+        read, converted = (load_avhubert(p).state_dict() for p in (file, tmp_path / file.stem))
+        for k, v in read.items():
+            test_same(converted[k], v)
+
 
 def test_filter_banks_equal_python_speech_features_beside_fairseq(fairseq_files):
-    said = answers(fairseq_files/"small.npz")
+    said = answers(fairseq_files / "small.npz")
     stacked = np.concatenate([said["banks"], np.zeros((1, 26), np.float32)]).reshape(-1, 104)
-    by_hand = (stacked - stacked.mean(1, keepdims=True))/np.sqrt(stacked.var(1, keepdims=True) + 1e-5)
-    test_same(filter_banks(said["wave"]/32768), torch.from_numpy(by_hand), atol=1e-4)
+    by_hand = (stacked - stacked.mean(1, keepdims=True)) / np.sqrt(
+        stacked.var(1, keepdims=True) + 1e-5
+    )
+    test_same(filter_banks(said["wave"] / 32768), torch.from_numpy(by_hand), atol=1e-4)

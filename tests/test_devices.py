@@ -9,6 +9,7 @@ What a test must answer, since there are no numbers: yes to every question, 1 to
 over packed sequences needs true lengths, so it runs over the padded ones here; the inverse STFT checks its window's
 numbers, so something of the same shape stands for it; autocast knows no `meta`, so it is off.
 """
+
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,55 +31,74 @@ FEW = dict(steps=ONE | dict(vocoder=2), batch=BATCH, lr=dict.fromkeys(PARTS, 1e-
 PRESETS = [replace(p, **SMALL, **FEW, unit_features="mfcc") for p in (TINY, GRID, PAPER)]
 by_name = pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.name)
 
+
 @pytest.fixture(autouse=True)
 def a_small_hubert(monkeypatch):
     "AV-HuBERT with one block: where its tensors are does not depend on how many it has."
     monkeypatch.setitem(avhubert.AVHUBERT_SIZES, "large", dict(dim=64, n_layers=1, ffn=64))
 
-def clip(preset, i:int, frames:int) -> Clip:
+
+def clip(preset, i: int, frames: int) -> Clip:
     g = torch.Generator().manual_seed(i)
     noise = partial(torch.randn, generator=g)
-    contour, units = torch.ones(2*frames), torch.zeros(2*frames, dtype=torch.long)
-    seen = (50*noise(frames, 96, 96)).byte(), (50*noise(112, 112, 3)).byte()
+    contour, units = torch.ones(2 * frames), torch.zeros(2 * frames, dtype=torch.long)
+    seen = (50 * noise(frames, 96, 96)).byte(), (50 * noise(112, 112, 3)).byte()
     seen += noise(frames, preset.expression_dim), noise(preset.identity_dim)
-    heard = .1*noise(640*frames), 5*contour, contour, -4*contour
-    return Clip(f"clip{i}", f"talker{i % 2}", "", *seen, *heard, units=units, words=units, voice=noise(256))
+    heard = 0.1 * noise(640 * frames), 5 * contour, contour, -4 * contour
+    return Clip(
+        f"clip{i}", f"talker{i % 2}", "", *seen, *heard, units=units, words=units, voice=noise(256)
+    )
+
 
 def clips(preset) -> ClipDataset:
     "Four clips of two people, of two lengths, so that there is padding."
     return ClipDataset([clip(preset, i, frames) for i, frames in enumerate((50, 60, 60, 50))])
 
+
 def over_the_padded(rnn, frames, mask):
-    return rnn(frames)[0]*mask[..., None]
+    return rnn(frames)[0] * mask[..., None]
+
 
 def one_hop_a_column(S):
-    return torch.fft.irfft(S, audio.MEL.n_fft, 1)[:, :audio.MEL.hop, 1:].mT.flatten(1)
+    return torch.fft.irfft(S, audio.MEL.n_fft, 1)[:, : audio.MEL.hop, 1:].mT.flatten(1)
+
 
 def of_its_shape(rnn, x):
     "In place of a GRU, which would ask cuDNN for one; its weights must be where its input is."
     y = (x @ rnn.weight_ih_l0.T)[..., :1] + sum(w.sum() for w in rnn.parameters())
-    return y.expand(*x.shape[:-1], rnn.hidden_size*(1 + rnn.bidirectional)), None
+    return y.expand(*x.shape[:-1], rnn.hidden_size * (1 + rnn.bidirectional)), None
+
 
 def everywhere(mode, op, x):
     "The places of a mask that is true everywhere."
     return x.new_empty((x.numel(), x.dim()), dtype=torch.long)
 
+
 @pytest.fixture()
 def meta(monkeypatch):
     "An accelerator whose device is `meta`, and answers where numbers are asked for."
     device = torch.device("meta")
-    accelerator = SimpleNamespace(device=device, num_processes=1, process_index=0,
-                                  is_main_process=True, reduce=lambda x, how: x,
-                                  wait_for_everyone=lambda: None)
+    accelerator = SimpleNamespace(
+        device=device,
+        num_processes=1,
+        process_index=0,
+        is_main_process=True,
+        reduce=lambda x, how: x,
+        wait_for_everyone=lambda: None,
+    )
     monkeypatch.setattr(training, "Accelerator", lambda **kw: accelerator)
+
     def answered(name, answer):
         real = getattr(torch.Tensor, name)
+
         def either(x, *args):
             return answer(x) if x.is_meta else real(x, *args)
+
         monkeypatch.setattr(torch.Tensor, name, either)
+
     answered("__bool__", lambda x: True)
     answered("__int__", lambda x: 1)
-    answered("item", lambda x: 1.)
+    answered("item", lambda x: 1.0)
     answered("tolist", lambda x: torch.ones(x.shape, dtype=x.dtype, device="cpu").tolist())
     answered("cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu"))
     monkeypatch.setattr(torch, "autocast", lambda *a, **kw: nullcontext())
@@ -87,15 +107,20 @@ def meta(monkeypatch):
     with functorch_config.patch(meta_nonzero_assume_all_nonzero=True):
         yield device
 
-@pytest.mark.filterwarnings("ignore:Number of distinct clusters", "ignore:for .* copying from a non-meta")
+
+@pytest.mark.filterwarnings(
+    "ignore:Number of distinct clusters", "ignore:for .* copying from a non-meta"
+)
 @by_name
 def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tmp_path):
     "`train_system`, but for weights, which nobody can write: every part steps, logs and shows a sample."
     ds, seen = clips(preset), {}
+
     def train(run, name, module, step, only=None):
         step()
         seen[name] = {x.device for x in (*module.parameters(), *module.buffers())}
         module.eval()
+
     monkeypatch.setattr(training, "part", train)
     monkeypatch.setattr(training, "training_clips", lambda data, told=False: ds)
     monkeypatch.setattr(training, "watched", lambda folder: collate([ds[0]]))
@@ -103,12 +128,16 @@ def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tm
     monkeypatch.setattr(training, "assemble", lambda model, *a: model)
     monkeypatch.setattr(training.Run, "save", lambda run: None)
     monkeypatch.setattr(training.Run, "keep", lambda run: None)
-    monkeypatch.setattr(training, "claim_run", lambda *a: None)       # no folder of clips is read
+    monkeypatch.setattr(training, "claim_run", lambda *a: None)  # no folder of clips is read
     model = training.train_system(preset, tmp_path, "DATA")
     assert set(seen) == set(PARTS) - ({"locator"} if preset.face_backend != "locator" else set())
     assert all(devices == {meta} for devices in seen.values()), seen
     assert {x.device for x in (*model.parameters(), *model.buffers())} == {meta}
-    assert {p.stem for p in (tmp_path/"samples").glob("*.wav")} == {"hierarchy-000001", "decoder-000001"}
+    assert {p.stem for p in (tmp_path / "samples").glob("*.wav")} == {
+        "hierarchy-000001",
+        "decoder-000001",
+    }
+
 
 @pytest.fixture()
 def fake(monkeypatch):
@@ -120,18 +149,24 @@ def fake(monkeypatch):
     aten = torch.ops.aten
     monkeypatch.setitem(op_implementations_dict, aten.nonzero.default, everywhere)
     monkeypatch.setitem(op_implementations_dict, aten._local_scalar_dense.default, lambda *a: 1)
-    for cache in caches: cache.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
     yield FakeTensorMode(allow_non_fake_inputs=True)
-    for cache in caches: cache.cache_clear()      # they hold tensors without numbers
+    for cache in caches:
+        cache.cache_clear()  # they hold tensors without numbers
+
 
 def on_gpu(module):
     "What `to` does on a machine with a GPU: every parameter and every buffer moves, and nothing else."
     for m in module.modules():
         for name, x in list(m.named_parameters(recurse=False)):
-            setattr(m, name, torch.nn.Parameter(torch.empty(x.shape, device="cuda"), x.requires_grad))
+            setattr(
+                m, name, torch.nn.Parameter(torch.empty(x.shape, device="cuda"), x.requires_grad)
+            )
         for name, x in list(m.named_buffers(recurse=False)):
             setattr(m, name, torch.empty(x.shape, dtype=x.dtype, device="cuda"))
     return module
+
 
 @by_name
 def test_forward_loss_and_sampling_ask_for_one_device(preset, fake):
@@ -142,23 +177,30 @@ def test_forward_loss_and_sampling_ask_for_one_device(preset, fake):
         assert b.mel.device.type == "cuda"
         model.hierarchy.train()
         assert all(x.device.type == "cuda" for x in model.hierarchy.loss(b))
-        with torch.no_grad(): m = model.hierarchy.eval()(*hierarchy.see(b))
+        with torch.no_grad():
+            m = model.hierarchy.eval()(*hierarchy.see(b))
         mask = b.mask.repeat_interleave(4, 1)[:, None]
         assert model.decoder.loss(b.mel, mask, m.mu, m.speaker).device.type == "cuda"
-        for guidance in (1., 2.):
-            assert model.decoder.sample(m.mu, mask, m.speaker, guidance=guidance).device.type == "cuda"
+        for guidance in (1.0, 2.0):
+            assert (
+                model.decoder.sample(m.mu, mask, m.speaker, guidance=guidance).device.type == "cuda"
+            )
+
 
 @pytest.mark.parametrize("preset", PRESETS[::2], ids=lambda p: p.name)
 def test_vocoders_and_critics_ask_for_one_device(preset, fake):
     generator = vocoder.make_vocoder(preset)
     critics = vocoder.slim_critics() if generator.sourced else vocoder.full_critics()
-    contours = [torch.ones(2, 62)]*2 if generator.sourced else None
-    b = vocoder.segment_batches([.1*torch.randn(20_000)]*2, 2, generator.segment, contours=contours)(0)
+    contours = [torch.ones(2, 62)] * 2 if generator.sourced else None
+    b = vocoder.segment_batches(
+        [0.1 * torch.randn(20_000)] * 2, 2, generator.segment, contours=contours
+    )(0)
     with fake:
         b = training.send_to_device(b, torch.device("cuda"))
         game = vocoder.Game(on_gpu(generator), on_gpu(critics), plain=True)
         assert game.generator_loss(b)["total"].device.type == "cuda"
         assert game.critics_loss(b).device.type == "cuda"
+
 
 def test_voices_units_and_the_locator_ask_for_one_device(fake, monkeypatch):
     model, one = FacesToVoices(TINY.to_json()), clip(TINY, 0, 50)

@@ -1,4 +1,5 @@
 "Metrics against closed forms and identities; a model without training through the whole card; the tables."
+
 import itertools, json, math, sys, types, wave
 import numpy as np
 import pytest
@@ -7,16 +8,31 @@ import torch.nn.functional as F
 import torchaudio
 from faces2voices import evaluation as ev, experiments as ex
 from faces2voices.audio import MEL, energy, pitch, vowel
-from faces2voices.core import TINY, CheckpointError, CorpusError, F2VError, ToolMissingError, test_same as same
+from faces2voices.core import (
+    TINY,
+    CheckpointError,
+    CorpusError,
+    F2VError,
+    ToolMissingError,
+    test_same as same,
+)
 from faces2voices.corpora import Clip, Entry, prepare, write_manifest
+
 
 @pytest.fixture(scope="module")
 def voice():
     "Two seconds of a vowel whose pitch and loudness move."
-    t = torch.arange(32000)/16000
-    return (vowel(130*torch.exp(.15*torch.sin(3*t)))*(.6 + .4*torch.sin(9*t))).float()*.3
+    t = torch.arange(32000) / 16000
+    return (
+        vowel(130 * torch.exp(0.15 * torch.sin(3 * t))) * (0.6 + 0.4 * torch.sin(9 * t))
+    ).float() * 0.3
 
-def noisy(wav, db): return wav + torch.randn(len(wav), generator=torch.Generator().manual_seed(0))*wav.std()*10**(-db/20)
+
+def noisy(wav, db):
+    return wav + torch.randn(
+        len(wav), generator=torch.Generator().manual_seed(0)
+    ) * wav.std() * 10 ** (-db / 20)
+
 
 def test_a_perfect_sound_scores_best_and_noise_makes_it_worse(voice):
     pytest.importorskip("pystoi")
@@ -26,99 +42,161 @@ def test_a_perfect_sound_scores_best_and_noise_makes_it_worse(voice):
     assert abs(estoi[0] - 1) < 1e-3 and estoi == sorted(estoi, reverse=True)
     assert mcd[0] < 1e-5 and mcd == sorted(mcd)
 
+
 @pytest.mark.parametrize("d", (1, 7, 24))
 def test_mcd_of_one_cosine_is_its_closed_form(d):
     mel = torch.randn(80, 12, generator=torch.Generator().manual_seed(0))
-    ripple = .2*torch.cos(torch.pi*d*(torch.arange(80) + .5)/80)[:, None]
-    assert math.isclose(ev.mcd(mel + ripple, mel, torch.zeros(6)), 10/math.log(10)*2**.5*.2, rel_tol=1e-4)
+    ripple = 0.2 * torch.cos(torch.pi * d * (torch.arange(80) + 0.5) / 80)[:, None]
+    assert math.isclose(
+        ev.mcd(mel + ripple, mel, torch.zeros(6)), 10 / math.log(10) * 2**0.5 * 0.2, rel_tol=1e-4
+    )
+
 
 def test_mcd_forgets_loudness_and_what_is_finer_than_24_cosines():
     mel = torch.randn(80, 12, generator=torch.Generator().manual_seed(0))
-    ripple = torch.cos(torch.pi*25*(torch.arange(80) + .5)/80)[:, None]
-    assert ev.mcd(mel + 3, mel, torch.zeros(6)) < 1e-4 and ev.mcd(mel + ripple, mel, torch.zeros(6)) < 1e-4
+    ripple = torch.cos(torch.pi * 25 * (torch.arange(80) + 0.5) / 80)[:, None]
+    assert (
+        ev.mcd(mel + 3, mel, torch.zeros(6)) < 1e-4
+        and ev.mcd(mel + ripple, mel, torch.zeros(6)) < 1e-4
+    )
+
 
 def test_mcd_looks_at_speech_alone():
-    e, mel = torch.tensor([0., -9., 0.]), torch.zeros(80, 6)
-    other = mel.clone(); other[:40, 2:4] = 5.
+    e, mel = torch.tensor([0.0, -9.0, 0.0]), torch.zeros(80, 6)
+    other = mel.clone()
+    other[:40, 2:4] = 5.0
     assert ev.mcd(other, mel, e) == 0 and ev.mcd(other, mel, torch.zeros(3)) > 1
 
+
 def test_pitch_scores():
-    f0 = 5 + .2*torch.sin(torch.arange(60)/7.)
-    a, b = (f0, torch.ones(60)), (f0 + math.log(2)/12, (torch.arange(60) < 40).float())
+    f0 = 5 + 0.2 * torch.sin(torch.arange(60) / 7.0)
+    a, b = (f0, torch.ones(60)), (f0 + math.log(2) / 12, (torch.arange(60) < 40).float())
     assert math.isclose(ev.f0_error(b, a), 100, rel_tol=1e-3)
-    assert len(ev.both_voiced(a, b)[0]) == 40 and ev.correlation(*ev.both_voiced(a, b)) > .9999
+    assert len(ev.both_voiced(a, b)[0]) == 40 and ev.correlation(*ev.both_voiced(a, b)) > 0.9999
     assert math.isclose(ev.mean_f0(b), (b[0][:40]).mean().item(), rel_tol=1e-6)
     assert math.isnan(ev.mean_f0((f0, torch.zeros(60))))
 
-LOW_PASS = lambda wav, hz: torchaudio.functional.lowpass_biquad(torchaudio.functional.lowpass_biquad(wav, 16000, hz), 16000, hz)
-DAMAGE = dict(noise=(noisy, (20, 10, 0)), low_pass=(LOW_PASS, (4000, 2000, 800)), delay=(lambda wav, n: F.pad(wav, (n, 0))[:len(wav)], (160, 640, 2560)))
-HEARS = dict(   # metric → the damages under which it must get worse step by step; a perfect copy must have the best score there is
-    STOI=("noise", "delay"), ESTOI=("noise", "low_pass", "delay"), PESQ=("noise", "low_pass", "delay"), WER=("noise",), **{"units heard in speech": ("noise", "low_pass", "delay"),
-    "MCD, dB": ("noise", "low_pass", "delay"), "voice similarity, Resemblyzer": ("noise", "low_pass"), "F0 error, cents": ("noise", "delay"), "F0 contour, r": ("noise", "delay"), "energy, r": ("noise", "low_pass", "delay")})
-PERFECT = dict(PESQ=4.644, WER=0) | {"MCD, dB": 0, "F0 error, cents": 0}     # the others: 1
+
+LOW_PASS = lambda wav, hz: torchaudio.functional.lowpass_biquad(
+    torchaudio.functional.lowpass_biquad(wav, 16000, hz), 16000, hz
+)
+DAMAGE = dict(
+    noise=(noisy, (20, 10, 0)),
+    low_pass=(LOW_PASS, (4000, 2000, 800)),
+    delay=(lambda wav, n: F.pad(wav, (n, 0))[: len(wav)], (160, 640, 2560)),
+)
+HEARS = dict(  # metric → the damages under which it must get worse step by step; a perfect copy must have the best score there is
+    STOI=("noise", "delay"),
+    ESTOI=("noise", "low_pass", "delay"),
+    PESQ=("noise", "low_pass", "delay"),
+    WER=("noise",),
+    **{
+        "units heard in speech": ("noise", "low_pass", "delay"),
+        "MCD, dB": ("noise", "low_pass", "delay"),
+        "voice similarity, Resemblyzer": ("noise", "low_pass"),
+        "F0 error, cents": ("noise", "delay"),
+        "F0 contour, r": ("noise", "delay"),
+        "energy, r": ("noise", "low_pass", "delay"),
+    },
+)
+PERFECT = dict(PESQ=4.644, WER=0) | {"MCD, dB": 0, "F0 error, cents": 0}  # the others: 1
+
 
 @pytest.fixture(scope="module")
 def spoken():
     pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed (extra `talkers`)")
     from faces2voices.talkers import speak
+
     text = "william painted eight quiet houses"
     wav = torch.from_numpy(speak(text, f0=120).wav)
-    return text, wav[:len(wav)//640*640]
+    return text, wav[: len(wav) // 640 * 640]
+
 
 @pytest.fixture(scope="module")
-def damaged(spoken): return {name: [ev.Sound(spoken[1]), *(ev.Sound(damage(spoken[1], x)) for x in degrees)] for name, (damage, degrees) in DAMAGE.items()}
+def damaged(spoken):
+    return {
+        name: [ev.Sound(spoken[1]), *(ev.Sound(damage(spoken[1], x)) for x in degrees)]
+        for name, (damage, degrees) in DAMAGE.items()
+    }
+
 
 @pytest.mark.parametrize("metric", HEARS)
 def test_perfect_is_best_and_known_damage_is_heard_step_by_step(metric, spoken, damaged, model):
     m = next(m for m in ev.METRICS if m.name == metric)
-    if m.needs: pytest.importorskip(m.needs)
+    if m.needs:
+        pytest.importorskip(m.needs)
     text, ears = spoken[0], {"WER": ev.listener("talkers")} if metric == "WER" else {}
-    if metric == "units heard in speech": model.units.fit([spoken[1]], n_units=20, seed=0)
-    def scores(sounds): return [float(np.ravel(m.measure(ev.Take(s, sounds[0], text, model, ears)))[0]) for s in sounds]
+    if metric == "units heard in speech":
+        model.units.fit([spoken[1]], n_units=20, seed=0)
+
+    def scores(sounds):
+        return [
+            float(np.ravel(m.measure(ev.Take(s, sounds[0], text, model, ears)))[0]) for s in sounds
+        ]
+
     for damage in HEARS[metric]:
         found = scores(damaged[damage])
         assert math.isclose(found[0], PERFECT.get(metric, 1), abs_tol=2e-3), found
-        assert found == sorted(found, reverse=m.better == "↑") and found[0] != found[-1], (damage, found)
+        assert found == sorted(found, reverse=m.better == "↑") and found[0] != found[-1], (
+            damage,
+            found,
+        )
+
 
 def test_dnsmos_hears_noise(damaged):
     pytest.importorskip("speechmos")
     clean, *_, buried = damaged["noise"]
     assert all(clean.dnsmos[k] > buried.dnsmos[k] for k in ("ovrl_mos", "sig_mos", "bak_mos"))
 
+
 def test_correlation_agrees_with_its_definition():
-    x, y = np.random.default_rng(0).normal(size=(2, 50)); y = y + x
-    want = ((x - x.mean())*(y - y.mean())).mean()/(x.std()*y.std())
-    assert math.isclose(ev.correlation(x, y), want, rel_tol=1e-9) and math.isclose(ev.correlation(x, -2*x), -1, rel_tol=1e-9)
-    assert math.isnan(ev.correlation(x, 0*x)) and math.isnan(ev.correlation([1, 2], [1, 2]))
+    x, y = np.random.default_rng(0).normal(size=(2, 50))
+    y = y + x
+    want = ((x - x.mean()) * (y - y.mean())).mean() / (x.std() * y.std())
+    assert math.isclose(ev.correlation(x, y), want, rel_tol=1e-9) and math.isclose(
+        ev.correlation(x, -2 * x), -1, rel_tol=1e-9
+    )
+    assert math.isnan(ev.correlation(x, 0 * x)) and math.isnan(ev.correlation([1, 2], [1, 2]))
+
 
 def test_energy_ignores_gain_and_silence(voice):
     e = energy(torch.cat([voice, torch.zeros(16000)]))
-    assert ev.energy_correlation(e, e) > .9999 and ev.energy_correlation(e, e - .5) > .99
+    assert ev.energy_correlation(e, e) > 0.9999 and ev.energy_correlation(e, e - 0.5) > 0.99
     hiss = torch.where(e < -9, e + 2, e)
-    assert ev.energy_correlation(hiss, e) > .9999
+    assert ev.energy_correlation(hiss, e) > 0.9999
+
 
 def test_word_errors_and_the_micro_average():
     pytest.importorskip("jiwer")
     assert ev.word_errors("a b c", "a b c") == (0, 3) and ev.word_errors("a b c", "") == (3, 3)
     assert ev.word_errors("a b c", "a x c d") == (2, 3)
-    assert ev.ratio(np.array([[0, 1], [5, 9]])) == .5   # not the mean of 0 and 5/9
+    assert ev.ratio(np.array([[0, 1], [5, 9]])) == 0.5  # not the mean of 0 and 5/9
+
 
 def test_shuffled_texts_score_like_guesses():
     pytest.importorskip("jiwer")
     from faces2voices.talkers import make_sentence
+
     rng = np.random.default_rng(0)
     texts = [make_sentence(rng) for _ in range(400)]
     v = np.array([ev.word_errors(a, b) for a, b in zip(texts, texts[1:] + texts[:1])])
-    assert abs(ev.ratio(v) - ev.guess_wer("talkers")) < .03
+    assert abs(ev.ratio(v) - ev.guess_wer("talkers")) < 0.03
+
 
 def test_the_texts_choose_their_grammar():
-    assert ev.grammar_of(["anna found many green boats"]) == "talkers" and ev.grammar_of(["lay white by z zero please"]) == "grid"
+    assert (
+        ev.grammar_of(["anna found many green boats"]) == "talkers"
+        and ev.grammar_of(["lay white by z zero please"]) == "grid"
+    )
     assert ev.grammar_of(["anna found many green boats", "hello"]) == "" and ev.grammar_of([]) == ""
-    assert math.isclose(ev.guess_wer("talkers"), 10/11) and .8 < ev.guess_wer("grid") < .82
+    assert math.isclose(ev.guess_wer("talkers"), 10 / 11) and 0.8 < ev.guess_wer("grid") < 0.82
+
 
 def test_pocketsphinx_hears_the_world_and_remembers_nothing():
-    pytest.importorskip("pocketsphinx"); pytest.importorskip("espeakng_loader")
+    pytest.importorskip("pocketsphinx")
+    pytest.importorskip("espeakng_loader")
     from faces2voices.talkers import speak
+
     texts = ["lucy likes seven heavy rings", "kevin sells nine blue apples"]
     a, b = (speak(t, f0=120).wav for t in texts)
     listen = ev.listener("talkers")
@@ -126,374 +204,784 @@ def test_pocketsphinx_hears_the_world_and_remembers_nothing():
     assert heard[0] == heard[2] and heard[:2] == texts
     assert isinstance(listen(torch.zeros(16000)), str)
 
+
 def test_the_error_of_a_mean_on_a_card_is_its_standard_error():
     v = np.random.default_rng(1).normal(size=(400, 1))
-    rows, errors = ev.pooled({("original", "STOI"): dict(enumerate(v)), ("original", "ESTOI"): {"c": np.array([.5])}, ("original", "MCD, dB"): {"c": np.array([np.nan])}})
-    assert rows["original"] == {"STOI": round(v.mean(), 5), "ESTOI": .5, "MCD, dB": None}
-    assert abs(errors["original"]["STOI"] - .05) < .005 and errors["original"]["ESTOI"] is errors["original"]["MCD, dB"] is None
+    rows, errors = ev.pooled(
+        {
+            ("original", "STOI"): dict(enumerate(v)),
+            ("original", "ESTOI"): {"c": np.array([0.5])},
+            ("original", "MCD, dB"): {"c": np.array([np.nan])},
+        }
+    )
+    assert rows["original"] == {"STOI": round(v.mean(), 5), "ESTOI": 0.5, "MCD, dB": None}
+    assert (
+        abs(errors["original"]["STOI"] - 0.05) < 0.005
+        and errors["original"]["ESTOI"] is errors["original"]["MCD, dB"] is None
+    )
+
 
 @pytest.mark.parametrize("seed", range(4))
 def test_viterbi_finds_the_best_of_all_paths(seed):
     scores = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
-    paths = [p for p in itertools.product(range(6), repeat=5) if len(c := ev.collapse(p)) == 2 and c[0] in (1, 2) and c[1] in (3, 4, 5)]
+    paths = [
+        p
+        for p in itertools.product(range(6), repeat=5)
+        if len(c := ev.collapse(p)) == 2 and c[0] in (1, 2) and c[1] in (3, 4, 5)
+    ]
     best = max(paths, key=lambda p: sum(scores[t, s] for t, s in enumerate(p)))
     assert ev.best_sentence(scores, [2, 3]) == ev.collapse(best)
     assert ev.best_sentence(scores[:1], [2, 3]) == []
 
+
 def test_collapse():
-    assert ev.collapse([0, 1, 1, 0, 1, 2, 2, 0]) == [1, 1, 2] and ev.collapse([0, 0]) == [] and ev.collapse([3]) == [3]
+    assert (
+        ev.collapse([0, 1, 1, 0, 1, 2, 2, 0]) == [1, 1, 2]
+        and ev.collapse([0, 0]) == []
+        and ev.collapse([3]) == [3]
+    )
+
 
 def test_the_recogniser_hears_eight_tenths_of_a_second():
     mel = torch.randn(1, 80, 400, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ev.Recogniser().eval()(mel, torch.ones(1, 100, dtype=torch.bool))[0, 25].sum().backward()
     assert 60 <= mel.grad[0].abs().sum(0).count_nonzero() <= 80
 
+
 def test_roughened_mels_keep_their_shape_and_differ():
     torch.manual_seed(0)
     mel = torch.randn(3, 80, 120)
     rough = ev.roughen(mel)
-    assert rough.shape == mel.shape and rough.isfinite().all() and not torch.equal(rough, ev.roughen(mel))
-    assert not torch.equal(ev.roughen(mel[:1].expand(2, -1, -1))[0], ev.roughen(mel[:1].expand(2, -1, -1))[1])
+    assert (
+        rough.shape == mel.shape
+        and rough.isfinite().all()
+        and not torch.equal(rough, ev.roughen(mel))
+    )
+    assert not torch.equal(
+        ev.roughen(mel[:1].expand(2, -1, -1))[0], ev.roughen(mel[:1].expand(2, -1, -1))[1]
+    )
+
 
 def test_the_flat_start_cuts_the_loud_part_into_equal_words():
-    mel = torch.full((1, 80, 192), -2.); mel[..., 48:144] = 1.
-    same(ev.flat_start(mel, torch.tensor([[7, 8, 9, 10, 11, 12]])), torch.tensor([[0]*6 + [7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12] + [0]*6]))
+    mel = torch.full((1, 80, 192), -2.0)
+    mel[..., 48:144] = 1.0
+    same(
+        ev.flat_start(mel, torch.tensor([[7, 8, 9, 10, 11, 12]])),
+        torch.tensor([[0] * 6 + [7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12] + [0] * 6]),
+    )
+
 
 def tones(text):
     "Each word a quarter of a second of its own pitch, with silence before and after."
-    t = torch.arange(4000)/16000
-    return F.pad(torch.cat([.3*torch.sin(2*torch.pi*(150 + 120*ev.GRID_WORDS.index(w))*t) for w in text.split()]), (6400, 6400 + 640 - 24000 % 640))[:36480]
+    t = torch.arange(4000) / 16000
+    return F.pad(
+        torch.cat(
+            [
+                0.3 * torch.sin(2 * torch.pi * (150 + 120 * ev.GRID_WORDS.index(w)) * t)
+                for w in text.split()
+            ]
+        ),
+        (6400, 6400 + 640 - 24000 % 640),
+    )[:36480]
+
 
 def test_the_recogniser_learns_two_sentences(tmp_path, monkeypatch):
     "Twelve tones for twelve words: learned in a few steps, written, and never written over."
     pytest.importorskip("jiwer")
     texts = ["bin blue at f two now", "lay white by z zero please"]
-    clips = [Clip(f"g{i}", "s1", t, torch.zeros(57, 1), None, None, None, tones(t), None, None, None, mel=MEL.normalize(MEL(tones(t)))) for i, t in enumerate(texts)]
+    clips = [
+        Clip(
+            f"g{i}",
+            "s1",
+            t,
+            torch.zeros(57, 1),
+            None,
+            None,
+            None,
+            tones(t),
+            None,
+            None,
+            None,
+            mel=MEL.normalize(MEL(tones(t))),
+        )
+        for i, t in enumerate(texts)
+    ]
     monkeypatch.setattr(ev, "ClipDataset", lambda data, split: clips)
     monkeypatch.setattr(ev, "roughen", lambda mel: mel)
-    model = ev.train_recogniser("data", tmp_path/"asr", steps=150, batch=2, command="faces2voices study recogniser data --steps 150")
-    assert [ev.hearing(model)(c.wav) for c in clips] == texts and ev.hearing(model)(torch.zeros(100)) == ""
-    card = (tmp_path/"asr"/"README.md").read_text()
-    assert "0.0 % under the grammar" in card and "CC BY 4.0" in card and "same speakers" in card and "    faces2voices study recogniser data --steps 150\n" in card
-    with pytest.raises(CheckpointError, match="stands already"): ev.train_recogniser("data", tmp_path/"asr", steps=1)
+    model = ev.train_recogniser(
+        "data",
+        tmp_path / "asr",
+        steps=150,
+        batch=2,
+        command="faces2voices study recogniser data --steps 150",
+    )
+    assert [ev.hearing(model)(c.wav) for c in clips] == texts and ev.hearing(model)(
+        torch.zeros(100)
+    ) == ""
+    card = (tmp_path / "asr" / "README.md").read_text()
+    assert (
+        "0.0 % under the grammar" in card
+        and "CC BY 4.0" in card
+        and "same speakers" in card
+        and "    faces2voices study recogniser data --steps 150\n" in card
+    )
+    with pytest.raises(CheckpointError, match="stands already"):
+        ev.train_recogniser("data", tmp_path / "asr", steps=1)
+
 
 def test_a_recogniser_that_is_absent_or_broken_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(ev, "WEIGHTS", tmp_path)
     ev.grid_listener.cache_clear()
-    with pytest.raises(ToolMissingError, match="train_recogniser"): ev.grid_listener()
-    (tmp_path/"grid_asr").mkdir(); (tmp_path/"grid_asr"/"model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match="grid_asr"): ev.grid_listener()
+    with pytest.raises(ToolMissingError, match="train_recogniser"):
+        ev.grid_listener()
+    (tmp_path / "grid_asr").mkdir()
+    (tmp_path / "grid_asr" / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="grid_asr"):
+        ev.grid_listener()
+
 
 def test_the_packaged_recogniser_hears_grid(shared):
     pytest.importorskip("jiwer")
     from faces2voices.audio import load_audio
     from faces2voices.corpora import grid_text
+
     ev.grid_listener.cache_clear()
-    listen, names = ev.grid_listener(), (shared/"grid"/"splits"/"s1_test.txt").read_text().split()[:12]
-    sounds = [(grid_text(n), load_audio(shared/"grid"/"s1"/f"{n}.mp4")) for n in (name.split("_")[-1].split(".")[0] for name in names)]
-    rate = lambda wavs: ev.ratio(np.array([ev.word_errors(text, listen(w)) for (text, _), w in zip(sounds, wavs)]))
+    listen, names = (
+        ev.grid_listener(),
+        (shared / "grid" / "splits" / "s1_test.txt").read_text().split()[:12],
+    )
+    sounds = [
+        (grid_text(n), load_audio(shared / "grid" / "s1" / f"{n}.mp4"))
+        for n in (name.split("_")[-1].split(".")[0] for name in names)
+    ]
+    rate = lambda wavs: ev.ratio(
+        np.array([ev.word_errors(text, listen(w)) for (text, _), w in zip(sounds, wavs)])
+    )
     clean = rate([w for _, w in sounds])
-    assert clean < .1 and clean <= rate([noisy(w, 10) for _, w in sounds]) <= rate([noisy(w, -10) for _, w in sounds])
-    other = ev.ratio(np.array([ev.word_errors(text, listen(w)) for (text, _), (_, w) in zip(sounds, sounds[1:])]))
-    assert other > .5                                       # it listens: another sound is not this text
+    assert clean < 0.1 and clean <= rate([noisy(w, 10) for _, w in sounds]) <= rate(
+        [noisy(w, -10) for _, w in sounds]
+    )
+    other = ev.ratio(
+        np.array([ev.word_errors(text, listen(w)) for (text, _), (_, w) in zip(sounds, sounds[1:])])
+    )
+    assert other > 0.5  # it listens: another sound is not this text
+
 
 def test_an_absent_package_says_how_to_get_it():
-    with pytest.raises(ToolMissingError, match="pip install"): ev.tool("no_such_metric")
+    with pytest.raises(ToolMissingError, match="pip install"):
+        ev.tool("no_such_metric")
+
 
 def test_whisper_and_utmos_come_from_folders_that_the_user_names(tmp_path, monkeypatch):
-    for name in ("F2V_WHISPER", "F2V_UTMOS"): monkeypatch.delenv(name, raising=False)
-    ev.whisper.cache_clear(); ev._utmos_model.cache_clear()
-    with pytest.raises(ToolMissingError, match="F2V_WHISPER"): ev.whisper()
-    with pytest.raises(ToolMissingError, match="F2V_UTMOS"): ev.utmos(torch.zeros(16000))
-    with pytest.raises(ToolMissingError, match="coloured face crops"): ev.no_syncnet(None)
+    for name in ("F2V_WHISPER", "F2V_UTMOS"):
+        monkeypatch.delenv(name, raising=False)
+    ev.whisper.cache_clear()
+    ev._utmos_model.cache_clear()
+    with pytest.raises(ToolMissingError, match="F2V_WHISPER"):
+        ev.whisper()
+    with pytest.raises(ToolMissingError, match="F2V_UTMOS"):
+        ev.utmos(torch.zeros(16000))
+    with pytest.raises(ToolMissingError, match="coloured face crops"):
+        ev.no_syncnet(None)
+
     # stand-ins with the interfaces of the real ones
     class WhisperModel:
-        def __init__(self, folder, device, local_files_only): assert folder == str(tmp_path) and local_files_only
-        def transcribe(self, wav, language): assert wav.dtype == np.float32; return iter([types.SimpleNamespace(text=" Bin blue at F2,"), types.SimpleNamespace(text=" now.")]), None
-    monkeypatch.setitem(sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=WhisperModel))
+        def __init__(self, folder, device, local_files_only):
+            assert folder == str(tmp_path) and local_files_only
+
+        def transcribe(self, wav, language):
+            assert wav.dtype == np.float32
+            return iter(
+                [
+                    types.SimpleNamespace(text=" Bin blue at F2,"),
+                    types.SimpleNamespace(text=" now."),
+                ]
+            ), None
+
+    monkeypatch.setitem(
+        sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=WhisperModel)
+    )
     monkeypatch.setenv("F2V_WHISPER", str(tmp_path))
     assert ev.whisper()(torch.zeros(16000, dtype=torch.float64)) == "bin blue at f two now"
     ev.whisper.cache_clear()
 
+
 def test_a_clone_named_like_the_package_of_dnsmos_leaves_it_alone(tmp_path, monkeypatch):
     ev._utmos_model.cache_clear()
-    (tmp_path/"speechmos"/"utmos22").mkdir(parents=True); (tmp_path/"speechmos"/"__init__.py").touch()
-    (tmp_path/"speechmos"/"utmos22"/"__init__.py").write_text("import torch\nclass M(torch.nn.Module):\n    def forward(self, wav, sr): assert sr == 16000 and wav.ndim == 2; return wav.mean(1)\n")
-    (tmp_path/"hubconf.py").write_text("from speechmos.utmos22 import M\ndef utmos22_strong(): return M()\n")
+    (tmp_path / "speechmos" / "utmos22").mkdir(parents=True)
+    (tmp_path / "speechmos" / "__init__.py").touch()
+    (tmp_path / "speechmos" / "utmos22" / "__init__.py").write_text(
+        "import torch\nclass M(torch.nn.Module):\n    def forward(self, wav, sr): assert sr == 16000 and wav.ndim == 2; return wav.mean(1)\n"
+    )
+    (tmp_path / "hubconf.py").write_text(
+        "from speechmos.utmos22 import M\ndef utmos22_strong(): return M()\n"
+    )
     monkeypatch.setitem(sys.modules, "speechmos", theirs := types.ModuleType("speechmos"))
     monkeypatch.setenv("F2V_UTMOS", str(tmp_path))
-    assert ev.utmos(torch.full((16000,), .25)) == .25 and sys.modules["speechmos"] is theirs and "speechmos.utmos22" not in sys.modules
-    ev._utmos_model.cache_clear(); monkeypatch.setenv("F2V_UTMOS", str(tmp_path/"speechmos"))
-    with pytest.raises(ToolMissingError, match="gave no UTMOS"): ev.utmos(torch.zeros(16000))
+    assert (
+        ev.utmos(torch.full((16000,), 0.25)) == 0.25
+        and sys.modules["speechmos"] is theirs
+        and "speechmos.utmos22" not in sys.modules
+    )
+    ev._utmos_model.cache_clear()
+    monkeypatch.setenv("F2V_UTMOS", str(tmp_path / "speechmos"))
+    with pytest.raises(ToolMissingError, match="gave no UTMOS"):
+        ev.utmos(torch.zeros(16000))
 
-def entry(name, speaker, text, split): return Entry(name, name, speaker, text, split)
+
+def entry(name, speaker, text, split):
+    return Entry(name, name, speaker, text, split)
+
 
 def test_clips_that_were_trained_on_are_left_out():
-    entries = [entry("a", "s1", "x", "train"), entry("b", "s1", "y", "test"), entry("c", "s2", "x", "test"), entry("d", "s2", "z", "test")]
+    entries = [
+        entry("a", "s1", "x", "train"),
+        entry("b", "s1", "y", "test"),
+        entry("c", "s2", "x", "test"),
+        entry("d", "s2", "z", "test"),
+    ]
     kept, out = ev.unseen(entries)
-    assert [e.name for e in kept] == ["d"] and (out["sentence_trained_on"], out["face_trained_on"], out["faces_are_new"]) == (1, 1, True)
-    kept, out = ev.unseen(entries[:2])                      # one speaker: the face cannot be new
+    assert [e.name for e in kept] == ["d"] and (
+        out["sentence_trained_on"],
+        out["face_trained_on"],
+        out["faces_are_new"],
+    ) == (1, 1, True)
+    kept, out = ev.unseen(entries[:2])  # one speaker: the face cannot be new
     assert [e.name for e in kept] == ["b"] and not out["faces_are_new"]
     assert len(ev.unseen(entries, "train")[0]) == 1
-    assert ev.unseen(entries[2:])[1]["faces_are_new"] is None    # a manifest without training clips cannot tell
+    assert (
+        ev.unseen(entries[2:])[1]["faces_are_new"] is None
+    )  # a manifest without training clips cannot tell
+
 
 def made_clip(i, voice, text):
     "A clip whose picture is noise and whose sound is a vowel."
     g = torch.Generator().manual_seed(i)
-    wav = (voice if i % 2 else voice.flip(0))[:640*(24 + i)]
+    wav = (voice if i % 2 else voice.flip(0))[: 640 * (24 + i)]
     picture = lambda *shape: torch.randint(256, shape, generator=g, dtype=torch.uint8)
-    T = len(wav)//640
-    return Clip(f"c{i}", f"s{i//2}", text, picture(T, 96, 96), picture(112, 112, 3), torch.rand(T, 1152, generator=g), torch.zeros(0), wav, *pitch(wav), energy(wav))
+    T = len(wav) // 640
+    return Clip(
+        f"c{i}",
+        f"s{i // 2}",
+        text,
+        picture(T, 96, 96),
+        picture(112, 112, 3),
+        torch.rand(T, 1152, generator=g),
+        torch.zeros(0),
+        wav,
+        *pitch(wav),
+        energy(wav),
+    )
 
-TEXTS = ["anna found many green boats", "kevin sells nine blue apples", "lucy likes seven heavy rings", "henry wants three small chairs"]
+
+TEXTS = [
+    "anna found many green boats",
+    "kevin sells nine blue apples",
+    "lucy likes seven heavy rings",
+    "henry wants three small chairs",
+]
+
 
 @pytest.fixture(scope="module")
-def clips(voice): return [made_clip(i, voice, t) for i, t in enumerate(TEXTS)]
+def clips(voice):
+    return [made_clip(i, voice, t) for i, t in enumerate(TEXTS)]
+
 
 @pytest.fixture(scope="module")
 def model():
     from faces2voices.synthesis import FacesToVoices
+
     torch.manual_seed(0)
     return FacesToVoices(TINY.to_json())
 
+
 def test_borrowed_faces_and_lips(clips):
-    assert ev.wrong_face(clips[0], clips).name == "c2" and ev.wrong_face(clips[3], clips).name == "c0"
+    assert (
+        ev.wrong_face(clips[0], clips).name == "c2" and ev.wrong_face(clips[3], clips).name == "c0"
+    )
     assert ev.wrong_face(clips[0], clips[:2]) is None
-    assert ev.wrong_lips(clips[0], clips).name == "c1" and ev.wrong_lips(clips[0], clips[:1]) is None
+    assert (
+        ev.wrong_lips(clips[0], clips).name == "c1" and ev.wrong_lips(clips[0], clips[:1]) is None
+    )
     longer, shorter = ev.with_lips(clips[3], clips[0].lips), ev.with_lips(clips[0], clips[3].lips)
     assert len(longer.lips) == len(clips[3].lips) and len(shorter.lips) == len(clips[0].lips)
-    same(longer.lips[-1], clips[0].lips[-1]); same(shorter.lips, clips[3].lips[:24])
+    same(longer.lips[-1], clips[0].lips[-1])
+    same(shorter.lips, clips[3].lips[:24])
+
 
 def test_the_rows_of_a_score(clips, model, monkeypatch):
     "Without the slow or optional judges; `original` is perfect, and absent tools are blanks with a reason."
-    monkeypatch.setattr(ev, "METRICS", [m for m in ev.METRICS if m.needs in ("", "librosa", "pesq")])
+    monkeypatch.setattr(
+        ev, "METRICS", [m for m in ev.METRICS if m.needs in ("", "librosa", "pesq")]
+    )
     monkeypatch.setattr(ev, "listener", lambda grammar: lambda wav: "")
     monkeypatch.setitem(sys.modules, "pesq", None)
-    rows, errors, reasons = ev.score(model, clips[:3], steps=1, guidance=1., seed=0)
-    assert tuple(rows) == ev.ROWS and "pip install pesq" in reasons["PESQ"] and "PESQ" not in rows["original"]
+    rows, errors, reasons = ev.score(model, clips[:3], steps=1, guidance=1.0, seed=0)
+    assert (
+        tuple(rows) == ev.ROWS
+        and "pip install pesq" in reasons["PESQ"]
+        and "PESQ" not in rows["original"]
+    )
     first = rows["original"]
-    assert first["MCD, dB"] == 0 and first["units heard in speech"] == 1 and first["voice similarity"] > .999 and first["energy, r"] > .999
+    assert (
+        first["MCD, dB"] == 0
+        and first["units heard in speech"] == 1
+        and first["voice similarity"] > 0.999
+        and first["energy, r"] > 0.999
+    )
     assert "unit accuracy" in rows["synthesised"] and "unit accuracy" not in rows["vocoder"]
-    assert [r for r in rows if "voice similarity to the borrowed face" in rows[r]] == ["original", "wrong face"]
+    assert [r for r in rows if "voice similarity to the borrowed face" in rows[r]] == [
+        "original",
+        "wrong face",
+    ]
     assert "2 speakers" in reasons["mean F0, r"] and "mean F0, r" not in first
-    card = dict(rows=rows, errors=errors, reasons=reasons, clips=3, speakers=2, seconds_of_speech=3., left_out=dict(of_split=3, sentence_trained_on=0, faces_are_new=True),
-        wer_protocol="", command="faces2voices evaluate DATA", seconds=1., machine="here", commit="abc1234", data={})
+    card = dict(
+        rows=rows,
+        errors=errors,
+        reasons=reasons,
+        clips=3,
+        speakers=2,
+        seconds_of_speech=3.0,
+        left_out=dict(of_split=3, sentence_trained_on=0, faces_are_new=True),
+        wer_protocol="",
+        command="faces2voices evaluate DATA",
+        seconds=1.0,
+        machine="here",
+        commit="abc1234",
+        data={},
+    )
     shown = ev.show_card(json.loads(json.dumps(card)))
-    assert len({line.count("|") for line in shown.splitlines() if line.startswith("|")}) == 1 and "pip install pesq" in shown
+    assert (
+        len({line.count("|") for line in shown.splitlines() if line.startswith("|")}) == 1
+        and "pip install pesq" in shown
+    )
+
 
 def test_beginnings_that_were_trained_on_are_told_apart():
     texts = ["bin blue at f two now", "bin blue at f nine soon", "set red by k one again"]
-    clips = [Clip(f"c{i}", "s", t, *[None]*8) for i, t in enumerate(texts)]
-    values = {("original", "WER"): {"c0": np.array([1, 6]), "c1": np.array([2, 6]), "c2": np.array([6, 6])}, ("original", "ESTOI"): {"c0": np.array([1.])}}
+    clips = [Clip(f"c{i}", "s", t, *[None] * 8) for i, t in enumerate(texts)]
+    values = {
+        ("original", "WER"): {
+            "c0": np.array([1, 6]),
+            "c1": np.array([2, 6]),
+            "c2": np.array([6, 6]),
+        },
+        ("original", "ESTOI"): {"c0": np.array([1.0])},
+    }
     found = ev.by_beginning(values, clips, {"bin blue at f"})
-    assert found["trained on"]["clips"] == 2 and found["new"]["clips"] == 1 and "ESTOI" not in found["new"]
+    assert (
+        found["trained on"]["clips"] == 2
+        and found["new"]["clips"] == 1
+        and "ESTOI" not in found["new"]
+    )
     rate, low, high = found["trained on"]["WER"]["original"]
-    assert math.isclose(rate, 3/12) and math.isclose(low, 1/6, abs_tol=1e-4) and math.isclose(high, 2/6, abs_tol=1e-4) and found["new"]["WER"]["original"] == [1, None, None]
+    assert (
+        math.isclose(rate, 3 / 12)
+        and math.isclose(low, 1 / 6, abs_tol=1e-4)
+        and math.isclose(high, 2 / 6, abs_tol=1e-4)
+        and found["new"]["WER"]["original"] == [1, None, None]
+    )
     lines = ev.beginnings_text(dict(by_beginning=json.loads(json.dumps(found))))
-    assert "the 2 clips" in lines[0] and "original 25.0 % [16.7, 33.3]" in lines[0] and "the 1 clips" not in lines[0]
-    assert "original 100.0 %" in lines[1] and "[" not in lines[1]                 # one clip has no interval
-    assert ev.beginnings_text({}) == [] and ev.beginnings_text(dict(by_beginning=ev.by_beginning(values, clips, set()))) == []
+    assert (
+        "the 2 clips" in lines[0]
+        and "original 25.0 % [16.7, 33.3]" in lines[0]
+        and "the 1 clips" not in lines[0]
+    )
+    assert "original 100.0 %" in lines[1] and "[" not in lines[1]  # one clip has no interval
+    assert (
+        ev.beginnings_text({}) == []
+        and ev.beginnings_text(dict(by_beginning=ev.by_beginning(values, clips, set()))) == []
+    )
+
 
 def test_speakers_with_enough_clips_get_numbers_of_their_own():
-    clips = [Clip(f"c{i}", "many" if i < 5 else "few", "bin blue at f two now", *[None]*8) for i in range(7)]
-    values = {("synthesised", "WER"): {c.name: np.array([i, 6]) for i, c in enumerate(clips)}, ("original", "ESTOI"): {"c6": np.array([1.])}}
+    clips = [
+        Clip(f"c{i}", "many" if i < 5 else "few", "bin blue at f two now", *[None] * 8)
+        for i in range(7)
+    ]
+    values = {
+        ("synthesised", "WER"): {c.name: np.array([i, 6]) for i, c in enumerate(clips)},
+        ("original", "ESTOI"): {"c6": np.array([1.0])},
+    }
     found = json.loads(json.dumps(ev.by_speaker(values, clips)))
-    assert found.keys() == {"many"} and found["many"]["clips"] == 5 and found["many"]["rows"] == {"synthesised": {"WER": round(10/30, 5)}}
+    assert (
+        found.keys() == {"many"}
+        and found["many"]["clips"] == 5
+        and found["many"]["rows"] == {"synthesised": {"WER": round(10 / 30, 5)}}
+    )
     table = ev.speakers_table(dict(by_speaker=found))
     assert "many, 5 clips" in table and "33.3 ±" in table and "ESTOI" not in table
-    assert ev.by_speaker(values, clips[:5]) == {} and ev.speakers_table({}) == ev.speakers_table(dict(by_speaker={})) == ""
+    assert (
+        ev.by_speaker(values, clips[:5]) == {}
+        and ev.speakers_table({}) == ev.speakers_table(dict(by_speaker={})) == ""
+    )
+
 
 def test_cards_of_before_are_still_shown():
     card = ex.stored_card("grid")
-    if card is None: pytest.skip("no card of GRID is stored")
-    del card["reasons"], card["errors"]; card.pop("by_beginning", None)
-    shown = ev.show_card(card | dict(reasons={"LSE-C": "no SyncNet", "LSE-D": "no SyncNet"}, errors={}))
-    assert "blank: LSE-C, LSE-D, because no SyncNet" in shown and any(line.startswith("| LSE-C ↑") for line in shown.splitlines())
+    if card is None:
+        pytest.skip("no card of GRID is stored")
+    del card["reasons"], card["errors"]
+    card.pop("by_beginning", None)
+    shown = ev.show_card(
+        card | dict(reasons={"LSE-C": "no SyncNet", "LSE-D": "no SyncNet"}, errors={})
+    )
+    assert "blank: LSE-C, LSE-D, because no SyncNet" in shown and any(
+        line.startswith("| LSE-C ↑") for line in shown.splitlines()
+    )
 
-SYSTEMS = {"ours": 3.5, "original": 4.5, "griffin": 2.}
+
+SYSTEMS = {"ours": 3.5, "original": 4.5, "griffin": 2.0}
+
 
 @pytest.fixture()
 def asked(tmp_path, voice):
     "A listening test of three systems and four clips."
-    page = ev.listening_test({system: {f"clip {i}": voice[:16000 + 640*i]*(i + 1)/4 for i in range(4)} for system in SYSTEMS}, tmp_path/"test", seed=1)
-    return page, json.loads((tmp_path/"test"/"key.json").read_text())
+    page = ev.listening_test(
+        {
+            system: {f"clip {i}": voice[: 16000 + 640 * i] * (i + 1) / 4 for i in range(4)}
+            for system in SYSTEMS
+        },
+        tmp_path / "test",
+        seed=1,
+    )
+    return page, json.loads((tmp_path / "test" / "key.json").read_text())
+
 
 def write_marks(path, key, who, mark, check=None):
     "The CSV that the page of listener `who` would save."
-    rows = [(n, mark(system, clip)) for n, (system, clip) in key["items"].items()] + [(n, c if check is None else check) for n, c in key["attention"].items()]
-    path.write_text("test,listener,position,item,rating\n" + "".join(f"{key['test']},{who},{i},{n},{r}\n" for i, (n, r) in enumerate(rows, 1)))
+    rows = [(n, mark(system, clip)) for n, (system, clip) in key["items"].items()] + [
+        (n, c if check is None else check) for n, c in key["attention"].items()
+    ]
+    path.write_text(
+        "test,listener,position,item,rating\n"
+        + "".join(f"{key['test']},{who},{i},{n},{r}\n" for i, (n, r) in enumerate(rows, 1))
+    )
     return path
+
 
 def test_a_listening_test_is_blind_and_level(asked, tmp_path, voice):
     page, key = asked
     text, wavs = page.read_text(), sorted(page.parent.glob("*.wav"))
     assert len(wavs) == 13 and len(key["items"]) == 12 and len(key["attention"]) == 1
-    assert {tuple(v) for v in key["items"].values()} == {(s, f"clip {i}") for s in SYSTEMS for i in range(4)}
-    assert not any(system in text for system in SYSTEMS) and "key" not in [p.stem for p in page.parent.iterdir()] and "http" not in text
+    assert {tuple(v) for v in key["items"].values()} == {
+        (s, f"clip {i}") for s in SYSTEMS for i in range(4)
+    }
+    assert (
+        not any(system in text for system in SYSTEMS)
+        and "key" not in [p.stem for p in page.parent.iterdir()]
+        and "http" not in text
+    )
+
     def rms(path):
-        with wave.open(str(path)) as w: return np.frombuffer(w.readframes(w.getnframes()), np.int16).astype(float).std()/32768
-    assert max(abs(rms(w) - .05) for w in wavs) < .005
+        with wave.open(str(path)) as w:
+            return np.frombuffer(w.readframes(w.getnframes()), np.int16).astype(float).std() / 32768
+
+    assert max(abs(rms(w) - 0.05) for w in wavs) < 0.005
     order = [s for s, _ in key["items"].values()]
     assert order != sorted(order)
-    again = ev.listening_test({system: {f"clip {i}": voice[:16000 + 640*i] for i in range(4)} for system in SYSTEMS}, tmp_path/"again", seed=1)
-    assert json.loads((tmp_path/"again"/"key.json").read_text()) == key and again != page
-    with pytest.raises(F2VError, match="already exists"): ev.listening_test({"a": {"c": voice}}, tmp_path/"test")
-    with pytest.raises(CorpusError, match="same clips"): ev.listening_test({"a": {"c": voice}, "b": {"d": voice}}, tmp_path/"other")
+    again = ev.listening_test(
+        {system: {f"clip {i}": voice[: 16000 + 640 * i] for i in range(4)} for system in SYSTEMS},
+        tmp_path / "again",
+        seed=1,
+    )
+    assert json.loads((tmp_path / "again" / "key.json").read_text()) == key and again != page
+    with pytest.raises(F2VError, match="already exists"):
+        ev.listening_test({"a": {"c": voice}}, tmp_path / "test")
+    with pytest.raises(CorpusError, match="same clips"):
+        ev.listening_test({"a": {"c": voice}, "b": {"d": voice}}, tmp_path / "other")
+
 
 def test_marks_of_known_mean_come_back(asked, tmp_path):
     _, key = asked
     rng = np.random.default_rng(0)
-    exact = lambda system, clip: int(SYSTEMS[system]) + (SYSTEMS[system] % 1 > 0 and int(clip[-1]) % 2)     # means 3.5, 4.5 and 2
-    paths = [write_marks(tmp_path/f"{i}.csv", key, f"l{i}", exact) for i in range(5)] + [write_marks(tmp_path/"a.csv", key, "asleep", lambda *_: 3, check=1)]
-    found, asleep = ev.opinions(paths, tmp_path/"test"/"key.json")
+    exact = lambda system, clip: (
+        int(SYSTEMS[system]) + (SYSTEMS[system] % 1 > 0 and int(clip[-1]) % 2)
+    )  # means 3.5, 4.5 and 2
+    paths = [write_marks(tmp_path / f"{i}.csv", key, f"l{i}", exact) for i in range(5)] + [
+        write_marks(tmp_path / "a.csv", key, "asleep", lambda *_: 3, check=1)
+    ]
+    found, asleep = ev.opinions(paths, tmp_path / "test" / "key.json")
     assert asleep == ["asleep"] and {s: o.estimate for s, o in found.items()} == SYSTEMS
-    assert found["griffin"] == (2., 2., 2., 0., 20) and found["ours"].low < 3.5 < found["ours"].high
-    with pytest.raises(CorpusError, match="passed the attention check"): ev.opinions(paths[-1:], tmp_path/"test"/"key.json")
-    with pytest.raises(CorpusError, match="second file of listener"): ev.opinions([paths[0], paths[0]], tmp_path/"test"/"key.json")
+    assert (
+        found["griffin"] == (2.0, 2.0, 2.0, 0.0, 20)
+        and found["ours"].low < 3.5 < found["ours"].high
+    )
+    with pytest.raises(CorpusError, match="passed the attention check"):
+        ev.opinions(paths[-1:], tmp_path / "test" / "key.json")
+    with pytest.raises(CorpusError, match="second file of listener"):
+        ev.opinions([paths[0], paths[0]], tmp_path / "test" / "key.json")
+
 
 def test_a_table_of_opinions_names_who_was_left_out():
-    shown = ev.show_mos(dict(clips=4, listeners=5, left_out=["ann"], systems=dict(b=dict(mos=2., low=1.5, high=2.5), a=dict(mos=3.25, low=3., high=3.5))))
-    assert shown.index("3.25") < shown.index("2.00") and "3.00 to 3.50" in shown and "5 listeners, 4 clips" in shown and "ann" in shown
+    shown = ev.show_mos(
+        dict(
+            clips=4,
+            listeners=5,
+            left_out=["ann"],
+            systems=dict(b=dict(mos=2.0, low=1.5, high=2.5), a=dict(mos=3.25, low=3.0, high=3.5)),
+        )
+    )
+    assert (
+        shown.index("3.25") < shown.index("2.00")
+        and "3.00 to 3.50" in shown
+        and "5 listeners, 4 clips" in shown
+        and "ann" in shown
+    )
+
 
 def test_sounds_in_a_folder(tmp_path, voice):
     from faces2voices.audio import save_wav
-    with pytest.raises(CorpusError, match="holds no .wav"): ev.sounds_in(tmp_path)
-    save_wav(tmp_path/"a b.wav", voice)
-    (tmp_path/"c.mp4").write_bytes(b"a film that is not looked at beside a wav")
+
+    with pytest.raises(CorpusError, match="holds no .wav"):
+        ev.sounds_in(tmp_path)
+    save_wav(tmp_path / "a b.wav", voice)
+    (tmp_path / "c.mp4").write_bytes(b"a film that is not looked at beside a wav")
     found = ev.sounds_in(tmp_path)
     assert list(found) == ["a b"]
     same(found["a b"], voice, atol=2**-14)
 
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"test": "x", "items": [], "attention": {}}'])
 def test_a_key_that_is_none_is_refused_by_name(tmp_path, text):
-    (tmp_path/"key.json").write_text(text)
-    with pytest.raises(CorpusError, match="key.json: is not the key of a listening test"): ev.read_key(tmp_path/"key.json")
+    (tmp_path / "key.json").write_text(text)
+    with pytest.raises(CorpusError, match="key.json: is not the key of a listening test"):
+        ev.read_key(tmp_path / "key.json")
 
-@pytest.mark.parametrize("spoil, why", [(lambda t: t.replace("item,", "thing,"), "KeyError"), (lambda t: t.replace(",3\n", ",9\n"), "between 1 and 5"), (lambda t: t.replace(",3\n", ",good\n"), "invalid literal"),
-    (lambda t: "\n".join(t.splitlines()[:-2]), "missing"), (lambda t: t + t.splitlines()[1] + "\n", "doubled"), (lambda t: t.replace("l0", "l1", 1), "several"), (lambda t: t[:40], "not a whole set"),
-    (lambda t: "", "not of this test"), (lambda t: "\x00\xff"*40, "CorpusError|not a whole"), (lambda t: t + "#"*1_000_001, "over 1 MB")])
+
+@pytest.mark.parametrize(
+    "spoil, why",
+    [
+        (lambda t: t.replace("item,", "thing,"), "KeyError"),
+        (lambda t: t.replace(",3\n", ",9\n"), "between 1 and 5"),
+        (lambda t: t.replace(",3\n", ",good\n"), "invalid literal"),
+        (lambda t: "\n".join(t.splitlines()[:-2]), "missing"),
+        (lambda t: t + t.splitlines()[1] + "\n", "doubled"),
+        (lambda t: t.replace("l0", "l1", 1), "several"),
+        (lambda t: t[:40], "not a whole set"),
+        (lambda t: "", "not of this test"),
+        (lambda t: "\x00\xff" * 40, "CorpusError|not a whole"),
+        (lambda t: t + "#" * 1_000_001, "over 1 MB"),
+    ],
+)
 def test_spoilt_marks_are_refused_by_name(asked, tmp_path, spoil, why):
-    path = write_marks(tmp_path/"m.csv", asked[1], "l0", lambda *_: 3)
+    path = write_marks(tmp_path / "m.csv", asked[1], "l0", lambda *_: 3)
     assert ev.read_ratings(path, asked[1])[0] == "l0"
     path.write_text(spoil(path.read_text()), encoding="latin-1")
-    with pytest.raises(CorpusError, match=why) as e: ev.read_ratings(path, asked[1])
+    with pytest.raises(CorpusError, match=why) as e:
+        ev.read_ratings(path, asked[1])
     assert "m.csv" in str(e.value)
 
+
 def test_claims_need_two_standard_errors():
-    card = lambda borrowed, error: dict(rows={"wrong face": {"mean F0 of the borrowed face, r": borrowed, "mean F0, r": .1}}, errors={"wrong face": {"mean F0 of the borrowed face, r": error}})
+    card = lambda borrowed, error: dict(
+        rows={"wrong face": {"mean F0 of the borrowed face, r": borrowed, "mean F0, r": 0.1}},
+        errors={"wrong face": {"mean F0 of the borrowed face, r": error}},
+    )
     verdict = lambda *a: {claim: holds for claim, holds, _ in ev.claims(card(*a))}
     name = "with another face, mean pitch follows the borrowed face"
-    assert verdict(.9, .1)[name] is True and verdict(.9, .5)[name] is False and verdict(.05, 0.)[name] is False
-    assert sum(v is not None for v in verdict(.9, .1).values()) == 1
-    lips = dict(rows={"wrong lips": {"WER of the borrowed lips": .1, "WER": .9}}, errors={})   # lower is better
+    assert (
+        verdict(0.9, 0.1)[name] is True
+        and verdict(0.9, 0.5)[name] is False
+        and verdict(0.05, 0.0)[name] is False
+    )
+    assert sum(v is not None for v in verdict(0.9, 0.1).values()) == 1
+    lips = dict(
+        rows={"wrong lips": {"WER of the borrowed lips": 0.1, "WER": 0.9}}, errors={}
+    )  # lower is better
     assert ev.claims(lips)[0][1] is True
+
 
 def test_a_corpus_of_known_sentences_is_an_error(tmp_path):
     entries = [entry("a", "s", "x", "train"), entry("b", "s", "x", "test")]
-    write_manifest(entries, tmp_path/"manifest.jsonl")
-    with pytest.raises(CorpusError, match="not trained on"): ev.test_clips(tmp_path)
+    write_manifest(entries, tmp_path / "manifest.jsonl")
+    with pytest.raises(CorpusError, match="not trained on"):
+        ev.test_clips(tmp_path)
+
 
 def test_ablation_trains_judges_and_resumes(clips, tmp_path, monkeypatch):
     from dataclasses import replace
     from faces2voices.corpora import ClipDataset
-    small = replace(TINY, dim=16, n_blocks=1, lip_width=4, n_units=8, steps=TINY.steps | dict(speaker=1), batch=TINY.batch | dict(hierarchy=2, speaker=2))
+
+    small = replace(
+        TINY,
+        dim=16,
+        n_blocks=1,
+        lip_width=4,
+        n_units=8,
+        steps=TINY.steps | dict(speaker=1),
+        batch=TINY.batch | dict(hierarchy=2, speaker=2),
+    )
     dataset = lambda data, split: ClipDataset(clips if split == "train" else clips[:2])
-    monkeypatch.setattr(ex, "ClipDataset", dataset); monkeypatch.setattr(ex, "preset_for", lambda clip: small)
-    data = tmp_path/"data"
+    monkeypatch.setattr(ex, "ClipDataset", dataset)
+    monkeypatch.setattr(ex, "preset_for", lambda clip: small)
+    data = tmp_path / "data"
     data.mkdir()
-    (data/"manifest.jsonl").touch()
+    (data / "manifest.jsonl").touch()
     rows = ex.ablation(data, tmp_path, steps=1)
-    assert [r["without"] for r in rows] == list(ex.VARIANTS) and all(np.isfinite(r["prior loss"]) for r in rows)
+    assert [r["without"] for r in rows] == list(ex.VARIANTS) and all(
+        np.isfinite(r["prior loss"]) for r in rows
+    )
     flat = rows[-1]
     assert "unit accuracy in speech" not in flat and flat["mean F0 predicted, r"] is None
-    monkeypatch.setattr(ex, "fit", None)                    # nothing is trained a second time
+    monkeypatch.setattr(ex, "fit", None)  # nothing is trained a second time
     assert ex.ablation(data, tmp_path, steps=1) == rows
     assert all(r["commit"] and r["machine"] for r in rows)
-    shown = ex.show_ablation(dict(rows=rows, command="faces2voices ablate data --steps 1", machine="here"))
-    assert shown.count("| without ") == 4 and "`faces2voices ablate data --steps 1` on here" in shown
+    shown = ex.show_ablation(
+        dict(rows=rows, command="faces2voices ablate data --steps 1", machine="here")
+    )
+    assert (
+        shown.count("| without ") == 4 and "`faces2voices ablate data --steps 1` on here" in shown
+    )
+
 
 def ablation_rows(seeds=3):
     "Each seed is lucky for all variants, timbre is lost, little else changes."
     rng = np.random.default_rng(0)
     luck = rng.normal(size=seeds)
+
     def row(name, seed):
-        scores = {k: luck[seed] + .01*rng.normal() - (name == "timbre") for k in ex.JUDGED}
+        scores = {k: luck[seed] + 0.01 * rng.normal() - (name == "timbre") for k in ex.JUDGED}
         return dict(without=name, seed=seed, steps=1, clips=2, weights=1e6, **scores)
+
     return [row(name, seed) for seed in range(seeds) for name in ex.VARIANTS]
+
 
 def test_changes_are_within_seeds_and_corrected_over_all_that_is_compared():
     from scipy.stats import ttest_rel
+
     rows = ablation_rows()
     found = ex.changes(rows)
-    assert len(found) == 4*len(ex.JUDGED) and not any(name == "whole" for name, _ in found)
-    plain = {(n, k): ttest_rel(ex.reached(rows, n, k), ex.reached(rows, "whole", k)).pvalue for n, k in found}
-    by_hand = {key: p*(len(plain) - rank) for rank, (key, p) in enumerate(sorted(plain.items(), key=lambda item: item[1]))}
+    assert len(found) == 4 * len(ex.JUDGED) and not any(name == "whole" for name, _ in found)
+    plain = {
+        (n, k): ttest_rel(ex.reached(rows, n, k), ex.reached(rows, "whole", k)).pvalue
+        for n, k in found
+    }
+    by_hand = {
+        key: p * (len(plain) - rank)
+        for rank, (key, p) in enumerate(sorted(plain.items(), key=lambda item: item[1]))
+    }
     first = min(plain, key=plain.get)
-    assert math.isclose(found[first][1], by_hand[first]) and all(p >= plain[key] for key, (_, p) in found.items())
-    sure = {key for key, (_, p) in found.items() if p < .05}
+    assert math.isclose(found[first][1], by_hand[first]) and all(
+        p >= plain[key] for key, (_, p) in found.items()
+    )
+    sure = {key for key, (_, p) in found.items() if p < 0.05}
     assert sure and {name for name, _ in sure} == {"timbre"}
-    assert abs(found["timbre", "energy, r"][0].estimate + 1) < .05
+    assert abs(found["timbre", "energy, r"][0].estimate + 1) < 0.05
+
     def shown(rows):
         return ex.show_ablation(dict(rows=rows, command="faces2voices ablate", machine="here"))
-    assert shown(rows).count("**") == 2*len(sure) and "28 comparisons" in shown(rows)
-    assert ex.changes(rows[:5]) == {} and "**" not in shown(rows[:5])            # one seed
-    rows[-1] |= {"energy, r": None}
-    del rows[-2]["energy, r"]                                  # a measure that a run does not have
-    assert len(ex.reached(rows, "hierarchy", "energy, r")) == len(ex.reached(rows, "prosody", "energy, r")) == 2
 
-def test_a_sweep_keeps_the_clips_and_its_picture_says_how_sure_a_change_is(clips, model, monkeypatch):
-    pytest.importorskip("pystoi"); pytest.importorskip("matplotlib").use("Agg")
+    assert shown(rows).count("**") == 2 * len(sure) and "28 comparisons" in shown(rows)
+    assert ex.changes(rows[:5]) == {} and "**" not in shown(rows[:5])  # one seed
+    rows[-1] |= {"energy, r": None}
+    del rows[-2]["energy, r"]  # a measure that a run does not have
+    assert (
+        len(ex.reached(rows, "hierarchy", "energy, r"))
+        == len(ex.reached(rows, "prosody", "energy, r"))
+        == 2
+    )
+
+
+def test_a_sweep_keeps_the_clips_and_its_picture_says_how_sure_a_change_is(
+    clips, model, monkeypatch
+):
+    pytest.importorskip("pystoi")
+    pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.setattr(ev, "dnsmos", lambda wav: dict(ovrl_mos=float(wav.abs().mean())))
     monkeypatch.setattr(ex, "listener", lambda grammar: lambda wav: "bin blue")
     rows = ex.flow_study(model, clips[:3], (0, 1), ())
     assert [r["steps"] for r in rows] == [0, 1] and json.loads(json.dumps(rows))
     for r in rows:
         assert all(len(v) == 3 for k, v in r["of_clips"].items() if v is not None)
-        assert all(math.isclose(r[k], np.mean(r["of_clips"][k]), abs_tol=2e-4) for k in ex.SWEPT[1:])
+        assert all(
+            math.isclose(r[k], np.mean(r["of_clips"][k]), abs_tol=2e-4) for k in ex.SWEPT[1:]
+        )
     shown = []
-    monkeypatch.setattr("IPython.display.display", lambda fig, metadata: shown.append(metadata["alt"]))
-    alike = [r | dict(of_clips={k: [1., 2., 3.] for k in ex.SWEPT}) for r in rows]
+    monkeypatch.setattr(
+        "IPython.display.display", lambda fig, metadata: shown.append(metadata["alt"])
+    )
+    alike = [r | dict(of_clips={k: [1.0, 2.0, 3.0] for k in ex.SWEPT}) for r in rows]
     alike[1]["of_clips"] = {k: [1.5, 2.5, 3.5] for k in ex.SWEPT}
     ex.plot_changes(alike)
     assert "ESTOI +0.500 ± 0.000" in shown[0]
 
+
 def test_a_perfect_mu_is_judged_perfect(clips, model):
     from faces2voices.corpora import with_targets
     from faces2voices.hierarchy import Mu
+
     clip = with_targets(clips[0], None, model.speaker_encoder)
-    row = ex.judge_mu(lambda *_: Mu(clip.mel[None], torch.zeros(1, 256), None, None), clip, model.speaker_encoder)
-    assert row["error, dB"] == 0 and row["voice similarity"] > .999 and row["energy, r"] > .999
-    assert math.isclose(row["prior loss"], .5*math.log(2*math.pi), rel_tol=1e-5)
+    row = ex.judge_mu(
+        lambda *_: Mu(clip.mel[None], torch.zeros(1, 256), None, None), clip, model.speaker_encoder
+    )
+    assert row["error, dB"] == 0 and row["voice similarity"] > 0.999 and row["energy, r"] > 0.999
+    assert math.isclose(row["prior loss"], 0.5 * math.log(2 * math.pi), rel_tol=1e-5)
+
 
 def test_interleaved_takes_turns():
     order = []
-    times = ex.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    times = ex.interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2
+    )
     assert order == list("ababab") and set(times) == {"a", "b"}
 
+
 def test_bench_prints_ratios(model):
-    text = ex.bench_vocoder(model, .4, 1, steps=1)
+    text = ex.bench_vocoder(model, 0.4, 1, steps=1)
     assert "times as fast as Griffin-Lim" in text and "1 interleaved rounds" in text
+
 
 def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(ex, "RESULTS", tmp_path)
     rows = {r[0]: r for r in ex.ledger()}
-    assert rows["MOS naturalness"][1].startswith("4.49") and all(r[3] == r[4] == "" for r in rows.values())
-    card = dict(rows=dict(synthesised={"WER": .25, "ESTOI": .5}, original={"WER": .1}), errors={}, command="faces2voices evaluate X", data={"X": dict(clips=2, commands=["faces2voices prepare Y X"])}, clips=2, wer_protocol="p")
-    (tmp_path/"grid.json").write_text(json.dumps(card))
+    assert rows["MOS naturalness"][1].startswith("4.49") and all(
+        r[3] == r[4] == "" for r in rows.values()
+    )
+    card = dict(
+        rows=dict(synthesised={"WER": 0.25, "ESTOI": 0.5}, original={"WER": 0.1}),
+        errors={},
+        command="faces2voices evaluate X",
+        data={"X": dict(clips=2, commands=["faces2voices prepare Y X"])},
+        clips=2,
+        wer_protocol="p",
+    )
+    (tmp_path / "grid.json").write_text(json.dumps(card))
     rows = {r[0]: r for r in ex.ledger()}
-    assert rows["WER"][3:] == ("", "25.0 % (original 10.0 %)") and rows["ESTOI"][4] == "0.50" and rows["UTMOS"][4] == ""
-    assert all(f"`faces2voices {line}`" in ex.ledger_markdown() for line in ("evaluate X", "prepare Y X"))
+    assert (
+        rows["WER"][3:] == ("", "25.0 % (original 10.0 %)")
+        and rows["ESTOI"][4] == "0.50"
+        and rows["UTMOS"][4] == ""
+    )
+    assert all(
+        f"`faces2voices {line}`" in ex.ledger_markdown() for line in ("evaluate X", "prepare Y X")
+    )
+
 
 def test_an_independent_judge_hears_who_speaks(shared):
     pytest.importorskip("resemblyzer", reason="resemblyzer is not installed (extra `judges`)")
     from faces2voices.audio import load_audio
-    one, other = (sorted((shared/"grid"/speaker).glob("*.mp4")) for speaker in ("s1", "s4"))
+
+    one, other = (sorted((shared / "grid" / speaker).glob("*.mp4")) for speaker in ("s1", "s4"))
     a, b, c = (ev.Sound(load_audio(path)).voice for path in (one[0], one[1], other[0]))
-    same(torch.tensor(float(a @ a)), torch.tensor(1.), atol=1e-4)
+    same(torch.tensor(float(a @ a)), torch.tensor(1.0), atol=1e-4)
     assert a @ b > a @ c
 
+
 def test_all_splits_leave_out_what_was_trained_on(tmp_path):
-    kept, left_out = ev.unseen([entry("a", "s", "x", "train"), entry("b", "t", "y", ""), entry("c", "t", "x", "val"), entry("d", "s", "z", "test")], None)
-    assert [e.name for e in kept] == ["b"] and left_out["faces_are_new"] and left_out["sentence_trained_on"] == 2
+    kept, left_out = ev.unseen(
+        [
+            entry("a", "s", "x", "train"),
+            entry("b", "t", "y", ""),
+            entry("c", "t", "x", "val"),
+            entry("d", "s", "z", "test"),
+        ],
+        None,
+    )
+    assert (
+        [e.name for e in kept] == ["b"]
+        and left_out["faces_are_new"]
+        and left_out["sentence_trained_on"] == 2
+    )
     kept, left_out = ev.unseen([entry("a", "s", "x", ""), entry("b", "t", "y", "")], None)
     assert [e.name for e in kept] == ["a", "b"] and left_out["faces_are_new"] is None

@@ -1,4 +1,5 @@
 "What an install promises: versions that fit, declared imports, old Pythons, a whole wheel."
+
 import ast, configparser, importlib.metadata, json, os, re, shutil, subprocess, sys, tarfile
 from pathlib import Path
 import pytest
@@ -8,14 +9,16 @@ from packaging.version import Version
 from pythons import PROMISED, find
 from test_project import ROOT, tracked
 
-PACKAGE = sorted((ROOT/"faces2voices").glob("*.py"))
-OPTIONAL_BY_HAND = {"faster-whisper", "matcha-tts"}   # lessons 17 and 18 say how they are installed
+PACKAGE = sorted((ROOT / "faces2voices").glob("*.py"))
+OPTIONAL_BY_HAND = {"faster-whisper", "matcha-tts"}  # lessons 17 and 18 say how they are installed
+
 
 def settings() -> dict:
     "settings.ini, as setup.py reads it."
     parser = configparser.ConfigParser(delimiters=["="])
-    parser.read(ROOT/"settings.ini", encoding="utf-8")
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
     return parser["DEFAULT"]
+
 
 def required(*keys) -> list:
     "Requirements of the package, or of these entries of settings.ini."
@@ -23,15 +26,18 @@ def required(*keys) -> list:
     keys = keys or [k for k in found if k == "requirements" or k.endswith("_requirements")]
     return [Requirement(text) for k in keys for text in found[k].split()]
 
+
 def run(*command, **options) -> subprocess.CompletedProcess:
     "Run a command; where it fails, show what it said."
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
+
 # --- versions
 
-def newest(requirement:Requirement) -> Version:
+
+def newest(requirement: Requirement) -> Version:
     "The release that pip takes if nothing else holds it back. (A dry run would download it first.)"
     pip = [sys.executable, "-m", "pip", "index", "versions", requirement.name]
     asked = subprocess.run(pip, capture_output=True, text=True)
@@ -40,35 +46,46 @@ def newest(requirement:Requirement) -> Version:
     offered = re.search(r"Available versions: (.*)", asked.stdout)[1].split(", ")
     return max(map(Version, requirement.specifier.filter(offered)))
 
+
 def test_pip_takes_torch_and_torchaudio_of_one_release():
     "torchaudio names no torch, so pip takes the newest of each that the requirements allow."
     pair = [newest(r) for r in required("requirements") if r.name in ("torch", "torchaudio")]
     assert len(pair) == 2 and len({version.release[:2] for version in pair}) == 1, pair
 
-TESTED = [f"{name}requirements" for name in ("", "dev_", "talkers_", "metrics_", "judges_", "cluster_")]
+
+TESTED = [
+    f"{name}requirements" for name in ("", "dev_", "talkers_", "metrics_", "judges_", "cluster_")
+]
+
 
 @pytest.mark.parametrize("version", PROMISED)
 def test_every_requirement_has_a_known_version(version):
     "constraints.txt pins what is named in settings.ini, for each Python that is promised."
-    lines = (ROOT/"constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
     known = [Requirement(line) for line in lines if line and not line.startswith("#")]
     here = {"python_version": version, "python_full_version": f"{version}.0"}
+
     def applies(requirement):
         return requirement.marker is None or requirement.marker.evaluate(here)
+
     pinned = {canonicalize_name(r.name) for r in known if applies(r) and r.specifier}
     asked = {canonicalize_name(r.name) for r in required(*TESTED) if applies(r)}
     assert not asked - pinned
 
+
 def test_the_oldest_python_is_the_one_that_is_promised():
     assert settings()["min_python"] == PROMISED[0]
 
+
 # --- the language
+
 
 def test_the_package_uses_nothing_newer_than_the_oldest_python():
     pytest.importorskip("vermin", reason="vermin is not installed (extra `dev`)")
     vermin = [sys.executable, "-c", "import vermin; vermin.main()", f"-t={PROMISED[0]}-"]
     options = "--violations", "--no-tips", "--eval-annotations", "--backport", "typing"
-    run(*vermin, *options, *PACKAGE, ROOT/"setup.py")
+    run(*vermin, *options, *PACKAGE, ROOT / "setup.py")
+
 
 def test_the_oldest_python_compiles_every_file():
     python = find(PROMISED[0])
@@ -77,7 +94,9 @@ def test_the_oldest_python_compiles_every_file():
     code = "import ast, sys; [ast.parse(open(f, 'rb').read(), f) for f in sys.argv[1:]]"
     run(python, "-c", code, *(file for file in tracked() if file.suffix == ".py"))
 
+
 # --- imports
+
 
 def imported(path) -> set:
     "The foreign modules that a file imports, at its top or inside functions."
@@ -91,6 +110,7 @@ def imported(path) -> set:
             found |= {a.value for a in node.args if isinstance(a, ast.Constant)}
     return {name.split(".")[0] for name in found} - sys.stdlib_module_names - {"faces2voices"}
 
+
 def test_every_import_is_declared():
     "In the requirements or in an extra, by the name under which the registry knows it."
     distributions = importlib.metadata.packages_distributions()
@@ -103,24 +123,28 @@ def test_every_import_is_declared():
                 missing.setdefault(name, []).append(path.name)
     assert not missing
 
+
 # --- the wheel
+
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     "A copy of what is under version control: a build leaves files behind."
     folder = tmp_path_factory.mktemp("checkout")
     for file in tracked():
-        copy = folder/file.relative_to(ROOT)
+        copy = folder / file.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
     return folder
 
-def build(what:str, source:Path, out:Path) -> Path:
+
+def build(what: str, source: Path, out: Path) -> Path:
     "What a build front-end would call for, without an environment of its own: the file it makes."
     code = f"import setuptools.build_meta as b, sys; b.build_{what}(sys.argv[1])"
     run(sys.executable, "-c", code, out, cwd=source)
     (file,) = out.iterdir()
     return file
+
 
 @pytest.fixture(scope="module")
 def site(checkout, tmp_path_factory) -> Path:
@@ -135,67 +159,86 @@ def site(checkout, tmp_path_factory) -> Path:
     run(*pip, "--target", site, wheel)
     return site
 
+
 def elsewhere(site, folder, *command) -> str:
     "What Python says outside of the repository, with the installed package on its path."
     env = os.environ | dict(PYTHONPATH=str(site))
     return run(sys.executable, *command, cwd=folder, env=env).stdout
 
+
 def test_the_wheel_holds_the_package_and_nothing_else(site):
     tops = {p.name for p in site.iterdir()} - {"bin"}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"faces2voices"}
-    ours = {f.relative_to(ROOT) for f in tracked() if f.is_relative_to(ROOT/"faces2voices")}
-    assert not [f for f in ours if not (site/f).is_file()]
-    results = {f.name for f in (site/"faces2voices"/"results").iterdir()}
-    assert results == {f.name for f in (ROOT/"nbs"/"results").glob("*.json")}
+    ours = {f.relative_to(ROOT) for f in tracked() if f.is_relative_to(ROOT / "faces2voices")}
+    assert not [f for f in ours if not (site / f).is_file()]
+    results = {f.name for f in (site / "faces2voices" / "results").iterdir()}
+    assert results == {f.name for f in (ROOT / "nbs" / "results").glob("*.json")}
+
 
 def test_the_wheel_tells_the_recorded_numbers(site, tmp_path):
     from faces2voices.experiments import ledger, model_card
     from faces2voices.synthesis import packaged_models
-    models = [m for m in packaged_models() if (ROOT/"nbs"/"results"/f"{m}.json").is_file()]
-    code = ("import json, faces2voices.experiments as e; "
-            f"print(json.dumps([e.__file__, e.ledger(), [e.model_card(m) for m in {models!r}]]))")
+
+    models = [m for m in packaged_models() if (ROOT / "nbs" / "results" / f"{m}.json").is_file()]
+    code = (
+        "import json, faces2voices.experiments as e; "
+        f"print(json.dumps([e.__file__, e.ledger(), [e.model_card(m) for m in {models!r}]]))"
+    )
     file, rows, cards = json.loads(elsewhere(site, tmp_path, "-c", code))
     assert Path(file).is_relative_to(site)
     assert rows == [list(row) for row in ledger()] and any(row[3] for row in rows)
     assert cards == [model_card(m) for m in models] and len(cards) >= 2
 
+
 def test_the_wheel_speaks(site, tmp_path):
-    clip = sorted((ROOT/"data_samples").glob("*.mp4"))[0]
+    clip = sorted((ROOT / "data_samples").glob("*.mp4"))[0]
     elsewhere(site, tmp_path, "-m", "faces2voices.cli", "synthesize", clip, "-o", "spoken")
-    assert (tmp_path/"spoken"/f"{clip.stem}.wav").stat().st_size > 10_000
+    assert (tmp_path / "spoken" / f"{clip.stem}.wav").stat().st_size > 10_000
+
 
 def test_without_the_results_the_error_is_typed(monkeypatch, tmp_path):
     from faces2voices import experiments
     from faces2voices.core import CheckpointError
+
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     with pytest.raises(CheckpointError, match="grid.json: no metric card is recorded"):
         experiments.model_card("grid")
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path/"nowhere")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="the recorded results are not there"):
         experiments.model_card("grid")
     with pytest.raises(CheckpointError, match="the recorded results are not there"):
         experiments.ledger()
 
+
 # --- the root
 
-NAMED_BY_DESIGN = set("""settings.ini _quarto.yml nbs faces2voices data_samples tests README.md
-    pyproject.toml constraints.txt Makefile LICENSE CITATION.cff CONTRIBUTING.md .ci""".split())
-NEEDED_BESIDES = {"setup.py",         # hands settings.ini to setuptools
-                  "MANIFEST.in",      # what the sdist needs besides the package
-                  "nbdev.yml",        # settings of the site that nbdev writes and _quarto.yml reads
-                  ".gitignore", ".gitattributes"}
+NAMED_BY_DESIGN = set(
+    """settings.ini _quarto.yml nbs faces2voices data_samples tests README.md
+    pyproject.toml constraints.txt Makefile LICENSE CITATION.cff CONTRIBUTING.md .ci""".split()
+)
+NEEDED_BESIDES = {
+    "setup.py",  # hands settings.ini to setuptools
+    "MANIFEST.in",  # what the sdist needs besides the package
+    "nbdev.yml",  # settings of the site that nbdev writes and _quarto.yml reads
+    ".gitignore",
+    ".gitattributes",
+}
+
 
 def test_the_root_holds_what_the_design_names_and_no_output():
     assert {f.relative_to(ROOT).parts[0] for f in tracked()} <= NAMED_BY_DESIGN | NEEDED_BESIDES
+
 
 def commands(command) -> list:
     "A command of the command line, or all those that it gathers."
     below = getattr(command, "commands", {}).values()
     return [leaf for sub in below for leaf in commands(sub)] or [command]
 
+
 def test_git_ignores_what_the_commands_write():
     from typer.main import get_command
     from faces2voices.cli import app
+
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a git checkout")
     options = [option for command in commands(get_command(app)) for option in command.params]

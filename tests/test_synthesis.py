@@ -1,4 +1,5 @@
 "Films of any length in windows, the three dials, and what is written: against the whole clip, by ear of the pitch tracker, and by weight."
+
 import io, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,14 @@ import pytest
 import torch
 from faces2voices import FacesToVoices, synthesis as S
 from faces2voices.audio import MEL, load_audio, pitch, save_wav
-from faces2voices.core import TEMPERATURE, TINY, F2VError, MediaError, NoFaceError, test_same as same
+from faces2voices.core import (
+    TEMPERATURE,
+    TINY,
+    F2VError,
+    MediaError,
+    NoFaceError,
+    test_same as same,
+)
 from faces2voices.corpora import collate
 from faces2voices.hierarchy import see
 from faces2voices.prosody import denormalize_pitch
@@ -15,139 +23,221 @@ from faces2voices.video import read_video, write_video
 from faces2voices.vocoder import excitation, sing
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLES = sorted((ROOT/"data_samples").glob("*.mp4"))
+SAMPLES = sorted((ROOT / "data_samples").glob("*.mp4"))
+
 
 @pytest.fixture()
 def film(clip):
     "The clip swung to and fro: 12 seconds without a splice."
-    swing = lambda x: torch.cat([x, x.flip(0)]*3)[:300]
+    swing = lambda x: torch.cat([x, x.flip(0)] * 3)[:300]
     return clip._replace(lips=swing(clip.lips), expression=swing(clip.expression))
+
 
 @pytest.fixture()
 def small(monkeypatch):
     "Windows of 6 seconds."
-    for name, n in dict(WINDOW=150, CONTEXT=30).items(): monkeypatch.setattr(S, name, n)
+    for name, n in dict(WINDOW=150, CONTEXT=30).items():
+        monkeypatch.setattr(S, name, n)
+
 
 @pytest.mark.parametrize("T", [1, 499, 500, 501, 999, 45_000])
 def test_windows_keep_every_frame_once(T):
     ws = S.windows(T)
-    assert ws[0].begin == 0 and ws[-1].end == T and all(a.end == b.begin for a, b in zip(ws, ws[1:]))
-    assert all(0 <= w.start <= w.begin < w.end <= w.stop <= T and w.stop - w.start <= S.WINDOW for w in ws)
+    assert (
+        ws[0].begin == 0 and ws[-1].end == T and all(a.end == b.begin for a, b in zip(ws, ws[1:]))
+    )
+    assert all(
+        0 <= w.start <= w.begin < w.end <= w.stop <= T and w.stop - w.start <= S.WINDOW for w in ws
+    )
     assert len(ws) == 1 or all(min(w.begin - w.start, S.CONTEXT) == S.CONTEXT for w in ws[1:])
+
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_rows_come_back(dtype):
-    rows, x = S.Rows(), (torch.rand(30, 4, 5)*200).to(dtype)
-    for part in x.split(7): rows.append(part)
+    rows, x = S.Rows(), (torch.rand(30, 4, 5) * 200).to(dtype)
+    for part in x.split(7):
+        rows.append(part)
     assert len(rows) == 30
-    for span in (slice(None), slice(3, 29), slice(25, 99)): same(rows[span], x[span])
+    for span in (slice(None), slice(3, 29), slice(25, 99)):
+        same(rows[span], x[span])
+
 
 @torch.no_grad()
 def test_one_window_is_the_whole_clip(f2v, clip):
     "What the windows add to the hierarchy, the decoder's sampler and the vocoder: nothing."
     b = collate([clip])
     out = f2v.hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
-    x = f2v.decoder.sample(out.mu, speaker=out.speaker, temperature=TEMPERATURE, steps=3, guidance=1.5, seed=9)
-    mel = MEL.denormalize(x).clamp(min=float(np.log(MEL.floor)), max=3.)
-    wav = f2v.vocoder(mel, excitation(out.prosody.log_f0[0], out.prosody.voiced_logit[0].sigmoid().round(), 9)[None])[0]
+    x = f2v.decoder.sample(
+        out.mu, speaker=out.speaker, temperature=TEMPERATURE, steps=3, guidance=1.5, seed=9
+    )
+    mel = MEL.denormalize(x).clamp(min=float(np.log(MEL.floor)), max=3.0)
+    wav = f2v.vocoder(
+        mel,
+        excitation(out.prosody.log_f0[0], out.prosody.voiced_logit[0].sigmoid().round(), 9)[None],
+    )[0]
     speech = f2v.voice(clip, steps=3, guidance=1.5, seed=9)
-    same(speech.mel, mel[0], atol=1e-5); same(speech.wav, wav, atol=1e-5)
-    same(speech.log_f0, out.prosody.log_f0[0], atol=1e-6); same(speech.units, out.content.logits[0].argmax(-1))
+    same(speech.mel, mel[0], atol=1e-5)
+    same(speech.wav, wav, atol=1e-5)
+    same(speech.log_f0, out.prosody.log_f0[0], atol=1e-6)
+    same(speech.units, out.content.logits[0].argmax(-1))
+
 
 @torch.no_grad()
 def test_what_is_believed_of_words_is_spoken(clip):
     "A model with a head for words says in a window what its hierarchy says."
     torch.manual_seed(0)
-    wordy = S.FacesToVoices(replace(TINY, lip_width=8, dim=32, decoder_channels=(32, 32), vocoder_channels=32, words=("bin", "blue")).to_json()).eval()
+    wordy = S.FacesToVoices(
+        replace(
+            TINY,
+            lip_width=8,
+            dim=32,
+            decoder_channels=(32, 32),
+            vocoder_channels=32,
+            words=("bin", "blue"),
+        ).to_json()
+    ).eval()
     torch.nn.init.normal_(wordy.hierarchy.from_words.weight)
     mu = wordy.hierarchy(*see(collate([clip]))).mu
-    same(wordy.voice(clip, steps=0).mel, MEL.denormalize(mu)[0].clamp(min=float(np.log(MEL.floor)), max=3.), atol=1e-4)
+    same(
+        wordy.voice(clip, steps=0).mel,
+        MEL.denormalize(mu)[0].clamp(min=float(np.log(MEL.floor)), max=3.0),
+        atol=1e-4,
+    )
+
 
 def test_a_film_in_windows_is_near_the_whole(f2v, film, small, monkeypatch):
     parts = list(f2v.speak(film))
     ours = S.Speech.join(parts)
     monkeypatch.setattr(S, "WINDOW", 10**6)
     whole = f2v.voice(film)
-    assert len(parts) > 2 and len(ours.wav) == 640*300 == 160*ours.mel.shape[1]
-    assert (MEL.normalize(ours.mel) - MEL.normalize(whole.mel)).square().mean().sqrt() < .1     # of a standard deviation of 1
-    assert (ours.log_f0 - whole.log_f0).abs().mean() < .01 and (ours.units == whole.units).float().mean() > .9
+    assert len(parts) > 2 and len(ours.wav) == 640 * 300 == 160 * ours.mel.shape[1]
+    assert (
+        MEL.normalize(ours.mel) - MEL.normalize(whole.mel)
+    ).square().mean().sqrt() < 0.1  # of a standard deviation of 1
+    assert (ours.log_f0 - whole.log_f0).abs().mean() < 0.01 and (
+        ours.units == whole.units
+    ).float().mean() > 0.9
+
 
 @torch.no_grad()
 def test_the_sound_of_a_film_has_no_seams(f2v, film, small):
     "Parts, joined, are what the vocoder makes of the joined mel at once."
     ours = S.Speech.join(list(f2v.speak(film, seed=5)))
-    (_, whole), = sing(f2v.vocoder, [ours.mel], ours.log_f0, ours.voiced.round(), 5, context=0)
+    ((_, whole),) = sing(f2v.vocoder, [ours.mel], ours.log_f0, ours.voiced.round(), 5, context=0)
     same(ours.wav, whole, atol=1e-5)
+
 
 def test_faded_mels_follow_each_other(small):
     ws = S.windows(400)
-    ramp = torch.arange(1600.)[None]
-    out = torch.cat(list(S.faded(ws, [ramp[:, 4*w.start:4*w.stop].clone() for w in ws])), 1)
+    ramp = torch.arange(1600.0)[None]
+    out = torch.cat(list(S.faded(ws, [ramp[:, 4 * w.start : 4 * w.stop].clone() for w in ws])), 1)
     same(out, ramp, atol=1e-3)
 
-def mean_hz(wav): log_f0, voiced = pitch(wav); return log_f0[voiced > 0].mean().exp().item()
+
+def mean_hz(wav):
+    log_f0, voiced = pitch(wav)
+    return log_f0[voiced > 0].mean().exp().item()
+
 
 def test_another_voice_says_the_same_words(f2v, clip):
-    own, low, high = (f2v.voice(clip, speaker=v) for v in (None, f2v.voice_like(face=SAMPLES[4]), f2v.voice_like(reference=SAMPLES[20])))
-    same(low.units, own.units); same(high.units, own.units)
+    own, low, high = (
+        f2v.voice(clip, speaker=v)
+        for v in (None, f2v.voice_like(face=SAMPLES[4]), f2v.voice_like(reference=SAMPLES[20]))
+    )
+    same(low.units, own.units)
+    same(high.units, own.units)
     assert mean_hz(low.wav) < 110 < 150 < mean_hz(high.wav)
+
 
 def test_a_picture_serves_as_well_as_its_video(f2v, tmp_path):
     from PIL import Image
-    Image.fromarray(read_video(SAMPLES[4]).frames[20]).save(tmp_path/"face.png")
-    assert f2v.voice_like(face=tmp_path/"face.png") @ f2v.voice_like(face=SAMPLES[4]) > .8
+
+    Image.fromarray(read_video(SAMPLES[4]).frames[20]).save(tmp_path / "face.png")
+    assert f2v.voice_like(face=tmp_path / "face.png") @ f2v.voice_like(face=SAMPLES[4]) > 0.8
+
 
 def test_expression_scales_what_the_brows_do(f2v, clip):
-    rest, seen, twice = (f2v.voice(clip, expression=e) for e in (0., 1., 2.))
-    same(twice.log_f0 - rest.log_f0, 2*(seen.log_f0 - rest.log_f0), atol=1e-4)
-    assert (seen.log_f0 - rest.log_f0).std() > .005
+    rest, seen, twice = (f2v.voice(clip, expression=e) for e in (0.0, 1.0, 2.0))
+    same(twice.log_f0 - rest.log_f0, 2 * (seen.log_f0 - rest.log_f0), atol=1e-4)
+    assert (seen.log_f0 - rest.log_f0).std() > 0.005
     same(rest.units, twice.units)
+
 
 def test_bad_voices_are_named(f2v, tmp_path):
     from PIL import Image
-    (tmp_path/"notes.jpg").write_text("no picture"); save_wav(tmp_path/"quiet.wav", torch.zeros(16000)); save_wav(tmp_path/"short.wav", torch.ones(800)*.1)
-    Image.new("RGB", (200, 200), (120, 120, 120)).save(tmp_path/"blank.png")
-    whole = io.BytesIO(); Image.fromarray(read_video(SAMPLES[0]).frames[0]).save(whole, "PNG")
-    (tmp_path/"cut.png").write_bytes(whole.getvalue()[:3000])
-    for error, kw, name in [(MediaError, dict(face=tmp_path/"nobody.jpg"), "nobody"), (MediaError, dict(face=tmp_path/"notes.jpg"), "notes"), (MediaError, dict(face=tmp_path/"cut.png"), "cut"),
-                            (NoFaceError, dict(face=tmp_path/"blank.png"), "blank"), (MediaError, dict(reference=tmp_path/"quiet.wav"), "silent"),
-                            (MediaError, dict(reference=tmp_path/"short.wav"), "0.05 s"), (F2VError, dict(face=SAMPLES[0], reference=SAMPLES[1]), "not both")]:
-        with pytest.raises(error, match=name): f2v.voice_like(**kw)
+
+    (tmp_path / "notes.jpg").write_text("no picture")
+    save_wav(tmp_path / "quiet.wav", torch.zeros(16000))
+    save_wav(tmp_path / "short.wav", torch.ones(800) * 0.1)
+    Image.new("RGB", (200, 200), (120, 120, 120)).save(tmp_path / "blank.png")
+    whole = io.BytesIO()
+    Image.fromarray(read_video(SAMPLES[0]).frames[0]).save(whole, "PNG")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:3000])
+    for error, kw, name in [
+        (MediaError, dict(face=tmp_path / "nobody.jpg"), "nobody"),
+        (MediaError, dict(face=tmp_path / "notes.jpg"), "notes"),
+        (MediaError, dict(face=tmp_path / "cut.png"), "cut"),
+        (NoFaceError, dict(face=tmp_path / "blank.png"), "blank"),
+        (MediaError, dict(reference=tmp_path / "quiet.wav"), "silent"),
+        (MediaError, dict(reference=tmp_path / "short.wav"), "0.05 s"),
+        (F2VError, dict(face=SAMPLES[0], reference=SAMPLES[1]), "not both"),
+    ]:
+        with pytest.raises(error, match=name):
+            f2v.voice_like(**kw)
+
 
 def test_a_long_file_is_written_part_by_part(f2v, tmp_path, small):
     frames = read_video(SAMPLES[0]).frames
-    frames = np.concatenate([frames, frames[::-1]]*2)[:220]
-    write_video(tmp_path/"film.mp4", frames)
+    frames = np.concatenate([frames, frames[::-1]] * 2)[:220]
+    write_video(tmp_path / "film.mp4", frames)
     sections = []
-    done = S.synthesize_file(f2v, tmp_path/"film.mp4", tmp_path/"out", True, sections)
-    assert not done.error and done.speech_seconds == 220/25
-    assert len(load_audio(tmp_path/"out"/"film.wav")) == 640*220
-    assert len(read_video(tmp_path/"out"/"film.dubbed.mp4").frames) == 220 and "of 9 s" in sections[0]
+    done = S.synthesize_file(f2v, tmp_path / "film.mp4", tmp_path / "out", True, sections)
+    assert not done.error and done.speech_seconds == 220 / 25
+    assert len(load_audio(tmp_path / "out" / "film.wav")) == 640 * 220
+    assert (
+        len(read_video(tmp_path / "out" / "film.dubbed.mp4").frames) == 220
+        and "of 9 s" in sections[0]
+    )
+
 
 def test_a_part_that_fails_leaves_nothing(tmp_path):
     def parts():
-        yield S.Speech(torch.zeros(640), *[None]*6)
+        yield S.Speech(torch.zeros(640), *[None] * 6)
         raise NoFaceError("film.mp4", "lost")
-    with pytest.raises(NoFaceError): S.write_parts(tmp_path/"a.wav", parts())
+
+    with pytest.raises(NoFaceError):
+        S.write_parts(tmp_path / "a.wav", parts())
     assert not list(tmp_path.iterdir())
 
-def units_kept(f2v, take, own): return (f2v.units(take.wav) == f2v.units(own.wav)).float().mean()
+
+def units_kept(f2v, take, own):
+    return (f2v.units(take.wav) == f2v.units(own.wav)).float().mean()
+
 
 def test_a_muted_stage_says_nothing(f2v, clip):
-    own, how, what, again = (f2v.voice(clip, mute=mute) for mute in ((), ["how"], ["what"], ["who"]))
-    same(again.wav, own.wav)                                  # whose voice it is, is told from outside
-    assert how.log_f0.std() < 1e-4 < .02 < own.log_f0.std() and how.energy.std() < 1e-4
-    same(how.voiced, own.voiced); same(what.log_f0, own.log_f0); same(what.energy, own.energy)
-    assert units_kept(f2v, what, own) < .5*units_kept(f2v, how, own)
+    own, how, what, again = (
+        f2v.voice(clip, mute=mute) for mute in ((), ["how"], ["what"], ["who"])
+    )
+    same(again.wav, own.wav)  # whose voice it is, is told from outside
+    assert how.log_f0.std() < 1e-4 < 0.02 < own.log_f0.std() and how.energy.std() < 1e-4
+    same(how.voiced, own.voiced)
+    same(what.log_f0, own.log_f0)
+    same(what.energy, own.energy)
+    assert units_kept(f2v, what, own) < 0.5 * units_kept(f2v, how, own)
+
 
 def test_a_mean_of_rows_is_that_of_all(small):
     x, rows = torch.rand(400, 3), S.Rows()
-    for part in x.split(90): rows.append(part)
-    same(S.mean_row(rows), x.mean(0), atol=1e-6); same(S.mean_row(x[:150]), x[:150].sum(0)/150)
+    for part in x.split(90):
+        rows.append(part)
+    same(S.mean_row(rows), x.mean(0), atol=1e-6)
+    same(S.mean_row(x[:150]), x[:150].sum(0) / 150)
+
 
 def test_players_hold_the_sound(f2v, clip):
     import soundfile
     from base64 import b64decode
+
     take = f2v.voice(clip)
     page = S.players({"a <b>": take, "c": take}).data
     mp3 = b64decode(page.split("base64,")[1].split("'")[0])
@@ -155,32 +245,49 @@ def test_players_hold_the_sound(f2v, clip):
     assert "a &lt;b&gt;" in page and page.count("<audio") == 2 and rate == 16000
     assert abs(len(wav) - len(take.wav)) < 3000 and len(mp3) < 20_000
 
+
 def parts_of(widget):
     "The controls of a panel, what is heard, and the picture."
     import soundfile
+
     box, picture = widget.children
     *controls, sound = box.children
-    return controls, lambda: torch.from_numpy(soundfile.read(io.BytesIO(sound.value), dtype="float32")[0]), picture
+    return (
+        controls,
+        lambda: torch.from_numpy(soundfile.read(io.BytesIO(sound.value), dtype="float32")[0]),
+        picture,
+    )
+
 
 def test_the_widget_follows_its_dials(f2v, clip):
     pytest.importorskip("ipywidgets")
-    (voice, expression), heard, picture = parts_of(S.dials_widget(f2v, clip, dict(own=f2v.who(clip.face, clip.identity), other=f2v.voice_like(face=SAMPLES[4]))))
+    (voice, expression), heard, picture = parts_of(
+        S.dials_widget(
+            f2v,
+            clip,
+            dict(own=f2v.who(clip.face, clip.identity), other=f2v.voice_like(face=SAMPLES[4])),
+        )
+    )
     before, drawn = heard(), picture.value
     voice.value = "other"
-    assert mean_hz(heard()) < .8*mean_hz(before) and picture.value != drawn
-    low, expression.value = heard(), 3.
-    assert (heard() - low).abs().max() > .01
+    assert mean_hz(heard()) < 0.8 * mean_hz(before) and picture.value != drawn
+    low, expression.value = heard(), 3.0
+    assert (heard() - low).abs().max() > 0.01
+
 
 def test_the_switches_mute(f2v, clip):
     pytest.importorskip("ipywidgets")
-    (who, how, what), heard, picture = parts_of(S.mute_widget(f2v, clip, f2v.voice_like(face=SAMPLES[4])))
+    (who, how, what), heard, picture = parts_of(
+        S.mute_widget(f2v, clip, f2v.voice_like(face=SAMPLES[4]))
+    )
     before, drawn, who.value = heard(), picture.value, False
-    assert mean_hz(heard()) < .8*mean_hz(before) and picture.value != drawn
+    assert mean_hz(heard()) < 0.8 * mean_hz(before) and picture.value != drawn
     who.value, how.value = True, False
     log_f0, voiced = pitch(heard())
-    assert log_f0[voiced > 0].std()*17.3 < .5                   # semitones
+    assert log_f0[voiced > 0].std() * 17.3 < 0.5  # semitones
     how.value = True
     same(heard(), before)
+
 
 FILM = '''
 import resource, sys, torch
@@ -197,10 +304,19 @@ for i, name in enumerate(("short", "short", "long")):
     print(done.error or round(done.speech_seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)
 '''
 
+
 def test_memory_does_not_grow_with_the_film(tmp_path):
     "From the file to its dubbed copy, at ten times the length; the pictures of the long film would fill 138 MB, its crops 25."
     from memory_of_long_video import repeat
-    for name, times in dict(short=3, long=30).items(): repeat(SAMPLES[0], tmp_path/f"{name}.mp4", times)
-    out = subprocess.run([sys.executable, "-c", FILM, tmp_path], cwd=ROOT/"tests", check=True, capture_output=True, text=True).stdout
+
+    for name, times in dict(short=3, long=30).items():
+        repeat(SAMPLES[0], tmp_path / f"{name}.mp4", times)
+    out = subprocess.run(
+        [sys.executable, "-c", FILM, tmp_path],
+        cwd=ROOT / "tests",
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     (_, _), (seven, short), (seventy, long) = [line.split() for line in out.splitlines()]
     assert (seven, seventy) == ("7", "72") and int(long) - int(short) < 20, out
