@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from .core import SAMPLE_RATE, F2VError, MediaError, ToolMissingError, atomic_path
+from .errors import F2VError, MediaError, ToolMissingError, atomic_path
+from .core import SAMPLE_RATE
 
 # %% ../nbs/01_audio.ipynb #94291f1c
 def vowel(

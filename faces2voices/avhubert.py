@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from safetensors.torch import load_file, save_file
-from .core import CheckpointError, CorpusError, Preset, atomic_path
+from .errors import CheckpointError, CorpusError, atomic_path
+from .core import Preset
 
 # %% ../nbs/06_avhubert.ipynb #38ca32e5
 def show_lips(

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from rich.console import Console
-from .core import EULER_STEPS, F2VError, atomic_path, whole_seed
+from .errors import F2VError, atomic_path
+from .core import EULER_STEPS, whole_seed
 from .course import app as course_app
 
 # %% ../nbs/20_cli.ipynb #a8776670
@@ -792,7 +793,7 @@ def study_teacher(
     out: Out = None,
 ):
     "What each truth (voice, pitch, loudness, words) is worth to μ on unseen clips (lesson 18)."
-    from faces2voices.experiments import teacher_study
+    from faces2voices.studies import teacher_study
 
     _told(ctx, teacher_study(model, data, split, limit), 0, [data], out=out)
 
@@ -809,7 +810,7 @@ def study_slots(
     """Wrong words in each slot of GRID's grammar (lesson 18).
 
     As two recognisers hear the original and the model, and as the model reads the lips."""
-    from faces2voices.experiments import slot_study
+    from faces2voices.studies import slot_study
 
     _told(ctx, slot_study(model, data, split, limit), 0, [data], ("pocketsphinx",), out)
 
@@ -829,7 +830,7 @@ def study_adaptation(
     """A hierarchy that knows one speaker is adapted to a second: μ of both (lesson 18).
 
     Stopped, it goes on where it was when the same command is given again."""
-    from faces2voices.experiments import adaptation
+    from faces2voices.studies import adaptation
 
     rows = adaptation(data, run, first, then, steps, more, seed)
     _told(ctx, dict(rows=rows), seed, [data], out=out)
@@ -844,7 +845,7 @@ def study_stages(
 ):
     "What each stage of the hierarchy knows of unseen people and sentences, by probes (lesson 10)."
     import time
-    from faces2voices.hierarchy import judge_stages
+    from faces2voices.studies import judge_stages
     from faces2voices.synthesis import FacesToVoices
 
     began = time.time()
@@ -865,7 +866,7 @@ def study_masked_ce(
 
     The content stage is trained with and without it, from each seed, and judged on unseen clips."""
     import time
-    from faces2voices.content import masked_ce_study
+    from faces2voices.studies import masked_ce_study
     from faces2voices.synthesis import FacesToVoices
 
     began, chosen = time.time(), numbers(seeds)
@@ -878,7 +879,7 @@ def study_link(ctx: typer.Context, out: Out = None):
     """How far a face tells its voice, over the strength of their link (lesson 8).
 
     The worlds are drawn on the way: it needs `pip install faces2voices[talkers]`."""
-    from faces2voices.timbre import measure_link
+    from faces2voices.studies import measure_link
 
     _told(ctx, measure_link(), 0, [], ("espeakng-loader",), out)
 
@@ -892,7 +893,7 @@ def study_copy(
     out: Out = None,
 ):
     "Recorded speech through the mel and back, by a model's vocoder and by Griffin-Lim (lesson 14)."
-    from faces2voices.vocoder import copy_study
+    from faces2voices.studies import copy_study
 
     found = copy_study(*data, n=limit, model=model)
     _told(ctx, found, 0, data, ("librosa", "pystoi", "pesq", "speechmos"), out)

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['FPS', 'UNIT_RATE', 'MEL_RATE', 'SAMPLE_RATE', 'UNITS_PER_FRAME', 'MELS_PER_FRAME', 'SAMPLES_PER_FRAME', 'EULER_STEPS',
            'TEMPERATURE', 'NOTATION', 'GRID_WORDS', 'TINY', 'GRID', 'EIGENLIPS', 'SLIM', 'PAPER', 'PRESETS',
-           'markdown_table', 'F2VError', 'MediaError', 'NoFaceError', 'CheckpointError', 'CorpusError',
-           'ToolMissingError', 'atomic_path', 'remove_scraps', 'whole_seed', 'seed_everything', 'pick_device',
-           'one_thread', 'test_same', 'check', 'Looking', 'Stages', 'Sounding', 'Preset']
+           'whole_seed', 'seed_everything', 'pick_device', 'one_thread', 'test_same', 'Looking', 'Stages', 'Sounding',
+           'Preset']
 
 # %% ../nbs/00_core.ipynb #ee80c192
 import operator, os, random, tempfile
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
+from .errors import CheckpointError, F2VError
 
 # %% ../nbs/00_core.ipynb #48f928f7
 FPS, UNIT_RATE, MEL_RATE, SAMPLE_RATE = 25, 50, 100, 16000
@@ -48,153 +48,6 @@ NOTATION = [  # symbol, name in code, shape, unit and rate
         "t = 0 noise, t = 1 data",
     ),
 ]
-
-# %% ../nbs/00_core.ipynb #12af97b3
-def markdown_table(head: list, rows: list) -> str:
-    "A Markdown table whose columns line up; None is a blank."
-    cells = [[("" if c is None else str(c)) for c in r] for r in [head, *rows]]
-    width = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
-
-# %% ../nbs/00_core.ipynb #22abbeb2
-class F2VError(Exception):
-    "A failure that the user's input caused: which file, what is wrong, what to do."
-
-    def __init__(
-        self,
-        path,  # the file (or folder, or checkpoint) at fault
-        reason: str,  # what is wrong with it
-        cure: str = "",  # what the user can do about it
-    ):
-        self.path, self.reason, self.cure = path, reason, cure
-        super().__init__(f"{path}: {reason}" + (f". {cure}" if cure else ""))
-
-    def __reduce__(self):
-        return type(self), (self.path, self.reason, self.cure)  # errors cross process pools
-
-
-class MediaError(F2VError):
-    "A file that cannot be read as video or audio, or holds too little of it."
-
-
-class NoFaceError(F2VError):
-    "A video in which no face (or not enough of one) was found."
-
-
-class CheckpointError(F2VError):
-    "A model folder that is missing, incomplete or not safe to read."
-
-
-class CorpusError(F2VError):
-    "A corpus folder or manifest that is not laid out as its reader expects."
-
-
-class ToolMissingError(F2VError):
-    "An optional package or model that this step needs and that is not installed."
-
-# %% ../nbs/00_core.ipynb #c5364424
-@contextmanager
-def atomic_path(
-    path,  # where the file shall stand
-    overwrite: bool = False,  # may it replace a file that is there?
-):
-    """Yield a temporary path beside `path` that becomes `path` if the block succeeds and vanishes if it fails.
-
-    F2VError where `path` is taken, by now or at the end, or cannot be written."""
-    path, tmp = Path(path), None
-    try:
-        if _taken(path) and not overwrite:
-            raise FileExistsError
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=_PART, suffix=path.suffix)
-        with open(fd) as held:
-            if not _lock(held):
-                held.close()
-            yield Path(tmp)
-            os.chmod(tmp, 0o666 & ~_umask())
-            (os.replace if overwrite else _give_name)(tmp, path)
-    except (OSError, RuntimeError, SafetensorError) as e:
-        if not _of_writing(e, path):
-            raise
-        raise _cannot_write(path, e) from e
-    finally:
-        if tmp is not None:
-            Path(tmp).unlink(missing_ok=True)
-
-# %% ../nbs/00_core.ipynb #23b81b3b
-_PART = ".part-"  # how the names of unfinished files begin
-
-# %% ../nbs/00_core.ipynb #7c41e0d5
-def _lock(file) -> bool:
-    "Hold an open file until it is closed or the process dies; False where another holds it, or nobody can."
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
-
-# %% ../nbs/00_core.ipynb #2d9b6f18
-def remove_scraps(folder):
-    "Remove the unfinished files of processes that died; where that cannot be known, they stay."
-    for scrap in Path(folder).glob(f"{_PART}*"):
-        with suppress(OSError), open(scrap, "r+b") as f:
-            if _lock(f):
-                scrap.unlink()
-
-# %% ../nbs/00_core.ipynb #b0418c34
-def _taken(path: Path) -> bool:
-    "Is something of this name there? OSError where the name cannot be looked up."
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-# %% ../nbs/00_core.ipynb #5cf54d2d
-def _give_name(tmp, path):
-    "Name the finished file, unless somebody else took the name meanwhile."
-    try:
-        os.link(tmp, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: claim the name first
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        try:
-            os.replace(tmp, path)
-        except OSError:
-            os.unlink(path)
-            raise
-
-# %% ../nbs/00_core.ipynb #fcc5db0b
-def _of_writing(e: Exception, path: Path) -> bool:
-    "Is the error about the file that is written, and not about one that is read meanwhile?"
-    if not isinstance(e, OSError):  # as safetensors and torch.save say that a disk is full
-        return isinstance(e, SafetensorError) or "inline_container" in str(e)
-    about = e.filename2 or e.filename
-    if not isinstance(about, (str, bytes, os.PathLike)):
-        return True
-    about = Path(os.fsdecode(about))
-    return about.name.startswith(_PART) or about in (path, *path.parents)
-
-# %% ../nbs/00_core.ipynb #d02ca3b3
-def _cannot_write(path, e: Exception) -> F2VError:
-    "What the system said, in words that help."
-    if isinstance(e, FileExistsError) and (e.filename is None or Path(path).exists()):
-        return F2VError(path, "already exists", "Give another output folder, or remove it")
-    reason = f"cannot be written ({getattr(e, 'strerror', None) or e})"
-    return F2VError(
-        path, reason, "Is the name short enough, the folder yours, and room on the disk?"
-    )
-
-# %% ../nbs/00_core.ipynb #0c95bf41
-def _umask() -> int:
-    "The process's umask, read without changing it for longer than a moment."
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 # %% ../nbs/00_core.ipynb #b2bf990c
 def whole_seed(seed) -> int:
@@ -265,52 +118,6 @@ def test_same(
 
 
 test_same.__test__ = False
-
-# %% ../nbs/00_core.ipynb #20d41feb
-def check(
-    yours,
-    expected,  # numbers, arrays or tensors; or anything that `==` compares
-    hint: str = "",  # where to look; never the answer
-    atol: float = 1e-5,  # largest absolute difference allowed
-) -> str:
-    "Say `right`, or fail with shapes or the place and size of the largest difference, and a hint. The expected values are not shown."
-    if said := _difference(yours, expected, atol):
-        raise AssertionError(said + (f". Hint: {hint}" if hint else ""))
-    return "right"
-
-
-def _difference(yours, expected, atol) -> str:
-    "What is wrong with `yours`, in words that do not give `expected` away; nothing if nothing is."
-    if (b := _numbers(expected)) is None:
-        return (
-            "" if type(yours) is type(expected) and yours == expected else "not what is asked for"
-        )
-    if (a := _numbers(yours)) is None:
-        return f"a number or an array of them is asked for, this is {type(yours).__name__}"
-    if a.shape != b.shape:
-        return f"your shape is {tuple(a.shape)}, {tuple(b.shape)} is asked for"
-    if a.isnan().any():
-        return f"NaN{_place(a.isnan())}"
-    gap = torch.where(a == b, 0.0, (a - b).abs())
-    return f"the largest difference is {gap.max():.3g}{_place(gap)}" if (gap > atol).any() else ""
-
-# %% ../nbs/00_core.ipynb #f94f2f61
-def _numbers(x):
-    "A tensor of double precision (complex where it must be), or None where there are no numbers."
-    try:
-        x = torch.as_tensor(x).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return x.to(torch.promote_types(x.dtype, torch.float64))
-
-
-def _place(x) -> str:
-    "Where `x` is largest, in words; nothing for a single number."
-    return (
-        f" at position {[int(i) for i in np.unravel_index(int(x.to(torch.float64).argmax()), x.shape)]}"
-        if x.dim()
-        else ""
-    )
 
 # %% ../nbs/00_core.ipynb #7d1c6629
 @dataclass(frozen=True)

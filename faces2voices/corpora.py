@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
+from .errors import CorpusError, F2VError, ToolMissingError, atomic_path, remove_scraps
 from faces2voices.core import (
     FPS,
     UNIT_RATE,
@@ -37,12 +38,7 @@ from faces2voices.core import (
     SAMPLES_PER_FRAME,
     UNITS_PER_FRAME,
     MELS_PER_FRAME,
-    CorpusError,
-    F2VError,
-    ToolMissingError,
-    atomic_path,
     one_thread,
-    remove_scraps,
     whole_seed,
 )
 from .audio import MEL, energy, fit_length, pitch

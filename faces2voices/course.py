@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 import typer
-from faces2voices.core import (
+from faces2voices.errors import (
     CheckpointError,
     CorpusError,
     F2VError,

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .audio import MEL
-from .core import CheckpointError, whole_seed
+from .errors import CheckpointError
+from .core import whole_seed
 from .flow import _shown, cfm_loss
 from .solvers import euler, guide, time_grid
 

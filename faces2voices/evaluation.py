@@ -28,17 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from .statistics import bootstrap_interval, crossed_interval, mean, pearson, ratio
+from .errors import CheckpointError, CorpusError, ToolMissingError, atomic_path
+from .figures import markdown_table
 from faces2voices.core import (
     EULER_STEPS,
     GRID_WORDS,
     MELS_PER_FRAME,
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
-    CheckpointError,
-    CorpusError,
-    ToolMissingError,
-    atomic_path,
-    markdown_table,
     seed_everything,
     whole_seed,
 )

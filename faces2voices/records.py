@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 import faces2voices
-from .core import CorpusError, atomic_path
+from .errors import CorpusError, atomic_path
 
 # %% ../nbs/engine/00_records.ipynb #451ca2da
 def commit() -> str:

@@ -7,8 +7,8 @@ __all__ = ['WEIGHTS', 'CONFIG_BYTES', 'WINDOW', 'CONTEXT', 'FADE', 'HEARD', 'PIT
            'ROLLED', 'STILL', 'Speech', 'plot_contours', 'plot_speech', 'FacesToVoices', 'for_training', 'load_weights',
            'packaged_models', 'Window', 'windows', 'Rows', 'seen_only', 'mean_row', 'Told', 'contours', 'expressed',
            'entropy', 'hushed', 'faded', 'read_picture', 'loudest', 'turned_away', 'plot_gap', 'plot_dials',
-           'show_dials', 'players', 'live', 'dials_widget', 'voice_without', 'plot_takes', 'mute_widget',
-           'write_report', 'Done', 'write_parts', 'synthesize_file']
+           'show_dials', 'dials_widget', 'voice_without', 'plot_takes', 'mute_widget', 'write_report', 'Done',
+           'write_parts', 'synthesize_file']
 
 # %% ../nbs/15_synthesis.ipynb #efaf5954
 import html, io, json, math, os, tempfile, time
@@ -27,19 +27,16 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch.overrides import TorchFunctionMode
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from .figures import data_uri, image_bytes, live, player
 
 # %% ../nbs/15_synthesis.ipynb #e7b225be
+from .errors import CheckpointError, F2VError, MediaError, NoFaceError, atomic_path
 from faces2voices.core import (
     EULER_STEPS,
     TEMPERATURE,
     FPS,
     MELS_PER_FRAME,
-    CheckpointError,
-    F2VError,
-    MediaError,
-    NoFaceError,
     Preset,
-    atomic_path,
     pick_device,
     test_same,
     whole_seed,
@@ -62,8 +59,8 @@ from faces2voices.video import (
     face_pack,
     make_backend,
     track_face,
+    _sound_and_note,
 )
-from .video import _sound_and_note
 from .talkers import Locator, LocatorBackend
 from .corpora import Clip, collate
 from .units import make_quantizer
@@ -1246,72 +1243,6 @@ def show_dials(
     display(fig, metadata={"alt": "Pitch contours: " + "; ".join(", ".join(p) for p in panels)})
     plt.close(fig)
 
-# %% ../nbs/15_synthesis.ipynb #7e23d183
-def _uri(kind: str, data: bytes) -> str:
-    "Data inside a page."
-    return f"data:{kind};base64,{b64encode(data).decode()}"
-
-
-def _sound_bytes(wav, format="WAV") -> bytes:  # or MP3, a seventh of the size
-    "A sound as a file."
-    import soundfile
-
-    buf = io.BytesIO()
-    soundfile.write(buf, torch.as_tensor(wav).clamp(-1, 1).numpy(), Speech.sr, format=format)
-    return buf.getvalue()
-
-
-def _player(label: str, wav, format="WAV") -> str:
-    "A sound on a page, under its name."
-    return f"<p>{html.escape(label)}<br><audio controls src='{_uri(dict(WAV='audio/wav', MP3='audio/mpeg')[format], _sound_bytes(wav, format))}'></audio></p>"
-
-# %% ../nbs/15_synthesis.ipynb #865b9de1
-def players(
-    takes: dict,  # name → Speech
-):  # IPython's HTML
-    "The first three seconds of each take, side by side."
-    from IPython.display import HTML
-
-    return HTML(
-        "<div style='display:flex;gap:1rem;flex-wrap:wrap'>"
-        + "".join(_player(name, take.wav[: 3 * Speech.sr], "MP3") for name, take in takes.items())
-        + "</div>"
-    )
-
-# %% ../nbs/15_synthesis.ipynb #0baac162
-def _png_bytes(fig) -> bytes:
-    "A figure as a picture."
-    buf = io.BytesIO()
-    fig.savefig(buf, format="png", dpi=80)
-    return buf.getvalue()
-
-# %% ../nbs/15_synthesis.ipynb #30ebcf93
-def live(
-    speak,  # called with the values of the controls; gives a `Speech`
-    **controls,  # name = one of ipywidgets
-):
-    "Controls, and beside them the speech that they ask for: its sound and its picture."
-    import ipywidgets as W
-
-    sound, picture = (
-        W.Audio(format="wav", autoplay=False, loop=False),
-        W.Image(format="png", width=480),
-    )
-
-    def follow(change=None):
-        take = speak(**{name: control.value for name, control in controls.items()})
-        sound.autoplay, sound.value, picture.value = (
-            change is not None,
-            _sound_bytes(take.wav),
-            _png_bytes(take.plot()),
-        )
-
-    for name, control in controls.items():
-        control.description = name
-        control.observe(follow, "value")
-    follow()
-    return W.HBox([W.VBox([*controls.values(), sound]), picture])
-
 # %% ../nbs/15_synthesis.ipynb #a6a002cc
 def dials_widget(
     model: FacesToVoices,
@@ -1429,10 +1360,10 @@ def _section(
         f"<h2>{name}</h2><p>{shown}, face found by {speech.backend} in {speech.looked.track.found.mean():.0%} of the frames looked at; {seconds / length:.2f} × real time.</p>"
         + "".join(f"<p class=note>Note: {html.escape(line)}.</p>" for line in notes)
         + "<div class=players>"
-        + "".join(_player(label, w) for label, w in sounds)
+        + "".join(player(label, w, Speech.sr) for label, w in sounds)
         + "</div>"
         + "".join(
-            f"<figure><img alt='{caption} ({name})' src='{_uri('image/png', _png_bytes(fig))}'><figcaption>{caption}</figcaption></figure>"
+            f"<figure><img alt='{caption} ({name})' src='{data_uri('image/png', image_bytes(fig))}'><figcaption>{caption}</figcaption></figure>"
             for fig, caption in figures
         )
     )

@@ -31,15 +31,8 @@ from scipy.signal import resample_poly
 from scipy.special import ndtr
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from faces2voices.core import (
-    FPS,
-    SAMPLE_RATE,
-    SAMPLES_PER_FRAME,
-    CorpusError,
-    ToolMissingError,
-    atomic_path,
-    whole_seed,
-)
+from .errors import CorpusError, ToolMissingError, atomic_path
+from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, whole_seed
 from .video import write_video
 
 # %% ../nbs/03_talkers.ipynb #e8a055aa

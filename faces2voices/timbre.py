@@ -6,8 +6,8 @@
 __all__ = ['masked_mean', 'SpeakerEncoder', 'ge2e_similarity', 'ge2e_loss', 'random_window', 'draw_windows', 'descend', 'seeded',
            'train_speaker_encoder', 'sentence', 'embed_voices', 'Retrieval', 'retrieval', 'line_up', 'show_voices',
            'speech_part', 'to_loudness', 'real_voice', 'FaceEncoder', 'TimbreEncoder', 'timbre_loss', 'snapshot',
-           'snapshots', 'train_timbre', 'show_ranks', 'shapes', 'People', 'meet', 'score', 'seek', 'measure_link',
-           'show_strength', 'arcface_loss', 'show_margin', 'train_arcface', 'same_and_other', 'show_angles', 'FiLM']
+           'snapshots', 'train_timbre', 'show_ranks', 'shapes', 'arcface_loss', 'show_margin', 'train_arcface',
+           'same_and_other', 'show_angles', 'FiLM']
 
 # %% ../nbs/08_timbre.ipynb #cc642506
 from dataclasses import replace
@@ -19,7 +19,8 @@ import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .statistics import bootstrap_interval
-from .core import TINY, ToolMissingError, whole_seed
+from .errors import ToolMissingError
+from .core import TINY, whole_seed
 from .audio import MEL, energy
 from .talkers import LINKED, draw_face, face_points, head_motion, make_talker, perform
 from .video import align_face
@@ -451,125 +452,6 @@ def shapes(talkers, k: int = 1):  # (N, k, 9) about [−1, 1]
         for t in talkers
     ]
     return torch.tensor(nine).float()[:, None].expand(-1, k, -1)
-
-# %% ../nbs/08_timbre.ipynb #27a0f330
-class People(NamedTuple):
-    "Talkers to learn from and new ones, as heard by an encoder that was trained on others."
-
-    known: list  # their seeds
-    new: list  # their seeds
-    voices: torch.Tensor  # (known, 256) of one sentence each
-    centres: torch.Tensor  # (new, 256) of two sentences each
-    another: torch.Tensor  # (new, 256) of a third
-
-
-def meet(known: int, new: int, others: int = 100, steps: int = 200) -> People:
-    "Three groups of talkers: one trains the speaker encoder, one the face encoder, one is met in the test."
-    others, new, known = (
-        list(range(start, start + n))
-        for start, n in ((10**6, others), (2 * 10**6, new), (3 * 10**6, known))
-    )
-    hear = lambda seeds, n: [
-        [MEL.normalize(MEL(sentence(make_talker(s), k))) for k in range(n)] for s in seeds
-    ]
-    encoder, _ = train_speaker_encoder(hear(others, 3), steps=steps)
-    e = embed_voices(encoder, hear(new, 3))
-    return People(
-        known,
-        new,
-        embed_voices(encoder, hear(known, 1))[:, 0],
-        F.normalize(e[:, 1:].mean(1), dim=-1),
-        e[:, 0],
-    )
-
-# %% ../nbs/08_timbre.ipynb #304225a9
-def score(guess, centres) -> dict:  # both (N, 256)
-    "The rank curve among twenty, what comes first with its 95 % interval over the faces, and the mean cosine."
-    among = line_up(retrieval(guess, centres).ranks)
-    curve = [round(float(x), 4) for x in among.mean(0)]
-    first = bootstrap_interval(among[:, 0])
-    cosine = float((guess * centres).sum(-1).mean())
-    return dict(
-        top1=curve[0],
-        low=round(first.low, 4),
-        high=round(first.high, 4),
-        cosine=round(cosine, 4),
-        curve=curve,
-    )
-
-
-def seek(
-    people: People, link: float, faces: int, steps: int, look=snapshots, lr: float = 1.5e-3
-) -> dict:
-    "Learn from the first `faces` known talkers of a world; let the new faces look for their voices."
-    see = lambda seeds: look([make_talker(s, link) for s in seeds], 1)
-    encoder, _ = train_timbre(see(people.known[:faces]), people.voices[:faces], steps, lr=lr)
-    with torch.no_grad():
-        guess = torch.cat([encoder(x, x) for x in see(people.new)[:, 0].split(50)])
-    return dict(eyes=look.__name__, link=link, faces=faces, steps=steps) | score(
-        guess, people.centres
-    )
-
-# %% ../nbs/08_timbre.ipynb #cdef67ef
-def measure_link(
-    links=(1.0, 0.75, 0.5, 0.25, 0.0),  # strengths
-    few: int = 250,
-    many: int = 1000,
-    new: int = 100,  # faces to learn from, and new ones
-) -> dict:  # what JSON can hold
-    "Five strengths of the link with few faces; one with many; and what true shapes and another sentence give."
-    began, people = time.process_time(), meet(many, new)
-    rows = [dict(eyes="another sentence") | score(people.another, people.centres)]
-    rows += [seek(people, 1.0, n, 500, shapes, lr=3e-3) for n in (few, many)]
-    rows += [seek(people, link, few, 200) for link in links]
-    rows.append(seek(people, 1.0, many, 600))
-    return dict(cpu_seconds=round(time.process_time() - began), new=new, rows=rows)
-
-# %% ../nbs/08_timbre.ipynb #2f334306
-def show_strength(
-    recorded,  # what `measure_link` found
-):
-    "First among twenty, over the strength of the link and over the number of faces learned from, with 95 % intervals."
-    import matplotlib.pyplot as plt
-    from IPython.display import display
-
-    fig, axs = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
-    rows = lambda eyes, **want: [
-        r for r in recorded["rows"] if r["eyes"] == eyes and all(r[k] == v for k, v in want.items())
-    ]
-    few, [heard] = min(r["faces"] for r in rows("snapshots")), rows("another sentence")
-    for ax, x, found, label, colour in (
-        (
-            axs[0],
-            "link",
-            rows("snapshots", faces=few),
-            f"from the picture, {few} faces learned from",
-            "#0072B2",
-        ),
-        (axs[1], "faces", rows("snapshots", link=1.0), "from the picture, link 1", "#0072B2"),
-        (axs[1], "faces", rows("shapes"), "from the true shape, link 1", "#009E73"),
-    ):
-        at, top1, low, high = np.array(
-            sorted([r[x], r["top1"], r["low"], r["high"]] for r in found)
-        ).T
-        ax.errorbar(
-            at, top1, [top1 - low, high - top1], fmt="o-", capsize=3, color=colour, label=label
-        )
-        ax.set_xlabel(dict(link="strength of the link", faces="faces learned from")[x])
-    for ax in axs:
-        ax.axhline(heard["top1"], color="#D55E00", ls="--", label="from another sentence")
-        ax.axhline(0.05, color="k", ls=":", label="a guess")
-        ax.set_ylim(0, 1)
-    axs[0].legend(frameon=False, fontsize=8, loc="upper left")
-    axs[1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.08))
-    axs[0].set_ylabel("own voice first among twenty")
-    display(
-        fig,
-        metadata={
-            "alt": "Share of new faces whose own voice comes first among twenty: it rises with the strength of the link and with the number of faces learned from"
-        },
-    )
-    plt.close(fig)
 
 # %% ../nbs/08_timbre.ipynb #32463084
 def arcface_loss(

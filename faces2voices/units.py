@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from torch import nn
 from torchaudio.functional import compute_deltas
 from torchaudio.transforms import MFCC
-from .core import SAMPLE_RATE, CheckpointError, ToolMissingError, whole_seed
+from .errors import CheckpointError, ToolMissingError
+from .core import SAMPLE_RATE, whole_seed
 from .audio import MEL
 
 # %% ../nbs/05_units.ipynb #372483e1

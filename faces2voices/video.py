@@ -27,15 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import ndimage
-from faces2voices.core import (
-    FPS,
-    SAMPLE_RATE,
-    SAMPLES_PER_FRAME,
-    MediaError,
-    NoFaceError,
-    ToolMissingError,
-    atomic_path,
-)
+from .errors import MediaError, NoFaceError, ToolMissingError, atomic_path
+from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from .audio import _track, decoded_frames, load_audio
 
 # %% ../nbs/02_video.ipynb #60ef70f1

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from faces2voices import FacesToVoices, cli
-from faces2voices.core import F2VError
+from faces2voices.errors import F2VError
 from faces2voices.synthesis import seen_only
 
 ROOT = Path(__file__).resolve().parents[1]

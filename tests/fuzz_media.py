@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 import torch
 from faces2voices.audio import load_audio
-from faces2voices.core import F2VError
+from faces2voices.errors import F2VError
 from faces2voices import video as V
 from memory_of_long_video import Middle, peak
 

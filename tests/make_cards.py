@@ -1,6 +1,7 @@
 "Write the cards of the packaged models from how they were made and the recorded metric cards (`make readme`)."
 
-from faces2voices.experiments import WEIGHTS, model_card
+from faces2voices.experiments import model_card
+from faces2voices.synthesis import WEIGHTS
 from faces2voices.synthesis import packaged_models
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from faces2voices.audio import (
     show_speech,
     vowel,
 )
-from faces2voices.core import MediaError, ToolMissingError, test_same
+from faces2voices.errors import MediaError, ToolMissingError
+from faces2voices.core import test_same
 
 SECOND = 16000
 

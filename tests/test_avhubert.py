@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from faces2voices.core import CheckpointError, EIGENLIPS, PAPER, TINY, seed_everything, test_same
+from faces2voices.errors import CheckpointError
+from faces2voices.core import EIGENLIPS, PAPER, TINY, seed_everything, test_same
 from faces2voices.avhubert import (
     AVHUBERT_SIZES,
     AVHubert,

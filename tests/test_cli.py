@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 from faces2voices import cli
 from faces2voices.audio import load_audio, save_wav
-from faces2voices.core import CorpusError, F2VError
+from faces2voices.errors import CorpusError, F2VError
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "data_samples"

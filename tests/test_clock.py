@@ -11,7 +11,7 @@ import torch
 from av.stream import Disposition
 from faces2voices import video as V
 from faces2voices.audio import load_audio
-from faces2voices.core import MediaError
+from faces2voices.errors import MediaError
 
 T, FLASHES, GROUP = 72, (14, 29, 44, 59), 24  # frames; those that flash; frames from key to key
 GAP = (0.7, 1.0)  # seconds in which sound packets are lost

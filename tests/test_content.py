@@ -4,29 +4,32 @@ from dataclasses import replace
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from faces2voices.core import TINY, CorpusError, seed_everything, test_same
+from faces2voices.errors import CorpusError
+from faces2voices.core import TINY, seed_everything, test_same
 from faces2voices.avhubert import influence
 from faces2voices import content
 from faces2voices.statistics import crossed_interval
 from faces2voices.content import (
-    MEASURES,
     Content,
     ContentEncoder,
     ConvBlock,
     MaskedConvBlock,
     content_loss,
-    judge_content,
-    masked_ce_study,
     norm_real,
-    recorded_gain,
     word_loss,
     padded,
     receptive_field,
-    see_and_hear,
     show_receptive_field,
-    show_masked_ce,
     train_content,
-    unit_accuracy,
+    logit_accuracy,
+)
+from faces2voices.studies import (
+    MEASURES,
+    judge_content,
+    masked_ce_study,
+    recorded_gain,
+    see_and_hear,
+    show_masked_ce,
 )
 
 SMALL = replace(TINY, dim=32, n_units=11)
@@ -126,7 +129,7 @@ def test_loss_is_smoothed_cross_entropy_over_real_units():
 
 def test_accuracy_leaves_padding_out():
     units = torch.tensor([[1, 2, -100, -100]])
-    assert unit_accuracy(F.one_hot(torch.tensor([[1, 0, 0, 0]]), 3).float(), units) == 0.5
+    assert logit_accuracy(F.one_hot(torch.tensor([[1, 0, 0, 0]]), 3).float(), units) == 0.5
 
 
 def test_it_learns_a_made_sequence():
@@ -140,7 +143,9 @@ def test_it_learns_a_made_sequence():
         loss.backward()
         opt.step()
     out = net.eval()(x, mask)
-    assert unit_accuracy(out.logits, units) > 0.95 and unit_accuracy(out.masked_logits, units) > 0.8
+    assert (
+        logit_accuracy(out.logits, units) > 0.95 and logit_accuracy(out.masked_logits, units) > 0.8
+    )
 
 
 def counting(n, T, D=11):
@@ -192,9 +197,9 @@ def test_judge_is_cross_entropy_and_accuracy_of_each_clip():
         torch.tensor(
             [
                 F.cross_entropy(c.logits[0], clips[1][1]).item(),
-                unit_accuracy(c.logits[0], clips[1][1]),
+                logit_accuracy(c.logits[0], clips[1][1]),
                 F.cross_entropy(c.masked_logits[0], clips[1][1]).item(),
-                unit_accuracy(c.masked_logits[0], clips[1][1]),
+                logit_accuracy(c.masked_logits[0], clips[1][1]),
             ]
         ),
         atol=1e-5,

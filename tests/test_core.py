@@ -4,6 +4,15 @@ import pickle, random
 import numpy as np
 import pytest
 import torch
+from faces2voices.errors import (
+    CheckpointError,
+    CorpusError,
+    F2VError,
+    MediaError,
+    NoFaceError,
+    ToolMissingError,
+    atomic_path,
+)
 from faces2voices.core import (
     FPS,
     MEL_RATE,
@@ -14,14 +23,7 @@ from faces2voices.core import (
     SAMPLES_PER_FRAME,
     UNIT_RATE,
     UNITS_PER_FRAME,
-    CheckpointError,
-    CorpusError,
-    F2VError,
-    MediaError,
-    NoFaceError,
     Preset,
-    ToolMissingError,
-    atomic_path,
     pick_device,
     seed_everything,
     test_same,

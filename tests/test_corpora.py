@@ -13,10 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from faces2voices import corpora
 from faces2voices.audio import MEL, energy, vowel
-from faces2voices.core import CorpusError, ToolMissingError, test_same as same
-from faces2voices.corpora import *
-from faces2voices.corpora import _joined
-from faces2voices.corpora import _cluster, _facts, _unpack
+from faces2voices.errors import CorpusError, ToolMissingError
+from faces2voices.core import test_same as same
+from faces2voices.corpora import *, _joined, _cluster, _facts, _unpack
 from faces2voices.video import Face, FaceBackend, make_backend, write_video
 
 
@@ -737,7 +736,7 @@ def test_a_script_without_a_main_guard_is_told_so(films, tmp_path):
     )
     assert (
         ran.returncode == 1
-        and ran.stderr.rstrip().split("\n")[-1].startswith("faces2voices.core.ToolMissingError")
+        and ran.stderr.rstrip().split("\n")[-1].startswith("faces2voices.errors.ToolMissingError")
         and "if __name__ == '__main__':" in ran.stderr
     )
 

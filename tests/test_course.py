@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
-from faces2voices.core import NOTATION, CorpusError, F2VError, check
+from faces2voices.errors import CorpusError, F2VError, check
+from faces2voices.core import NOTATION
 from faces2voices import course
 from faces2voices.course import (
     ERRORS,

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from faces2voices.core import PAPER, TINY, CheckpointError, test_same as same
+from faces2voices.errors import CheckpointError
+from faces2voices.core import PAPER, TINY, test_same as same
 from faces2voices.decoder import (
     Attention,
     Block,

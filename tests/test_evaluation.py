@@ -8,14 +8,8 @@ import torch.nn.functional as F
 import torchaudio
 from faces2voices import evaluation as ev, experiments as ex
 from faces2voices.audio import MEL, energy, pitch, vowel
-from faces2voices.core import (
-    TINY,
-    CheckpointError,
-    CorpusError,
-    F2VError,
-    ToolMissingError,
-    test_same as same,
-)
+from faces2voices.errors import CheckpointError, CorpusError, F2VError, ToolMissingError
+from faces2voices.core import TINY, test_same as same
 from faces2voices.corpora import Clip, Entry, prepare, write_manifest
 
 

@@ -4,7 +4,7 @@ import os, signal, sys
 import numpy as np
 import pytest
 import fuzz_media
-from faces2voices.core import MediaError
+from faces2voices.errors import MediaError
 from fuzz_media import STRANGE, fuzz
 
 pytestmark = pytest.mark.skipif(

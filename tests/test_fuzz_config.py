@@ -6,7 +6,7 @@ import pytest
 import torch
 import fuzz_config
 from fuzz_config import fuzz_configs, fuzz_disks, judge
-from faces2voices.core import CheckpointError
+from faces2voices.errors import CheckpointError
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="limits of memory for a process need Linux"

@@ -4,12 +4,12 @@ import math
 from dataclasses import replace
 import pytest, torch, torch.nn.functional as F
 from types import SimpleNamespace
-from faces2voices.core import TINY, CorpusError, test_same as same
+from faces2voices.errors import CorpusError
+from faces2voices.core import TINY, test_same as same
 from faces2voices.audio import MEL
 from faces2voices.corpora import Batch, Clip, Entry, save_clip, write_manifest
 from faces2voices.units import UnitQuantizer, phone_reader
-from faces2voices.hierarchy import *
-from faces2voices.hierarchy import Observed
+from faces2voices.hierarchy import *, Observed
 
 SMALL = replace(TINY, dim=32, n_units=8, n_blocks=2, lip_width=4, lip_scale=4, dropout=0.0)
 VARIANTS = [(), ("masked",), ("timbre",), ("prosody",), ("timbre", "prosody"), ("hierarchy",)]

@@ -198,7 +198,7 @@ def test_the_wheel_speaks(site, tmp_path):
 
 def test_without_the_results_the_error_is_typed(monkeypatch, tmp_path):
     from faces2voices import experiments
-    from faces2voices.core import CheckpointError
+    from faces2voices.errors import CheckpointError
 
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     with pytest.raises(CheckpointError, match="grid.json: no metric card is recorded"):

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 from faces2voices import cli, records
-from faces2voices.core import CorpusError
+from faces2voices.errors import CorpusError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "nbs" / "results").glob("*.json"))

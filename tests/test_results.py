@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 import pytest
-from faces2voices.experiments import WEIGHTS, ledger_markdown, model_card
+from faces2voices.experiments import ledger_markdown, model_card
+from faces2voices.synthesis import WEIGHTS
 from faces2voices.synthesis import packaged_models
 
 ROOT = Path(__file__).resolve().parents[1]

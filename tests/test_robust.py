@@ -21,16 +21,18 @@ from faces2voices import (
     training,
 )
 from faces2voices.audio import load_audio, pitch, save_wav
-from faces2voices.core import (
+from faces2voices.errors import (
     CheckpointError,
     CorpusError,
     F2VError,
     MediaError,
     NoFaceError,
-    Preset,
-    TINY,
     ToolMissingError,
     atomic_path,
+)
+from faces2voices.core import (
+    Preset,
+    TINY,
     pick_device,
     seed_everything,
     test_same as same,

@@ -8,14 +8,8 @@ import pytest
 import torch
 from faces2voices import FacesToVoices, synthesis as S
 from faces2voices.audio import MEL, load_audio, pitch, save_wav
-from faces2voices.core import (
-    TEMPERATURE,
-    TINY,
-    F2VError,
-    MediaError,
-    NoFaceError,
-    test_same as same,
-)
+from faces2voices.errors import F2VError, MediaError, NoFaceError
+from faces2voices.core import TEMPERATURE, TINY, test_same as same
 from faces2voices.corpora import collate
 from faces2voices.hierarchy import see
 from faces2voices.prosody import denormalize_pitch
@@ -239,7 +233,7 @@ def test_players_hold_the_sound(f2v, clip):
     from base64 import b64decode
 
     take = f2v.voice(clip)
-    page = S.players({"a <b>": take, "c": take}).data
+    page = players({"a <b>": take.wav, "c": take.wav}).data
     mp3 = b64decode(page.split("base64,")[1].split("'")[0])
     wav, rate = soundfile.read(io.BytesIO(mp3))
     assert "a &lt;b&gt;" in page and page.count("<audio") == 2 and rate == 16000

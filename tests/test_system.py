@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from faces2voices import FacesToVoices
 from faces2voices.audio import load_audio
 from faces2voices.cli import app
-from faces2voices.core import CheckpointError, MediaError, NoFaceError, test_same as same
+from faces2voices.errors import CheckpointError, MediaError, NoFaceError
+from faces2voices.core import test_same as same
 from faces2voices.video import read_video, write_video
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from faces2voices import talkers
 from faces2voices.audio import energy, load_audio, pitch
-from faces2voices.core import CorpusError, ToolMissingError, test_same
+from faces2voices.errors import CorpusError, ToolMissingError
+from faces2voices.core import test_same, FPS
 from faces2voices.talkers import (
     CAUSES,
     F0,
-    FPS,
     GLIDES,
     GRAMMAR,
     TRACT,

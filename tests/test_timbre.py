@@ -5,7 +5,8 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
-from faces2voices.core import GRID, PAPER, TINY, ToolMissingError, test_same as same
+from faces2voices.errors import ToolMissingError
+from faces2voices.core import GRID, PAPER, TINY, test_same as same
 from faces2voices.audio import vowel
 from faces2voices.talkers import LINKED, make_talker
 from faces2voices.timbre import *

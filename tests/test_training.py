@@ -8,14 +8,8 @@ from typing import NamedTuple
 import psutil, pytest, torch
 from safetensors.torch import load_file
 from torch import nn
-from faces2voices.core import (
-    PRESETS,
-    CheckpointError,
-    CorpusError,
-    F2VError,
-    ToolMissingError,
-    test_same as same,
-)
+from faces2voices.errors import CheckpointError, CorpusError, F2VError, ToolMissingError
+from faces2voices.core import PRESETS, test_same as same
 from faces2voices import training
 from faces2voices.training import (
     EMA,
@@ -665,7 +659,7 @@ def test_adapting_keeps_units_and_voices_and_moves_the_rest(tmp_path):
 
 
 def test_adapting_to_nothing_is_an_error(tmp_path):
-    from faces2voices.core import CorpusError
+    from faces2voices.errors import CorpusError
 
     with pytest.raises(CorpusError):
         adapt("talkers", tmp_path, tmp_path / "run", steps=1)
@@ -767,7 +761,7 @@ def test_voices_and_vocoder_hold_no_more_than_the_cache(crowd, tmp_path, monkeyp
 def test_clips_that_are_read_one_by_one_give_the_same_weights(crowd, tmp_path):
     from faces2voices.corpora import ClipDataset
     from faces2voices.timbre import train_speaker_encoder
-    from faces2voices.vocoder import train_vocoder
+    from faces2voices.training import train_vocoder
 
     few = dict(steps=dict.fromkeys(PARTS, 4), batch=dict.fromkeys(PARTS, 8))
     a, b, whole = small(**few), small(**few), list(ClipDataset(crowd))
@@ -809,7 +803,8 @@ def test_critics_judge_every_batch_of_a_step():
 
 def test_a_head_for_words_is_not_trained_on_nothing(tmp_path, monkeypatch):
     from faces2voices import training
-    from faces2voices.core import GRID, CorpusError
+    from faces2voices.errors import CorpusError
+    from faces2voices.core import GRID
 
     class Wordless(list):
         spoken = {"a": (), "b": ()}
@@ -888,7 +883,7 @@ def test_the_seed_decides_what_a_saved_model_does_not_hold(tmp_path):
 
 
 def test_the_seed_decides_the_critics(tmp_path):
-    from faces2voices.vocoder import train_vocoder
+    from faces2voices.training import train_vocoder
 
     critics = []
     for before in (1, 2):
@@ -990,7 +985,7 @@ def test_hours_are_measured_or_left_out(tmp_path, monkeypatch):
 
 
 def test_voices_need_two_people_who_speak_twice(tmp_path):
-    from faces2voices.core import CorpusError
+    from faces2voices.errors import CorpusError
 
     clips = [SimpleNamespace(speaker=s, mel=torch.zeros(80, 200)) for s in "aab"]
     with pytest.raises(CorpusError, match="CLIPS: has no two speakers"):

@@ -6,7 +6,8 @@ import torch
 import torchaudio
 from safetensors.torch import load_file, save_file
 from faces2voices.audio import MEL, vowel
-from faces2voices.core import PRESETS, CheckpointError, ToolMissingError, test_same as same
+from faces2voices.errors import CheckpointError, ToolMissingError
+from faces2voices.core import PRESETS, test_same as same
 from faces2voices.units import (
     UnitQuantizer,
     cepstra,

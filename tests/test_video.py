@@ -7,7 +7,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from faces2voices.core import F2VError, MediaError, NoFaceError, ToolMissingError, test_same
+from faces2voices.errors import F2VError, MediaError, NoFaceError, ToolMissingError
+from faces2voices.core import test_same
 from faces2voices import video as V
 
 

@@ -5,18 +5,16 @@ from dataclasses import replace
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from faces2voices.core import PAPER, TINY, CheckpointError, seed_everything, test_same as same
+from faces2voices.errors import CheckpointError
+from faces2voices.core import PAPER, TINY, seed_everything, test_same as same
 from faces2voices.audio import MEL, pitch, vowel
 from faces2voices.statistics import paired_difference
 from faces2voices.vocoder import (
     BINS,
-    COPIED,
     HIFIGAN,
     Generator,
     Source,
     SourceFilter,
-    compare_copies,
-    copy_study,
     copy_synthesis,
     critic_loss,
     excitation,
@@ -40,8 +38,9 @@ from faces2voices.vocoder import (
     spectrum,
     stft_loss,
     tract,
-    train_vocoder,
 )
+from faces2voices.training import train_vocoder
+from faces2voices.studies import COPIED, compare_copies, copy_study
 
 SMALL = replace(
     PAPER,
