@@ -100,7 +100,10 @@ class SlimTrunk(nn.Module):
         size: int,  # side of the picture, pixels
     ):
         super().__init__()
-        relu = lambda _: nn.ReLU(inplace=True)
+
+        def relu(_):
+            return nn.ReLU(inplace=True)
+
         self.stem = nn.Sequential(
             nn.Conv2d(5, width, 7, 2, 3, bias=False),
             nn.MaxPool2d(3, 2, 1),
@@ -259,12 +262,10 @@ class EigenlipEncoder(nn.Module):
             nn.ReLU(),
             nn.Dropout(dropout),
         )
-        self.rnn, self.drop = (
-            nn.GRU(
-                memory, memory, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout
-            ),
-            nn.Dropout(dropout),
+        self.rnn = nn.GRU(
+            memory, memory, num_layers=2, batch_first=True, bidirectional=True, dropout=dropout
         )
+        self.drop = nn.Dropout(dropout)
 
 # %% ../nbs/06_avhubert.ipynb #1d0b4869
 def with_motion(
@@ -401,11 +402,9 @@ class Layer(nn.Module):
     def __init__(self, dim: int, ffn: int):
         super().__init__()
         self.self_attn, self.self_attn_layer_norm = SelfAttention(dim), nn.LayerNorm(dim)
-        self.fc1, self.fc2, self.final_layer_norm = (
-            nn.Linear(dim, ffn),
-            nn.Linear(ffn, dim),
-            nn.LayerNorm(dim),
-        )
+        self.fc1 = nn.Linear(dim, ffn)
+        self.fc2 = nn.Linear(ffn, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
 
     def forward(self, x, mask):
         x = x + self.self_attn(self.self_attn_layer_norm(x), mask)

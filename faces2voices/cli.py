@@ -245,11 +245,9 @@ def synthesize(
     from faces2voices.synthesis import FacesToVoices, synthesize_file
 
     new_folder(out)
-    f2v, sections, done = (
-        FacesToVoices.from_pretrained(model, device=device.value, faces=faces),
-        [] if report else None,
-        [],
-    )
+    f2v = FacesToVoices.from_pretrained(model, device=device.value, faces=faces)
+    sections = [] if report else None
+    done = []
     say.print(
         f"model [bold]{_plain(model)}[/], faces found by [bold]{f2v.eyes().name}[/], on {f2v.device}"
     )

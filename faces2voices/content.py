@@ -161,10 +161,8 @@ def receptive_field(
     length: int = 61,  # units in the made-up input
 ):
     "Influence of every input unit on unit t of the plain and of the masked path, two (length,)."
-    mask, x = (
-        torch.ones(1, length, dtype=torch.bool),
-        torch.randn(1, encoder.upsample.out_channels, length),
-    )
+    mask = torch.ones(1, length, dtype=torch.bool)
+    x = torch.randn(1, encoder.upsample.out_channels, length)
     return tuple(influence(lambda x: encoder.paths(x, mask)[i][0].mT, x, t) for i in (0, 1))
 
 
@@ -196,9 +194,12 @@ def content_loss(
     preset: Preset,
 ):
     "Cross-entropy of the plain path and of the masked path: (ce, masked_ce)."
-    ce = lambda logits: F.cross_entropy(
-        logits.mT, units, ignore_index=-100, label_smoothing=preset.label_smoothing
-    )
+
+    def ce(logits):
+        return F.cross_entropy(
+            logits.mT, units, ignore_index=-100, label_smoothing=preset.label_smoothing
+        )
+
     return ce(content.logits), ce(content.masked_logits)
 
 

@@ -20,7 +20,10 @@ from safetensors import SafetensorError
 from .errors import CheckpointError, F2VError
 
 # %% ../nbs/00_core.ipynb #48f928f7
-FPS, UNIT_RATE, MEL_RATE, SAMPLE_RATE = 25, 50, 100, 16000
+FPS = 25
+UNIT_RATE = 50
+MEL_RATE = 100
+SAMPLE_RATE = 16000
 UNITS_PER_FRAME, MELS_PER_FRAME, SAMPLES_PER_FRAME = 2, 4, 640
 EULER_STEPS, TEMPERATURE = (
     2,
@@ -108,7 +111,10 @@ def test_same(
 ):
     "Fail unless `a` and `b` have one shape, one kind of dtype, no NaN, and values within `atol`."
     a, b = torch.as_tensor(a), torch.as_tensor(b)
-    kind = lambda x: (x.is_complex(), x.is_floating_point())
+
+    def kind(x):
+        return (x.is_complex(), x.is_floating_point())
+
     assert a.shape == b.shape, f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}"
     assert kind(a) == kind(b), f"kinds differ: {a.dtype} and {b.dtype}"
     a, b = (x.to(torch.promote_types(x.dtype, torch.float64)) for x in (a, b))

@@ -58,7 +58,10 @@ class Entry(NamedTuple):
 # %% ../nbs/04_corpora.ipynb #5b488184
 def _entry(line: str, i: int, path: Path) -> Entry:
     "Line `i` of a manifest, checked."
-    wrong = lambda reason, cure="": CorpusError(path, f"line {i} {reason}", cure)
+
+    def wrong(reason, cure=""):
+        return CorpusError(path, f"line {i} {reason}", cure)
+
     try:
         d = json.loads(line)
     except json.JSONDecodeError as e:
@@ -731,8 +734,13 @@ def _by_cluster(entries, tool, address: str):
             client.submit(bytes, cloudpickle.dumps(tool), pure=False),
             deque(),
         )  # goes to each worker once
-        everybody = lambda: max(1, sum(client.nthreads().values()))
-        idle = lambda: not any(client.processing().values())
+
+        def everybody():
+            return max(1, sum(client.nthreads().values()))
+
+        def idle():
+            return not any(client.processing().values())
+
         for some, room in ((deque(entries), everybody), (suspects, lambda: 1)):
             for entry, future in _finished(
                 client.get_executor(pure=False), some, pickled, room, idle
@@ -869,7 +877,10 @@ def word_labels(
 ) -> torch.Tensor:  # (L,) 1 + place in the vocabulary, 0 between words, −100 where it is not known
     "The word of every 20 ms."
     label = torch.full((length,), 0 if spoken else -100)
-    at = lambda seconds: round(seconds * UNIT_RATE)
+
+    def at(seconds):
+        return round(seconds * UNIT_RATE)
+
     for start, end, text in spoken:
         label[at(start) : at(end)] = 1 + vocabulary.index(text) if text in vocabulary else -100
     return label
@@ -915,17 +926,18 @@ class ClipDataset(torch.utils.data.Dataset):
         sound: bool = True,  # only clips that have sound
         cache: float = 128e6,  # bytes of clips kept in memory
     ):
-        self.folder, self.store, self.targets, self.spoken = None, None, {}, {}
+        self.folder = None
+        self.store = None
+        self.targets = {}
+        self.spoken = {}
         if isinstance(clips, (str, Path)):
             self.folder, found = Path(clips), _prepared(Path(clips), split)
         else:
             found = [(c.name, len(c.lips), len(c.wav) > 0, c) for c in clips]
         found = [f for f in found if (names is None or f[0] in names) and (f[2] or not sound)]
-        self.names, self.lengths, self.recent = (
-            [f[0] for f in found],
-            [f[1] for f in found],
-            Recent(cache),
-        )
+        self.names = [f[0] for f in found]
+        self.lengths = [f[1] for f in found]
+        self.recent = Recent(cache)
         self.heard = Recent(SOUND)
         if self.folder is None:
             self.clips = [with_targets(f[3]) for f in found]
@@ -1137,10 +1149,8 @@ def _measure(entry, store, units, speaker) -> dict:
 @patch
 def read(self: ClipDataset, name: str) -> Clip:
     "A clip of the folder with its targets: stored ones, or computed now."
-    clip, targets = (
-        load_clip(self.folder / f"{name}.npz")._replace(spoken=self.spoken[name]),
-        self.targets,
-    )
+    clip = load_clip(self.folder / f"{name}.npz")._replace(spoken=self.spoken[name])
+    targets = self.targets
     if self.store and (stored := self.store.read(name)):
         clip = clip._replace(
             mel=stored["mel"].float(), units=stored["units"].long(), voice=stored["voice"].clone()
@@ -1264,7 +1274,10 @@ def _joined(clips: list, rng) -> list:
     def join(a, b):
         T = min(len(a.lips), len(b.lips))
         t = T // 4 + _draw(max(1, T // 2), rng)
-        along = lambda x, y, n: torch.cat([x[..., : n * t], y[..., n * t : n * T]], -1)
+
+        def along(x, y, n):
+            return torch.cat([x[..., : n * t], y[..., n * t : n * T]], -1)
+
         parts = dict(
             lips=torch.cat([a.lips[:t], b.lips[t:T]]),
             expression=torch.cat([a.expression[:t], b.expression[t:T]]),
@@ -1310,8 +1323,13 @@ def collate(
         clips = _joined(clips, rng)
     lengths = torch.tensor([len(c.lips) for c in clips])
     mask = torch.arange(lengths.max()) < lengths[:, None]
-    stack = lambda xs: torch.stack(list(xs))
-    pad = lambda xs, value=0.0: pad_sequence(list(xs), batch_first=True, padding_value=value)
+
+    def stack(xs):
+        return torch.stack(list(xs))
+
+    def pad(xs, value=0.0):
+        return pad_sequence(list(xs), batch_first=True, padding_value=value)
+
     return Batch(
         [c.name for c in clips],
         _lips(clips, mask, train, rng),
@@ -1397,12 +1415,10 @@ class BucketSampler:
     drop_last = True
 
     def __init__(self, lengths: list, batch_size: int, seed: int = 0):
-        self.lengths, self.batch_size, self.seed, self.epoch = (
-            np.asarray(lengths),
-            min(batch_size, len(lengths)),
-            whole_seed(seed),
-            0,
-        )
+        self.lengths = np.asarray(lengths)
+        self.batch_size = min(batch_size, len(lengths))
+        self.seed = whole_seed(seed)
+        self.epoch = 0
 
     def __len__(self):
         return len(self.lengths) // self.batch_size

@@ -63,9 +63,12 @@ def parsed(code: str) -> list:
 # %% ../nbs/19_course.ipynb #8eaba0e6
 def names_in(code: str) -> list[str]:
     "Names that a piece of code defines for what follows, in order."
-    stored = lambda s: [
-        n.id for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    ]
+
+    def stored(s):
+        return [
+            n.id for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        ]
+
     return list(
         dict.fromkeys(
             name for s in parsed(code) for name in ([s.name] if hasattr(s, "name") else stored(s))
@@ -202,18 +205,21 @@ def teacher_cells(
     "The cells as they are, and after each check a note for the teacher."
     after = {e.check: notes[e.name] for e in exercises(cells) if e.name in notes}
     text = "::: {{.callout-tip}}\n## For the teacher: {minutes} minutes\n{mistake}\n:::"
-    note = lambda i: (
-        [
-            dict(
-                cell_type="markdown",
-                id=f"note-{i}",
-                metadata=dict(tags=["teacher"]),
-                source=text.format(**after[i]).splitlines(True),
-            )
-        ]
-        if i in after
-        else []
-    )
+
+    def note(i):
+        return (
+            [
+                dict(
+                    cell_type="markdown",
+                    id=f"note-{i}",
+                    metadata=dict(tags=["teacher"]),
+                    source=text.format(**after[i]).splitlines(True),
+                )
+            ]
+            if i in after
+            else []
+        )
+
     return [c for i, cell in enumerate(cells) for c in [cell, *note(i)]]
 
 # %% ../nbs/19_course.ipynb #5d0c451e
@@ -534,9 +540,10 @@ def run_lesson(
 def _judge_all(e, cells, handed, space, report, seconds, memory):
     "Judge all answers to one exercise, after the lesson's own solution."
     stub, solution, test = (source(cells[i]) for i in (e.stub, e.solution, e.check))
-    clean = lambda code: "".join(
-        line for line in code.splitlines(True) if not line.startswith("#|")
-    )
+
+    def clean(code):
+        return "".join(line for line in code.splitlines(True) if not line.startswith("#|"))
+
     own = attempt(space, clean(solution), test, clean(stub), seconds, memory)[0]
     for who, answers in handed.items():
         if own:
@@ -648,7 +655,10 @@ def grade(
 def _marks(name, cells, students, handed, nbs, seconds, memory):
     "All marks of one lesson, by student: of those who handed it in, and of the others."
     fine = {who: answers for who in students if (answers := handed.get((who, name))) is not None}
-    why = lambda who: "its notebook cannot be read" if (who, name) in handed else "not handed in"
+
+    def why(who):
+        return "its notebook cannot be read" if (who, name) in handed else "not handed in"
+
     marks = list(grade_lesson(name, cells, fine, nbs, seconds, memory)) if fine else []
     return sorted(
         [
@@ -832,9 +842,12 @@ def troubles_markdown(
 # %% ../nbs/19_course.ipynb #d938c011
 def _markdown(head: list, rows: list) -> str:
     "A table in markdown; bars and brackets in the cells are made harmless."
-    safe = lambda x: (
-        str(x).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("\n", " ")
-    )
+
+    def safe(x):
+        return (
+            str(x).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("\n", " ")
+        )
+
     return "\n".join(
         "| " + " | ".join(map(safe, row)) + " |" for row in [head, ["---"] * len(head), *rows]
     )

@@ -74,11 +74,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int = 2, head_dim: int = 64):
         super().__init__()
         self.heads, inner = heads, heads * head_dim
-        self.norm, self.qkv, self.out = (
-            nn.LayerNorm(dim),
-            nn.Linear(dim, 3 * inner),
-            nn.Linear(inner, dim),
-        )
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * inner)
+        self.out = nn.Linear(inner, dim)
         self.mlp = nn.Sequential(
             nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
         )
@@ -205,11 +203,9 @@ def field(self: Decoder, mu, mask, speaker, guidance: float = 1.0):
     "The field(x, t) that a solver follows; with guidance, both velocities come from one batch of 2 B."
     if guidance == 1:
         return lambda x, t: self(x, t, mu, mask, speaker)
-    mu, speaker, mask = (
-        torch.cat([mu, 0 * mu]),
-        torch.cat([speaker, 0 * speaker]),
-        torch.cat([mask, mask]),
-    )
+    mu = torch.cat([mu, 0 * mu])
+    speaker = torch.cat([speaker, 0 * speaker])
+    mask = torch.cat([mask, mask])
     return lambda x, t: guide(*self(torch.cat([x, x]), t, mu, mask, speaker).chunk(2), guidance)
 
 # %% ../nbs/13_decoder.ipynb #6de01ae0
@@ -292,10 +288,8 @@ class Snake(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.alpha, self.beta = (
-            nn.Parameter(torch.zeros(channels)),
-            nn.Parameter(torch.zeros(channels)),
-        )
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):  # (…, C)
         return x + (x * self.alpha.exp()).sin().square() * (-self.beta).exp()
@@ -341,11 +335,9 @@ class MatchaStage(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, attends: list, move: nn.Module):
         super().__init__()
-        self.res, self.attends, self.move = (
-            MatchaRes(c_in, c_out, emb_dim),
-            nn.ModuleList(attends),
-            move,
-        )
+        self.res = MatchaRes(c_in, c_out, emb_dim)
+        self.attends = nn.ModuleList(attends)
+        self.move = move
 
     def forward(self, x, mask, emb):
         x = self.res(x, mask, emb)
@@ -407,11 +399,9 @@ def forward(
     "The velocity at `xt` and time `t`."
     emb = F.mish(self.time(time_embedding(t.expand(len(xt)), self.c_in)))
     who = [] if speaker is None else [speaker[..., None].expand(-1, -1, xt.shape[-1])]
-    x, masks, skips = (
-        torch.cat([xt, mu, *who], 1),
-        [mask[..., :: 2**i] for i in range(len(self.downs))],
-        [],
-    )
+    x = torch.cat([xt, mu, *who], 1)
+    masks = [mask[..., :: 2**i] for i in range(len(self.downs))]
+    skips = []
     for stage, m in zip(self.downs, masks):
         skips.append(stage(x, m, emb))
         x = stage.move(skips[-1] * m)

@@ -93,11 +93,12 @@ def show_ablation(
 ) -> str:  # Markdown
     "The ablation as means and 95 % intervals over the seeds; bold is what differs from the whole."
     rows = found["rows"]
-    label = lambda name: "whole" if name == "whole" else f"without {name}"
-    groups, changed = (
-        {name: [r for r in rows if r["without"] == name] for name in VARIANTS},
-        changes(rows),
-    )
+
+    def label(name):
+        return "whole" if name == "whole" else f"without {name}"
+
+    groups = {name: [r for r in rows if r["without"] == name] for name in VARIANTS}
+    changed = changes(rows)
 
     def cell(name, k):
         mark = "**" if changed.get((name, k), (None, 1))[1] < 0.05 else ""
@@ -179,11 +180,9 @@ def hear_ablation(
 ) -> dict:  # name → file
     "One validation clip as it was, and as each variant has it."
     _, val, _, preset = targets(data, Path(out), 0)
-    vocoder, b, wavs = (
-        FacesToVoices.from_pretrained("talkers", device="cpu").vocoder,
-        collate([val[clip]]),
-        dict(truth=val[clip].wav),
-    )
+    vocoder = FacesToVoices.from_pretrained("talkers", device="cpu").vocoder
+    b = collate([val[clip]])
+    wavs = dict(truth=val[clip].wav)
     for name, without in VARIANTS.items():
         h = Hierarchy(preset, without).eval()
         h.load_state_dict(
@@ -352,21 +351,26 @@ def show_study(
     found: dict,  # of `faces2voices sweep`
 ) -> str:  # Markdown
     "A flow study as a table, with its command below."
-    name = lambda r: (
-        "μ itself, no flow"
-        if r["steps"] == 0
-        else f"{r['steps']} step{'s' * (r['steps'] > 1)}"
-        + (f", w = {r['guidance']:g}" if r["guidance"] != 1 else "")
-    )
-    number = lambda k, v: (
-        None
-        if v is None
-        else f"{100 * v:.1f} %"
-        if k == "WER"
-        else f"{v:.2f}"
-        if k in ("MCD, dB", "DNSMOS OVRL", "seconds")
-        else f"{v:.3f}"
-    )
+
+    def name(r):
+        return (
+            "μ itself, no flow"
+            if r["steps"] == 0
+            else f"{r['steps']} step{'s' * (r['steps'] > 1)}"
+            + (f", w = {r['guidance']:g}" if r["guidance"] != 1 else "")
+        )
+
+    def number(k, v):
+        return (
+            None
+            if v is None
+            else f"{100 * v:.1f} %"
+            if k == "WER"
+            else f"{v:.2f}"
+            if k in ("MCD, dB", "DNSMOS OVRL", "seconds")
+            else f"{v:.3f}"
+        )
+
     body = [[name(r), *(number(k, r[k]) for k in SWEPT)] for r in found["rows"]]
     return (
         markdown_table([f"`{found['model']}`", *SWEPT], body)
@@ -430,7 +434,10 @@ def _ours(card, metric: str) -> str:
 def ledger() -> list:  # of (measure, paper, others, ours on talkers, ours on GRID), all text
     "Every number that is claimed anywhere, each in its column."
     cards = [stored_card(name) for name in ("talkers", "grid")]
-    label = lambda m: f"{m} ({SWAPPED[m]})" if m in SWAPPED else m
+
+    def label(m):
+        return f"{m} ({SWAPPED[m]})" if m in SWAPPED else m
+
     return [
         (label(m), *OTHERS.get(m, ("", "")), *(_ours(c, m) for c in cards))
         for m in (*OTHERS, *OURS, *SWAPPED)

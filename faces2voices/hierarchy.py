@@ -68,10 +68,8 @@ def made_pictures(
 def made_sound(preset, units, who, how) -> tuple:  # mel (B, 80, 4T), log_f0 and voiced (B, 2T)
     "What a microphone would hear: a spectrum for each unit, tilted by the voice, lifted by the wave, with the pitch as a ridge."
     log_f0, voiced = 5 + 0.3 * who[:, :1] + 0.2 * how, (units % 4 != 0).float()
-    spectra, bins = (
-        F.interpolate(fixed(3, preset.n_units, 1, 10), 80, mode="linear")[:, 0],
-        torch.linspace(-1, 1, 80),
-    )
+    spectra = F.interpolate(fixed(3, preset.n_units, 1, 10), 80, mode="linear")[:, 0]
+    bins = torch.linspace(-1, 1, 80)
     ridge = (-((bins - (log_f0[..., None] - 5)) ** 2) / 0.02).exp() * voiced[..., None]
     mel = spectra[units] + 0.5 * who[:, 1, None, None] * bins + 0.3 * how[..., None] + ridge
     return mel.repeat_interleave(2, 1).transpose(1, 2), log_f0, voiced
@@ -87,9 +85,10 @@ def made_batch(
     units, who, how = factors = made_factors(preset, batch, frames, seed)
     lips, face, expression = made_pictures(preset, *factors)
     mel, log_f0, voiced = made_sound(preset, *factors)
-    vector = lambda seed, dim: F.normalize(
-        F.pad(who, (0, 1), value=1.0) @ fixed(seed, 3, dim), dim=-1
-    )
+
+    def vector(seed, dim):
+        return F.normalize(F.pad(who, (0, 1), value=1.0) @ fixed(seed, 3, dim), dim=-1)
+
     return Batch(
         [f"made{i}" for i in range(batch)],
         lips,
@@ -426,10 +425,8 @@ def loss(
             self.preset.teacher_forcing == 1 or torch.rand(()) < self.preset.teacher_forcing
         )
     out = self(*see(batch), batch if teacher_forcing else None)
-    terms, mask4 = (
-        {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]},
-        batch.mask.repeat_interleave(4, 1),
-    )
+    terms = {k: out.mu.new_zeros(()) for k in HierarchyLoss._fields[1:]}
+    mask4 = batch.mask.repeat_interleave(4, 1)
     terms["prior"] = prior_loss(out.mu, batch.mel, mask4)
     if self.preset.envelope_weight:
         terms["envelope"] = envelope_loss(out.mu, batch.mel, mask4)

@@ -227,11 +227,9 @@ def forward(
     "Predict the three contours; embed them, or the teacher's."
     mask2 = mask.repeat_interleave(2, 1)
     h = hidden + self.expression(movement(expression, mask), mask).repeat_interleave(2, 1)
-    contour, voiced_logit, energy = (
-        self.pitch(h, mask2),
-        self.voiced(h, mask2),
-        self.energy(h, mask2),
-    )
+    contour = self.pitch(h, mask2)
+    voiced_logit = self.voiced(h, mask2)
+    energy = self.energy(h, mask2)
     voiced = voiced_logit.sigmoid()
     pitch = self.level(speaker) + movement(contour[..., None], mask2 * voiced.detach())[..., 0]
     contours = pitch, voiced, energy
@@ -272,7 +270,10 @@ def prosody_loss(
 ) -> ProsodyLoss:
     "Smooth L1 on the voiced frames' pitch, binary cross-entropy on voicing, L1 on energy; padding never counts."
     mask = batch.mask.repeat_interleave(2, 1).to(prosody.energy.dtype)
-    mean = lambda x, m: (x * m).sum() / m.sum().clamp(min=1)
+
+    def mean(x, m):
+        return (x * m).sum() / m.sum().clamp(min=1)
+
     pitch = F.smooth_l1_loss(
         normalize_pitch(prosody.log_f0), normalize_pitch(batch.log_f0), beta=0.25, reduction="none"
     )
@@ -289,9 +290,15 @@ def correlate(
     weight,  # (…, L) bool, or floats in [0, 1]: the frames that count
 ):  # (…,)
     "Weighted correlation over time."
-    centred = lambda x: x - (x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
+
+    def centred(x):
+        return x - (x * weight).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
+
     a, b = centred(a), centred(b)
-    dot = lambda x, y: (weight * x * y).sum(-1)
+
+    def dot(x, y):
+        return (weight * x * y).sum(-1)
+
     return dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp(min=1e-12)
 
 # %% ../nbs/09_prosody.ipynb #ee9e67b7
@@ -341,27 +348,25 @@ def bend_widget(
     import io, soundfile
     import ipywidgets as W
 
-    slider = lambda name, value, low, high, step: W.FloatSlider(
-        value, min=low, max=high, step=step, description=name, continuous_update=False
-    )
+    def slider(name, value, low, high, step):
+        return W.FloatSlider(
+            value, min=low, max=high, step=step, description=name, continuous_update=False
+        )
+
     dials = [
         slider("shift", 0.0, -6, 6, 1),
         slider("range", 1.0, 0, 2.5, 0.25),
         slider("tilt", 0.0, -12, 12, 2),
     ]
-    picture, sound = (
-        W.Image(format="png", width=480),
-        W.Audio(format="wav", autoplay=False, loop=False),
-    )
+    picture = W.Image(format="png", width=480)
+    sound = W.Audio(format="wav", autoplay=False, loop=False)
 
     def follow(change=None):
         bent, pcm = bend(log_f0, voiced, **{d.description: d.value for d in dials}), io.BytesIO()
         soundfile.write(pcm, speak(bent).clamp(-1, 1).numpy(), 16000, format="WAV")
-        sound.autoplay, sound.value, picture.value = (
-            change is not None,
-            pcm.getvalue(),
-            contours_png(voiced, before=log_f0, bent=bent),
-        )
+        sound.autoplay = change is not None
+        sound.value = pcm.getvalue()
+        picture.value = contours_png(voiced, before=log_f0, bent=bent)
 
     for d in dials:
         d.observe(follow, "value")

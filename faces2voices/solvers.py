@@ -195,10 +195,8 @@ def plot_race(
         lambda x, t, b=b: mixture_field(x, t, *b, sigma_min)
         for b in ([z[:1] for z in blobs], blobs)
     ]
-    field, noise = (
-        guided(*fields, guidance),
-        torch.randn(60, 2, generator=torch.Generator().manual_seed(1)),
-    )
+    field = guided(*fields, guidance)
+    noise = torch.randn(60, 2, generator=torch.Generator().manual_seed(1))
     fig, (left, *tracks) = plt.subplots(1, 5, figsize=(12, 2.8), layout="constrained")
     _arrows(left, field, t, 3.5)
     end, ways = race(field, noise, nfe)

@@ -20,6 +20,7 @@ from .content import logit_accuracy
 from .errors import CheckpointError
 from .training import claim, clips_identity, part, shuffled, train_speaker
 from .evaluation import correlation, loud, mean_f0
+
 pass
 from .hierarchy import prior_loss
 from dataclasses import replace
@@ -134,7 +135,10 @@ def judge(hierarchy, dataset, speaker_encoder) -> dict:  # name → number
             "has no voiced speech in its validation clips",
             "Give others the split val",
         )
-    column = lambda k: [r.pop(k) for r in rows if k in r]
+
+    def column(k):
+        return [r.pop(k) for r in rows if k in r]
+
     true_f0, mean_mel, predicted = column("true F0"), column("mean mel"), column("predicted F0")
     found = {k: float(np.nanmean([r[k] for r in rows])) for k in rows[0]}
     found["mean F0 in μ, R²"] = (
@@ -285,10 +289,8 @@ def slot_study(
 ) -> dict:  # what JSON can hold
     "Share of wrong words in each slot of GRID's grammar: of the original and of the model's speech, as two recognisers hear them, and as the model reads the lips."
     model, ds = FacesToVoices.from_pretrained(name), ClipDataset(data, split=split)
-    clips, judges = (
-        [ds[i] for i in range(min(limit, len(ds)))],
-        {"CTC": grid_listener(), "pocketsphinx": listener("grid")},
-    )
+    clips = [ds[i] for i in range(min(limit, len(ds)))]
+    judges = {"CTC": grid_listener(), "pocketsphinx": listener("grid")}
     sounds = {
         "original": [c.wav for c in clips],
         "synthesised": [model.voice(c).wav for c in tqdm(clips, desc="speaking")],
@@ -371,9 +373,10 @@ def adaptation(
     out, rows = Path(out), []
     out.mkdir(parents=True, exist_ok=True)
     train, _, voices, preset = targets(data, out, seed)
-    clips = lambda who, *splits: of_speaker(data, who, *splits).add(
-        train.targets["units"], voices, preset.words
-    )
+
+    def clips(who, *splits):
+        return of_speaker(data, who, *splits).add(train.targets["units"], voices, preset.words)
+
     seen, held = (
         {who: clips(who, *splits) for who in (first, then)}
         for splits in (("train",), ("val", "test"))
@@ -475,11 +478,9 @@ def masked_ce_study(
 ) -> dict:  # what JSON can hold
     "CE against CE + masked CE, pair by pair: train on the training clips, judge on all others."
     seeds = [whole_seed(s) for s in seeds]
-    train, test, preset = (
-        see_and_hear(model, data, "train", limit=limit),
-        see_and_hear(model, data, "val", "test"),
-        model.preset,
-    )
+    train = see_and_hear(model, data, "train", limit=limit)
+    test = see_and_hear(model, data, "val", "test")
+    preset = model.preset
 
     def run(weight, seed):
         seed_everything(seed)
@@ -492,7 +493,10 @@ def masked_ce_study(
 
     plain, both = (torch.stack([run(w, s) for s in seeds]) for w in weights)
     gains = [crossed_interval(d) for d in (both - plain).unbind(-1)]
-    numbers = lambda x: [round(float(v), 5) for v in x]
+
+    def numbers(x):
+        return [round(float(v), 5) for v in x]
+
     return dict(
         model=preset.name,
         clips=[len(train), len(test)],
@@ -573,9 +577,10 @@ def meet(known: int, new: int, others: int = 100, steps: int = 200) -> People:
         list(range(start, start + n))
         for start, n in ((10**6, others), (2 * 10**6, new), (3 * 10**6, known))
     )
-    hear = lambda seeds, n: [
-        [MEL.normalize(MEL(sentence(make_talker(s), k))) for k in range(n)] for s in seeds
-    ]
+
+    def hear(seeds, n):
+        return [[MEL.normalize(MEL(sentence(make_talker(s), k))) for k in range(n)] for s in seeds]
+
     encoder, _ = train_speaker_encoder(hear(others, 3), steps=steps)
     e = embed_voices(encoder, hear(new, 3))
     return People(
@@ -606,7 +611,10 @@ def seek(
     people: People, link: float, faces: int, steps: int, look=snapshots, lr: float = 1.5e-3
 ) -> dict:
     "Learn from the first `faces` known talkers of a world; let the new faces look for their voices."
-    see = lambda seeds: look([make_talker(s, link) for s in seeds], 1)
+
+    def see(seeds):
+        return look([make_talker(s, link) for s in seeds], 1)
+
     encoder, _ = train_timbre(see(people.known[:faces]), people.voices[:faces], steps, lr=lr)
     with torch.no_grad():
         guess = torch.cat([encoder(x, x) for x in see(people.new)[:, 0].split(50)])
@@ -638,9 +646,14 @@ def show_strength(
     from IPython.display import display
 
     fig, axs = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
-    rows = lambda eyes, **want: [
-        r for r in recorded["rows"] if r["eyes"] == eyes and all(r[k] == v for k, v in want.items())
-    ]
+
+    def rows(eyes, **want):
+        return [
+            r
+            for r in recorded["rows"]
+            if r["eyes"] == eyes and all(r[k] == v for k, v in want.items())
+        ]
+
     few, [heard] = min(r["faces"] for r in rows("snapshots")), rows("another sentence")
     for ax, x, found, label, colour in (
         (
@@ -705,14 +718,17 @@ def clip_scores(
     reader,  # from `phone_reader`
 ) -> torch.Tensor:  # (6,) phonemes right from predicted and from true units, units right, phonemes there, r of F0, r of energy
     "Counts over the frames that have a phoneme, and two correlations over voiced frames."
-    said, true, spoken, voiced = (
-        out.content.logits[0].argmax(-1),
-        batch.units[0],
-        phones >= 0,
-        batch.voiced[0] > 0,
-    )
-    right = lambda units: (read_phones(reader, units) == phones)[spoken].sum()
-    r = lambda a, b: torch.corrcoef(torch.stack([a[0], b[0]])[:, voiced])[0, 1]
+    said = out.content.logits[0].argmax(-1)
+    true = batch.units[0]
+    spoken = phones >= 0
+    voiced = batch.voiced[0] > 0
+
+    def right(units):
+        return (read_phones(reader, units) == phones)[spoken].sum()
+
+    def r(a, b):
+        return torch.corrcoef(torch.stack([a[0], b[0]])[:, voiced])[0, 1]
+
     return torch.stack(
         [
             right(said),
@@ -789,8 +805,13 @@ def questions(
     stage: str,
 ) -> dict:  # of PROBES: (features, target, groups)
     "What the probes are asked at one stage; speakers are held out as a whole, but for the question who it is, where a take is."
-    join = lambda f: torch.cat([f(c) for c in clips])
-    each = lambda f, **kw: torch.tensor([f(c) for c in clips], **kw)
+
+    def join(f):
+        return torch.cat([f(c) for c in clips])
+
+    def each(f, **kw):
+        return torch.tensor([f(c) for c in clips], **kw)
+
     frames, means = join(lambda c: c.features[stage]), torch.stack([c.means[stage] for c in clips])
     speaker, voiced = each(lambda c: c.speaker), join(lambda c: c.voiced)
     whose = speaker.repeat_interleave(each(lambda c: len(c.phone)))
@@ -869,12 +890,10 @@ def judge_stages(
             for p, *_ in e.extra.get("phones", [])
         }
     )
-    speakers, reader, scores, clips = (
-        sorted({e.speaker for e in entries}),
-        learn_phones(model, data, names, lessons),
-        [],
-        [],
-    )
+    speakers = sorted({e.speaker for e in entries})
+    reader = learn_phones(model, data, names, lessons)
+    scores = []
+    clips = []
     for e in entries:
         batch, phones = known(model, data, e, names)
         who = speakers.index(e.speaker)

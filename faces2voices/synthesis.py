@@ -94,22 +94,18 @@ class Speech:
         doubt=None,  # (2T,) how unsure the reader is: 0 of one thing, 1 of everything alike
         notes=(),  # what a listener should know: see `doubts`
     ):
-        self.wav, self.mel, self.units, self.log_f0, self.voiced, self.energy, self.speaker = (
-            wav,
-            mel,
-            units,
-            log_f0,
-            voiced,
-            energy,
-            speaker,
-        )
-        self.source, self.looked, self.truth, self.backend, self.seconds = (
-            source,
-            looked,
-            truth,
-            backend,
-            seconds,
-        )
+        self.wav = wav
+        self.mel = mel
+        self.units = units
+        self.log_f0 = log_f0
+        self.voiced = voiced
+        self.energy = energy
+        self.speaker = speaker
+        self.source = source
+        self.looked = looked
+        self.truth = truth
+        self.backend = backend
+        self.seconds = seconds
         self.doubt, self.notes = doubt, notes
 
 # %% ../nbs/15_synthesis.ipynb #b38c9583
@@ -237,12 +233,10 @@ class FacesToVoices(
         | None = None,  # what it was trained on, by which command; kept beside the weights
     ):
         super().__init__()
-        self.preset, self.info, self.faces_root, self.face_backend = (
-            Preset.from_json(preset),
-            info or {},
-            None,
-            None,
-        )
+        self.preset = Preset.from_json(preset)
+        self.info = info or {}
+        self.faces_root = None
+        self.face_backend = None
         self.units = make_quantizer(self.preset)
         self.speaker_encoder = SpeakerEncoder()
         self.hierarchy = Hierarchy(self.preset)
@@ -316,12 +310,13 @@ def _stored_shapes(path) -> dict:
 def _must_fit(path, wanted: dict, found: dict, optional):  # name → shape; name → may it be missing?
     "CheckpointError where a file of weights is not the one that a module wants."
     missing = [k for k in wanted if k not in found and not optional(k)]
-    unknown, other = (
-        [k for k in found if k not in wanted],
-        [k for k in found if found[k] != wanted.get(k)],
-    )
+    unknown = [k for k in found if k not in wanted]
+    other = [k for k in found if found[k] != wanted.get(k)]
     if name := next(iter(missing + unknown + other), None):
-        said = lambda shapes: f"{list(shapes[name])}" if name in shapes else "nothing"
+
+        def said(shapes):
+            return f"{list(shapes[name])}" if name in shapes else "nothing"
+
         raise CheckpointError(
             path,
             f"holds other weights than its model has ({name}: {said(found)}, not {said(wanted)})",
@@ -597,7 +592,10 @@ def watch(
     progress: bool = False,
 ) -> tuple:  # Clip, Looked
     "Find the face in a film of any length and cut out what the stages look at; what is shown of it is its first window."
-    film, eyes, lips, expression = Film(path), self.eyes(), Rows(), Rows()
+    film = Film(path)
+    eyes = self.eyes()
+    lips = Rows()
+    expression = Rows()
     with self._other_world():
         track = track_face(film, eyes, path=path)
     T, n = len(track.points), min(WINDOW, len(track.points))
@@ -671,10 +669,8 @@ def contours(
     mask,
 ):  # (1, n, E) the expression, less the face at rest; (1, n)
     "Pitch (not centred), voicing and energy."
-    mask2, h = (
-        mask.repeat_interleave(2, 1),
-        hidden + prosody.expression(moved, mask).repeat_interleave(2, 1),
-    )
+    mask2 = mask.repeat_interleave(2, 1)
+    h = hidden + prosody.expression(moved, mask).repeat_interleave(2, 1)
     return prosody.pitch(h, mask2), prosody.voiced(h, mask2).sigmoid(), prosody.energy(h, mask2)
 
 # %% ../nbs/15_synthesis.ipynb #08d3acfd
@@ -739,12 +735,10 @@ def read_all(
     self: FacesToVoices, clip: Clip, speaker, expression: float = 1.0, bar=list
 ) -> Told:  # bar: around the windows
     "The stages, window after window."
-    ws, still, hidden, rest = (
-        windows(len(clip.lips)),
-        mean_row(clip.expression).to(self.device),
-        Rows(),
-        [],
-    )
+    ws = windows(len(clip.lips))
+    still = mean_row(clip.expression).to(self.device)
+    hidden = Rows()
+    rest = []
     for w in bar(ws):
         told = self.read(clip, w, speaker, still, expression)
         hidden.append(told.hidden)
@@ -885,15 +879,14 @@ def _speak(
     progress,
 ):
     "As `speak`, in its frame."
-    bar = lambda what: (
-        lambda xs: tqdm(
+
+    def bar(what):
+        return lambda xs: tqdm(
             xs, desc=what, unit="window", leave=False, disable=not (progress and len(xs) > 1)
         )
-    )
-    speaker, ws = (
-        self.who(clip.face, clip.identity) if speaker is None else speaker.to(self.device),
-        windows(len(clip.lips)),
-    )
+
+    speaker = self.who(clip.face, clip.identity) if speaker is None else speaker.to(self.device)
+    ws = windows(len(clip.lips))
     told = hushed(self.read_all(clip, speaker, expression, bar("read")), mute)
     pitch = self.tuned(told, speaker)
     mels = (
@@ -934,11 +927,9 @@ def voice(
     "Speech of one prepared clip."
     began = time.perf_counter()
     speech = Speech.join(list(self.speak(clip, **kw)))
-    speech.source, speech.truth, speech.seconds = (
-        clip.name,
-        MEL(clip.wav) if len(clip.wav) else None,
-        time.perf_counter() - began,
-    )
+    speech.source = clip.name
+    speech.truth = MEL(clip.wav) if len(clip.wav) else None
+    speech.seconds = time.perf_counter() - began
     return speech
 
 # %% ../nbs/15_synthesis.ipynb #86960b17
@@ -1342,17 +1333,15 @@ def _section(
         if speech.duration == length
         else f"the first {speech.duration:.0f} of {length:.0f} s"
     )
-    name, figures = (
-        html.escape(Path(speech.source).name),
-        [
-            (strip, "What the model looked at"),
-            (
-                speech.plot(),
-                "Pitch and energy as predicted; mel as synthesised"
-                + (", and the true one" if speech.truth is not None else ""),
-            ),
-        ],
-    )
+    name = html.escape(Path(speech.source).name)
+    figures = [
+        (strip, "What the model looked at"),
+        (
+            speech.plot(),
+            "Pitch and energy as predicted; mel as synthesised"
+            + (", and the true one" if speech.truth is not None else ""),
+        ),
+    ]
     sounds = [("synthesised", speech.wav)] + (
         [("original", speech.looked.video.wav)] if speech.looked.video.wav is not None else []
     )
@@ -1457,7 +1446,10 @@ def synthesize_file(
     **kw,  # as in `parts`: steps, guidance, seed, face, reference, expression, progress
 ) -> Done:
     "Speak one file into a folder; an error of the input is returned, not raised, and what was whole by then stays."
-    written, facts, errors, began = [], [], [], time.perf_counter()
+    written = []
+    facts = []
+    errors = []
+    began = time.perf_counter()
     try:
         wav, *video = _targets(path, out, dubbed)
         first, length = write_parts(wav, _heard(model.parts(path, **kw), facts))

@@ -68,13 +68,16 @@ def show_causes():
     fig, ax = plt.subplots(figsize=(8, 2.9), dpi=80, layout="constrained")
     ax.set(xlim=(-0.3, 3.3), ylim=(-0.5, 3.5))
     ax.axis("off")
-    fill = lambda name: (
-        "#E69F00"
-        if name in ("what", "who", "how")
-        else "#56B4E9"
-        if name in ("sound", "picture")
-        else "0.9"
-    )
+
+    def fill(name):
+        return (
+            "#E69F00"
+            if name in ("what", "who", "how")
+            else "#56B4E9"
+            if name in ("sound", "picture")
+            else "0.9"
+        )
+
     box = {
         name: ax.text(
             *p, name, ha="center", va="center", bbox=dict(boxstyle="round", fc=fill(name), ec="0.3")
@@ -174,7 +177,10 @@ _Callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
 )
 _WORD, _PHONEME, _RATE = 1, 7, 22050
-_SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT, _UTF8 = 2, 1, 0x8000, 1
+_SYNCHRONOUS = 2
+_PHONEME_EVENTS = 1
+_DONT_EXIT = 0x8000
+_UTF8 = 1
 _PARAM_RATE, _PARAM_VOLUME = 1, 2
 
 # %% ../nbs/03_talkers.ipynb #ac129c84
@@ -209,10 +215,8 @@ class Espeak:
                 "is not installed",
                 "It is needed to make new talkers: pip install espeakng-loader",
             ) from e
-        self.library, self._folder = (
-            espeakng_loader.get_library_path(),
-            tempfile.TemporaryDirectory(prefix="espeak-"),
-        )
+        self.library = espeakng_loader.get_library_path()
+        self._folder = tempfile.TemporaryDirectory(prefix="espeak-")
         self.data = Path(self._folder.name) / "espeak-ng-data"
         for name in (
             "en_dict",
@@ -345,12 +349,15 @@ def formant_ratio(
     low, high = librosa.lpc(
         frames.swapaxes(-1, -2) * np.hanning(640), order=order
     )  # (frames, order + 1)
-    log_envelope = lambda poly, hz: (
-        -np.log(
+
+    def log_envelope(poly, hz):
+        return -np.log(
             np.abs(poly @ np.exp(-2j * np.pi * np.arange(order + 1)[:, None] * hz / SAMPLE_RATE))
         )
-    )
-    slope = lambda poly, hz: np.diff(log_envelope(poly, hz))  # blind to loudness
+
+    def slope(poly, hz):
+        return np.diff(log_envelope(poly, hz))  # blind to loudness
+
     hz, ratios = np.geomspace(300, 3600, 200), np.geomspace(0.65, 1.55, 91)
     return float(max(ratios, key=lambda r: np.sum(slope(low, hz) * slope(high, hz * r))))
 
@@ -656,7 +663,10 @@ def _nuisances(rng) -> dict:
     lip = 0.5 * skin * (0.95, 0.62, 0.60) + 0.5 * np.array((0.74, 0.22, 0.26)) * (
         0.60 + 0.40 * skin[0]
     )
-    rgb = lambda c: tuple(float(x) for x in np.clip(c, 0, 1))
+
+    def rgb(c):
+        return tuple(float(x) for x in np.clip(c, 0, 1))
+
     return dict(
         width=rng.uniform(0.49, 0.53),
         spacing=rng.uniform(0.215, 0.235),
@@ -905,10 +915,8 @@ def draw_body(c: Canvas):
 def hair_colours(c: Canvas):
     "Strands that run from the crown outwards (or curls), with a band of gloss."
     f, curl = c.face, HAIR[c.face.hair][3]
-    angle, radius = (
-        np.arctan2(c.u - 0.25 * f.part, TOP + 0.25 - c.v),
-        np.hypot(c.u, c.v - TOP - 0.1),
-    )
+    angle = np.arctan2(c.u - 0.25 * f.part, TOP + 0.25 - c.v)
+    radius = np.hypot(c.u, c.v - TOP - 0.1)
     random = np.random.default_rng(f.texture).normal(size=600)
     strands = np.interp(
         angle * 38 + 2 * np.sin(radius * 9 + angle * 3), np.arange(-300, 300), random
@@ -927,7 +935,10 @@ def hair_colours(c: Canvas):
 
 def draw_back_hair(c: Canvas):
     "What hangs, or is bound, behind the head."
-    f, style, u, v = c.face, HAIR[c.face.hair], c.u, c.v
+    f = c.face
+    style = HAIR[c.face.hair]
+    u = c.u
+    v = c.v
     if style and style[4]:
         edge = style[5] - 0.05 * np.cos(v * 3) + style[3] * 0.03 * np.sin(v * 17 + np.sign(u))
         edge = edge * np.sqrt(np.clip(1 - (np.clip(-0.15 - v, 0, 1) / 0.72) ** 2, 0, 1))
@@ -951,11 +962,9 @@ def draw_hair(c: Canvas):
     if f.hair == "bald":
         return
     thick, side_end, line, curl, end, _ = HAIR[f.hair]
-    d, a, bump = (
-        skull(f, u, v)[1],
-        np.abs(u) / f.width,
-        curl * 0.035 * noise(u.shape, 5, f.texture + 3),
-    )
+    d = skull(f, u, v)[1]
+    a = np.abs(u) / f.width
+    bump = curl * 0.035 * noise(u.shape, 5, f.texture + 3)
     outer = (
         d
         - thick * smoothstep(-v, -side_end - 0.1, -side_end + 0.45)
@@ -1097,13 +1106,11 @@ def draw_eye(image, face, pose, side, expression, blink):
     cu, e = side * face.spacing, face.eye
     w = window(image, pose, cu - 0.16, EYES - 0.13, cu + 0.16, EYES + 0.12)
     x, y = (w.u - cu) / e * side, w.v - EYES  # x: -1 at the nose, 1 at the temple
-    arc, wide = (
-        np.clip(1 - x * x, 0, None),
-        (1 + (0.38 if expression > 0 else 0.42) * expression) * (1 - blink),
-    )
-    upper, lower = (
-        -0.62 * e * wide * arc**0.75 - 0.008 * x,
-        0.36 * e * (0.35 + 0.65 * wide) * (1 - 0.8 * blink) * arc - 0.008 * x + 0.02 * blink * arc,
+    arc = np.clip(1 - x * x, 0, None)
+    wide = (1 + (0.38 if expression > 0 else 0.42) * expression) * (1 - blink)
+    upper = -0.62 * e * wide * arc**0.75 - 0.008 * x
+    lower = (
+        0.36 * e * (0.35 + 0.65 * wide) * (1 - 0.8 * blink) * arc - 0.008 * x + 0.02 * blink * arc
     )
     dark, ends = rgb(face.skin) * 0.52, smoothstep(1 - np.abs(x), 0, 0.35)
     paint(
@@ -1442,9 +1449,12 @@ class Locator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        block = lambda i, o, stride=1: nn.Sequential(
-            nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
-        )
+
+        def block(i, o, stride=1):
+            return nn.Sequential(
+                nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
+            )
+
         self.fine = nn.Sequential(block(1, 16, 2), block(16, 32, 2), block(32, 32))  # 20 × 20
         self.coarse = nn.Sequential(
             block(32, 48, 2), block(48, 48), nn.Upsample(scale_factor=2)
@@ -1509,12 +1519,10 @@ def _canvas(B, side, g):
 def scatter_faces(pictures, points, g: torch.Generator, side=80, no_face=0.25):
     "Throw (B, 1, S, S) pictures on random canvases: (B, 1, side, side), (B, 5, 2) fractions, (B,) 1 where a face is left."
     B, u = len(pictures), lambda low, high: low + (high - low) * torch.rand(B, 1, generator=g)
-    at, zoom, angle, is_face = (
-        2 * points - 1,
-        u(0.5, 1.45),
-        u(-0.15, 0.15),
-        torch.rand(B, generator=g) > no_face,
-    )
+    at = 2 * points - 1
+    zoom = u(0.5, 1.45)
+    angle = u(-0.15, 0.15)
+    is_face = torch.rand(B, generator=g) > no_face
     R = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], -1).reshape(B, 2, 2)
     middle = (at.amax(1) + at.amin(1)) / 2
     turned = (at - middle[:, None]) @ R * zoom[:, None]
@@ -1701,21 +1709,17 @@ def talker_widget(stranger: int = 39, text: str = "hello"):
         W.FloatSlider(0.0, min=-1, max=1, step=0.25, description=name, continuous_update=False)
         for name in ("length", "weight", "brows")
     ]
-    picture, sound = (
-        W.Image(format="jpeg", width=240),
-        W.Audio(format="wav", autoplay=False, loop=False),
-    )
+    picture = W.Image(format="jpeg", width=240)
+    sound = W.Audio(format="wav", autoplay=False, loop=False)
 
     def follow(change=None):
         face, wav = sketch(*(d.value for d in dials), stranger, text)
         jpeg, pcm = io.BytesIO(), io.BytesIO()
         plt.imsave(jpeg, face, format="jpeg")
         soundfile.write(pcm, wav.clip(-1, 1), SAMPLE_RATE, format="WAV")
-        sound.autoplay, sound.value, picture.value = (
-            change is not None,
-            pcm.getvalue(),
-            jpeg.getvalue(),
-        )
+        sound.autoplay = change is not None
+        sound.value = pcm.getvalue()
+        picture.value = jpeg.getvalue()
 
     for d in dials:
         d.observe(follow, "value")
@@ -1745,10 +1749,8 @@ def perform(
     text = text or make_sentence(rng)
     levels = draw_levels(rng, len(text.split()))
     said = speak(text, talker.tract, talker.f0, levels)
-    T, start = (
-        -(-(len(said.wav) + int(2 * PAD * SAMPLE_RATE)) // SAMPLES_PER_FRAME),
-        int(PAD * SAMPLE_RATE),
-    )
+    T = -(-(len(said.wav) + int(2 * PAD * SAMPLE_RATE)) // SAMPLES_PER_FRAME)
+    start = int(PAD * SAMPLE_RATE)
     phones, words = (
         [(x, a + PAD, b + PAD) for x, a, b in marks] for marks in (said.phones, said.words)
     )
@@ -1823,7 +1825,10 @@ class TalkerClip(NamedTuple):
 
 def factors(talker: Talker, said: Performance) -> dict:
     "Who, and how: what a manifest keeps of a clip."
-    rounded = lambda x: np.round(np.asarray(x, float), 4).tolist()
+
+    def rounded(x):
+        return np.round(np.asarray(x, float), 4).tolist()
+
     return dict(
         talker=talker.seed,
         tract=rounded(talker.tract),
@@ -1844,11 +1849,9 @@ def make_clip(
     rng, nuisance = np.random.default_rng(seed), strengths(nuisance)
     said = perform(rng, talker, text)
     T = len(said.expression)
-    mouth, pose, closed = (
-        mouth_track(said.phones, T),
-        head_motion(rng, T, nuisance.motion),
-        blinks(rng, T, nuisance.blinks),
-    )
+    mouth = mouth_track(said.phones, T)
+    pose = head_motion(rng, T, nuisance.motion)
+    closed = blinks(rng, T, nuisance.blinks)
     frames = [draw_face(talker.face, *shown) for shown in zip(mouth, said.expression, pose, closed)]
     points = [face_points(talker.face, *shown) for shown in zip(mouth, said.expression, pose)]
     frames = light_and_noise(rng, np.stack(frames), nuisance.light, nuisance.noise)
@@ -1924,10 +1927,8 @@ def _corpus_line(job: tuple) -> dict:
     "Make one clip of a corpus, unless its file is there, and return its line of the manifest."
     folder, world, nuisance, number, k = job
     torch.set_num_threads(1)
-    talker, name = (
-        make_talker(10_000 * world["seed"] + number, world["link"]),
-        f"t{number:04d}_{k:03d}",
-    )
+    talker = make_talker(10_000 * world["seed"] + number, world["link"])
+    name = f"t{number:04d}_{k:03d}"
     clip_seed, path = (world["seed"], number, k), folder / f"{name}.mp4"
     if path.exists():
         said = perform(np.random.default_rng(clip_seed), talker)

@@ -103,7 +103,10 @@ def random_window(
     generator,  # frames; torch.Generator
 ):  # (80, window), (window,) bool
     "A random stretch of a random clip; what is shorter than a window is padded."
-    pick = lambda n: int(torch.randint(n, (), generator=generator))
+
+    def pick(n):
+        return int(torch.randint(n, (), generator=generator))
+
     clip = clips[pick(len(clips))]
     start = pick(max(clip.shape[1] - window, 0) + 1)
     part = clip[:, start : start + window]
@@ -174,10 +177,8 @@ def train_speaker_encoder(
 ):  # (SpeakerEncoder in eval mode, list of losses)
     "Train a speaker encoder with the GE2E loss; `w` and `b` are learned beside it and dropped."
     mels = list(mels_by_speaker.values() if isinstance(mels_by_speaker, dict) else mels_by_speaker)
-    encoder, S = (
-        seeded(seed, SpeakerEncoder).to(device),
-        min(max(1, batch // utterances), len(mels)),
-    )
+    encoder = seeded(seed, SpeakerEncoder).to(device)
+    S = min(max(1, batch // utterances), len(mels))
     w, b = (nn.Parameter(torch.tensor(v, device=device)) for v in (10.0, -5.0))
 
     def loss(generator):
@@ -520,8 +521,13 @@ def same_and_other(
     identity,  # (N, K, D) unit norm: K pictures of each of N people
 ):  # degrees, (N·K·(K−1)/2,) and (N·(N−1)/2,)
     "Angles between pictures of one person, and between first pictures of two."
-    degrees = lambda cos: torch.rad2deg(torch.acos(cos.clamp(-1, 1)))
-    pairs = lambda x: degrees(x @ x.mT)[(..., *torch.triu_indices(x.shape[-2], x.shape[-2], 1))]
+
+    def degrees(cos):
+        return torch.rad2deg(torch.acos(cos.clamp(-1, 1)))
+
+    def pairs(x):
+        return degrees(x @ x.mT)[(..., *torch.triu_indices(x.shape[-2], x.shape[-2], 1))]
+
     return pairs(identity).flatten(), pairs(identity[:, 0])
 
 

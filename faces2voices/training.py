@@ -245,10 +245,8 @@ def fit(
     callback=None,  # called with each new line of the log and the averaged module (of the first learner)
 ) -> list:  # lines of the log: {"step", "lr", "seconds", and the mean of each loss}
     "Train `module` on `batches`, and leave the averaged weights in it."
-    accelerator, pairs = (
-        make_accelerator(),
-        zip(loss_fn, module) if isinstance(loss_fn, tuple) else [(loss_fn, module)],
-    )
+    accelerator = make_accelerator()
+    pairs = zip(loss_fn, module) if isinstance(loss_fn, tuple) else [(loss_fn, module)]
     how = Recipe(
         steps,
         min(warmup, steps),
@@ -277,7 +275,10 @@ class Run:
     "The state of one `fit`: learners, step, log, and their files."
 
     def __init__(self, learners, how: Recipe, name, run_dir, accelerator):
-        self.learners, self.how, self.name, self.accelerator = learners, how, name, accelerator
+        self.learners = learners
+        self.how = how
+        self.name = name
+        self.accelerator = accelerator
         self.path = Path(run_dir) / f"{name}.ckpt" if run_dir is not None else None
         self.step, self.seconds, self.log = 0, 0.0, []
 
@@ -409,13 +410,11 @@ def draw(self: Run, batches, workers: int):
 @patch
 def loop(self: Run, batches, callback, workers: int):
     "The steps that are still to do."
-    how, start, saved, totals, first = (
-        self.how,
-        time.time() - self.seconds,
-        time.time(),
-        {},
-        self.step,
-    )
+    how = self.how
+    start = time.time() - self.seconds
+    saved = time.time()
+    totals = {}
+    first = self.step
     bar = tqdm(
         total=how.steps,
         initial=self.step,
@@ -602,10 +601,8 @@ def scenes(
 ) -> Scenes:
     "A scene for each clip and view, from a frozen hierarchy; those that are written already are kept, and processes share the work. `spare` is written to where nothing can be written beside the clips."
     seed = whole_seed(seed)
-    device, order = (
-        next(hierarchy.parameters()).device,
-        sorted(range(len(dataset)), key=lambda i: dataset.lengths[i]),
-    )
+    device = next(hierarchy.parameters()).device
+    order = sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
     store = Store(
         dataset.folder,
         f"scenes-{fingerprint(hierarchy, sorted(dataset.names), batch, vary, seed)}",
@@ -646,9 +643,12 @@ def scene_batches(
         g, rows = torch.Generator().manual_seed(seed * 1_000_003 + step), []
         for s in (scenes[i] for i in draw(step)):
             start = int(torch.randint(max(s.mu.shape[1] - window, 0) + 1, (), generator=g))
-            cut = lambda x: torch.nn.functional.pad(
-                x[:, start : start + window], (0, max(0, window - s.mu.shape[1]))
-            )
+
+            def cut(x):
+                return torch.nn.functional.pad(
+                    x[:, start : start + window], (0, max(0, window - s.mu.shape[1]))
+                )
+
             rows.append(
                 (s.names[0], cut(s.x1).float(), cut(s.mu).float(), cut(s.mask), s.speaker.clone())
             )
@@ -772,10 +772,8 @@ class Watch:
 @patch
 def write(self: Watch, step: int, mel, wav):
     "`samples/name-step.png` and `.wav`, and the same on the board."
-    path, figure = (
-        self.run / "samples" / f"{self.name}-{step:06}.png",
-        two_mels(mel, self.truth.cpu(), f"{self.name}, step {step}"),
-    )
+    path = self.run / "samples" / f"{self.name}-{step:06}.png"
+    figure = two_mels(mel, self.truth.cpu(), f"{self.name}, step {step}")
     with atomic_path(path, overwrite=True) as tmp:
         figure.savefig(tmp, dpi=80)
     save_wav(path.with_suffix(".wav"), wav, overwrite=True)
@@ -959,10 +957,8 @@ def decoder_loss(model):
 # %% ../nbs/16_training.ipynb #3fa533f6
 def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
     "OT-CFM on the μ of the frozen hierarchy."
-    seen, b = (
-        scenes(model.hierarchy, dataset, run, vary=preset.vary, seed=seed),
-        watched(dataset.folder).to(model.device),
-    )
+    seen = scenes(model.hierarchy, dataset, run, vary=preset.vary, seed=seed)
+    b = watched(dataset.folder).to(model.device)
     with torch.no_grad():
         m = model.hierarchy(b.lips, b.face, b.identity, b.expression, b.mask)
     mask = b.mask.repeat_interleave(MELS_PER_FRAME, 1)[:, None]
@@ -1147,9 +1143,10 @@ def train_system(
     )
     on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed))
     writer = open_board(run) if board and make_accelerator().is_main_process else None
-    step = lambda name, module, train: part(
-        run, name, module, (lambda: None) if adapt and name in KEPT else train, only
-    )
+
+    def step(name, module, train):
+        return part(run, name, module, (lambda: None) if adapt and name in KEPT else train, only)
+
     if preset.face_backend == "locator":
         step("locator", model.locator, lambda: train_the_locator(model, preset, seed))
     ds = training_clips(
@@ -1405,10 +1402,8 @@ def one_second(
     model,
 ) -> dict:  # part → function without arguments that runs it on a second of speech
     "The three parts that learn from pictures and sound, each ready to be run once."
-    p, zeros = (
-        model.preset,
-        lambda *shape: torch.zeros(1, *shape, device=next(model.parameters()).device),
-    )
+    p = model.preset
+    zeros = lambda *shape: torch.zeros(1, *shape, device=next(model.parameters()).device)
     seen = (
         zeros(1, 25, 88, 88),
         zeros(3, 112, 112),

@@ -42,10 +42,8 @@ def clock_frame(
         frame[:16, 16 * i : 16 * i + 16] = 235 if k >> i & 1 else 20
     y, x = np.mgrid[:96, :160]
     angle = 2 * np.pi * seconds / 3
-    along, across = (
-        (x - 80) * np.sin(angle) - (y - 56) * np.cos(angle),
-        (x - 80) * np.cos(angle) + (y - 56) * np.sin(angle),
-    )
+    along = (x - 80) * np.sin(angle) - (y - 56) * np.cos(angle)
+    across = (x - 80) * np.cos(angle) + (y - 56) * np.sin(angle)
     frame[np.hypot(x - 80, y - 56) < 36] = (235, 225, 200)
     frame[(along > 0) & (along < 32) & (abs(across) < 2.5)] = (180, 40, 40)
     return frame
@@ -315,7 +313,10 @@ LOOK_AHEAD = 8  # frames of an AVI that are decoded before the first is placed
 # %% ../nbs/02_video.ipynb #c6a78fcb
 def _by_slot(frames, stream):
     "Pairs of a time, in slots of an AVI, and a decoded frame."
-    waiting, lowest, shift, shown = deque(), float("inf"), -float("inf"), 0
+    waiting = deque()
+    lowest = float("inf")
+    shift = -float("inf")
+    shown = 0
     for k, frame in enumerate(frames):
         slot = frame.opaque[1]
         lowest = min(lowest, slot)
@@ -415,7 +416,10 @@ def _to_rgb(frame, pixel_shape, max_side) -> np.ndarray:
 # %% ../nbs/02_video.ipynb #99991f2f
 def _upright(path, frames, pixel_shape, max_side):
     "RGB pictures of decoded frames, all of one size; a frame that is shown twice is converted once."
-    shown, picture, size, T = None, None, None, 0
+    shown = None
+    picture = None
+    size = None
+    T = 0
     for T, frame in enumerate(frames, 1):
         if frame is not shown:
             shown, picture = frame, _to_rgb(frame, pixel_shape, max_side)
@@ -519,10 +523,8 @@ def _sound_and_note(path, T, max_seconds=None, start=0.0, max_side=960):
     container, stream = _open(path)
     with container:
         wav, note = _sound(path, container, round(start * FPS), T)
-        there, declared = (
-            round(start * FPS) / FPS + T / FPS,
-            float((stream.duration or 0) * stream.time_base),
-        )
+        there = round(start * FPS) / FPS + T / FPS
+        declared = float((stream.duration or 0) * stream.time_base)
         if there < min(declared, start + max_seconds if max_seconds else declared) - 0.2:
             note += f" cut off: {there:.1f} of {declared:.1f} s can be read"
         if max(stream.width, stream.height) > max_side:
@@ -642,7 +644,10 @@ class _Pictures(NamedTuple):
 def _pictures(path) -> _Pictures:
     "Decode a film to learn when each of its pictures is shown."
     container, stream = _open(path)
-    times, shown, begin, first = array("d"), array("d"), 0.0, None
+    times = array("d")
+    shown = array("d")
+    begin = 0.0
+    first = None
     with container:
         for seconds, frame in _stamped(path, container, stream, damaged=True):
             if frame is None:
@@ -1063,12 +1068,10 @@ class Both(FaceBackend):
     "One backend finds the face and knows the person, another tells the expression."
 
     def __init__(self, finder: FaceBackend, teller: FaceBackend):
-        self.name, self.detect, self.identity, self.expression = (
-            f"{finder.name}+{teller.name}",
-            finder.detect,
-            finder.identity,
-            teller.expression,
-        )
+        self.name = f"{finder.name}+{teller.name}"
+        self.detect = finder.detect
+        self.identity = finder.identity
+        self.expression = teller.expression
 
 # %% ../nbs/02_video.ipynb #e9177a11
 BOX_POINTS = np.array(
@@ -1449,18 +1452,19 @@ def crop_in_parts(
     seconds: float = 5.0,  # of a part; the last may be shorter
 ):  # yields Crops
     "Cut lips, face and expression out of a tracked video, part by part; equal, joined, to those of the whole."
-    chosen, faces, walk, start = frontal(points), {}, islice(frames, len(points)), 0
+    chosen = frontal(points)
+    faces = {}
+    walk = islice(frames, len(points))
+    start = 0
     while part := list(islice(walk, round(seconds * FPS))):
         faces |= {
             t: align_face(part[t - start], points[t])
             for t in chosen
             if start <= t < start + len(part)
         }
-        lips, expression, start = (
-            lip_crops(part, points, start),
-            backend.expression(part, points, start),
-            start + len(part),
-        )
+        lips = lip_crops(part, points, start)
+        expression = backend.expression(part, points, start)
+        start = start + len(part)
         del part  # before the next is read
         face = sharpest([faces[t] for t in chosen]) if start == len(points) else None
         yield Crops(lips, face, expression, None if face is None else backend.identity(face))

@@ -203,9 +203,12 @@ def noise(
 ) -> torch.Tensor:  # (stop − start, width)
     "Rows of one endless sequence of standard normal numbers."
     rows = STRETCH * rate
-    draw = lambda k: torch.randn(
-        rows, width, generator=torch.Generator().manual_seed(seed + 1_000_003 * k), dtype=dtype
-    )
+
+    def draw(k):
+        return torch.randn(
+            rows, width, generator=torch.Generator().manual_seed(seed + 1_000_003 * k), dtype=dtype
+        )
+
     return torch.cat([draw(k) for k in range(start // rows, -(-stop // rows))])[start % rows :][
         : stop - start
     ]
@@ -234,7 +237,11 @@ class Source:
         voiced,  # (2T,) 0 to 1
         seed: int = 0,  # of the noise
     ):
-        self.log_f0, self.voiced, self.seed, self.at, self.phase = log_f0, voiced, seed, 0, 0.0
+        self.log_f0 = log_f0
+        self.voiced = voiced
+        self.seed = seed
+        self.at = 0
+        self.phase = 0.0
 
 # %% ../nbs/14_vocoder.ipynb #21a03cbf
 @patch
@@ -321,10 +328,8 @@ class ConvNeXt(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.time, self.norm = nn.Conv1d(dim, dim, 7, padding=3, groups=dim), nn.LayerNorm(dim)
-        self.mix, self.scale = (
-            nn.Sequential(nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, dim)),
-            nn.Parameter(torch.full((dim,), 0.2)),
-        )
+        self.mix = nn.Sequential(nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, dim))
+        self.scale = nn.Parameter(torch.full((dim,), 0.2))
 
     def forward(self, x):  # (B, L, D) → (B, L, D)
         return x + self.scale * self.mix(self.norm(self.time(x.mT).mT))
@@ -444,7 +449,10 @@ def scale_critic(scale: int, width: float = 1.0) -> Critic:
         (1024, 1024, 5, 1, 1),
     ]
     norm = spectral_norm if scale == 0 else weight_norm
-    thin = lambda n: n if n == 1 else max(16, int(n * width))
+
+    def thin(n):
+        return n if n == 1 else max(16, int(n * width))
+
     convs = [
         norm(nn.Conv1d(thin(a), thin(b), k, s, padding=k // 2, groups=g)) for a, b, k, s, g in sizes
     ]
@@ -550,13 +558,14 @@ def segment_batches(
     contours: list | None = None,  # (2, N/320) ln Hz and voicing of the same clips
 ):
     "A function from step to Segments, drawn at random from all clips."
-    margin, padded = (
-        320,
-        lambda x, n, rim, mode: F.pad(x[None], (rim, max(0, n - x.shape[-1]) + rim), mode)[0],
-    )
+    margin = 320
+    padded = lambda x, n, rim, mode: F.pad(x[None], (rim, max(0, n - x.shape[-1]) + rim), mode)[0]
 
     def segments(step):
-        rng, names, wide, tunes = torch.Generator().manual_seed(seed * 1_000_003 + step), [], [], []
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        names = []
+        wide = []
+        tunes = []
         for _ in range(batch):
             i = int(torch.randint(len(wavs), (), generator=rng))
             wav = padded(wavs[i], length, margin, "constant")
@@ -687,11 +696,9 @@ def sing(
     context: int | None = None,  # columns; None: as far as the generator looks
 ):  # yields mel (80, m) and sound (160 m,)
     "Sound of any length from a mel of any length, a piece at a time: equal, joined, to that of the whole."
-    source, C, device = (
-        Source(log_f0, voiced, seed),
-        MEL.n_mels,
-        next(generator.parameters()).device,
-    )
+    source = Source(log_f0, voiced, seed)
+    C = MEL.n_mels
+    device = next(generator.parameters()).device
 
     def driven(mel):
         return torch.cat(
