@@ -25,7 +25,9 @@ class F2VError(Exception):
         reason: str,  # what is wrong with it
         cure: str = "",  # what the user can do about it
     ):
-        self.path, self.reason, self.cure = path, reason, cure
+        self.path = path
+        self.reason = reason
+        self.cure = cure
         super().__init__(f"{path}: {reason}" + (f". {cure}" if cure else ""))
 
     def __reduce__(self):
@@ -57,10 +59,12 @@ def atomic_path(
     path,  # where the file shall stand
     overwrite: bool = False,  # may it replace a file that is there?
 ):
-    """Yield a temporary path beside `path` that becomes `path` if the block succeeds and vanishes if it fails.
+    """Yield a temporary path beside `path`.
 
+    It becomes `path` if the block succeeds, and vanishes if it fails.
     F2VError where `path` is taken, by now or at the end, or cannot be written."""
-    path, tmp = Path(path), None
+    path = Path(path)
+    tmp = None
     try:
         if _taken(path) and not overwrite:
             raise FileExistsError
@@ -85,7 +89,9 @@ _PART = ".part-"  # how the names of unfinished files begin
 
 # %% ../nbs/engine/00_errors.ipynb #7c41e0d5
 def _lock(file) -> bool:
-    "Hold an open file until it is closed or the process dies; False where another holds it, or nobody can."
+    """Hold an open file until it is closed or the process dies.
+
+    False where another process holds it, or where files cannot be held."""
     try:
         import fcntl  # not on Windows
 
@@ -161,7 +167,9 @@ def check(
     hint: str = "",  # where to look; never the answer
     atol: float = 1e-5,  # largest absolute difference allowed
 ) -> str:
-    "Say `right`, or fail with shapes or the place and size of the largest difference, and a hint. The expected values are not shown."
+    """Say `right`, or fail with shapes or the place and size of the largest difference, and a hint.
+
+    The expected values are not shown."""
     if said := _difference(yours, expected, atol):
         raise AssertionError(said + (f". Hint: {hint}" if hint else ""))
     return "right"
@@ -169,18 +177,20 @@ def check(
 
 def _difference(yours, expected, atol) -> str:
     "What is wrong with `yours`, in words that do not give `expected` away; nothing if nothing is."
-    if (b := _numbers(expected)) is None:
-        return (
-            "" if type(yours) is type(expected) and yours == expected else "not what is asked for"
-        )
-    if (a := _numbers(yours)) is None:
+    a, b = _numbers(yours), _numbers(expected)
+    if b is None:
+        same = type(yours) is type(expected) and yours == expected
+        return "" if same else "not what is asked for"
+    if a is None:
         return f"a number or an array of them is asked for, this is {type(yours).__name__}"
     if a.shape != b.shape:
         return f"your shape is {tuple(a.shape)}, {tuple(b.shape)} is asked for"
     if a.isnan().any():
         return f"NaN{_place(a.isnan())}"
     gap = torch.where(a == b, 0.0, (a - b).abs())
-    return f"the largest difference is {gap.max():.3g}{_place(gap)}" if (gap > atol).any() else ""
+    if not (gap > atol).any():
+        return ""
+    return f"the largest difference is {gap.max():.3g}{_place(gap)}"
 
 # %% ../nbs/engine/00_errors.ipynb #f94f2f61
 def _numbers(x):
@@ -194,8 +204,7 @@ def _numbers(x):
 
 def _place(x) -> str:
     "Where `x` is largest, in words; nothing for a single number."
-    return (
-        f" at position {[int(i) for i in np.unravel_index(int(x.to(torch.float64).argmax()), x.shape)]}"
-        if x.dim()
-        else ""
-    )
+    if not x.dim():
+        return ""
+    largest = int(x.to(torch.float64).argmax())
+    return f" at position {[int(i) for i in np.unravel_index(largest, x.shape)]}"

@@ -8,14 +8,17 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'AMBER', 'PALETTE', 'show',
 
 # %% ../nbs/engine/00_figures.ipynb #ab6a013c
 import html
-import io
 from base64 import b64encode
-import numpy as np
+from io import BytesIO
 import torch
 
 # %% ../nbs/engine/00_figures.ipynb #caa27d20
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-PINK, SKY, AMBER = "#CC79A7", "#56B4E9", "#E69F00"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+SKY = "#56B4E9"
+AMBER = "#E69F00"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER)
 
 # %% ../nbs/engine/00_figures.ipynb #bec6ef55
@@ -43,7 +46,7 @@ def image_bytes(
     format: str = "png",  # or `jpeg`
 ) -> bytes:
     "A figure as a picture file."
-    file = io.BytesIO()
+    file = BytesIO()
     fig.savefig(file, format=format, dpi=fig.dpi)
     return file.getvalue()
 
@@ -56,10 +59,14 @@ def open_axes(*axes):
 # %% ../nbs/engine/00_figures.ipynb #12af97b3
 def markdown_table(head: list, rows: list) -> str:
     "A Markdown table whose columns line up; None is a blank."
-    cells = [[("" if c is None else str(c)) for c in r] for r in [head, *rows]]
-    width = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |" for r in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+    cells = [["" if cell is None else str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+
+    def line(row):
+        return "| " + " | ".join(map(str.ljust, row, widths)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 # %% ../nbs/engine/00_figures.ipynb #7e23d183
 def data_uri(kind: str, data: bytes) -> str:
@@ -75,7 +82,7 @@ def sound_bytes(
     "A sound as a file."
     import soundfile
 
-    file = io.BytesIO()
+    file = BytesIO()
     wav = torch.as_tensor(wav).clamp(-1, 1).numpy()
     soundfile.write(file, wav, rate, format=format)
     return file.getvalue()
@@ -111,10 +118,10 @@ def live(
     **controls,  # name = one of ipywidgets
 ):
     "Controls, and beside them the speech that they ask for: its sound and its picture."
-    import ipywidgets as W
+    import ipywidgets as widgets
 
-    sound = W.Audio(format="wav", autoplay=False, loop=False)
-    picture = W.Image(format="png", width=480)
+    sound = widgets.Audio(format="wav", autoplay=False, loop=False)
+    picture = widgets.Image(format="png", width=480)
 
     def follow(change=None):
         take = speak(**{name: control.value for name, control in controls.items()})
@@ -126,4 +133,4 @@ def live(
         control.description = name
         control.observe(follow, "value")
     follow()
-    return W.HBox([W.VBox([*controls.values(), sound]), picture])
+    return widgets.HBox([widgets.VBox([*controls.values(), sound]), picture])

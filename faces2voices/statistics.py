@@ -77,7 +77,8 @@ def bootstrap_interval(
     from scipy.stats import bootstrap
 
     values = _whole_rows(values)
-    n, estimate = len(values), float(statistic(values)) if len(values) else np.nan
+    n = len(values)
+    estimate = float(statistic(values)) if n else np.nan
     if n < 2 or not np.isfinite(estimate):
         return Interval(estimate, np.nan, np.nan, np.nan, n)
 
@@ -101,7 +102,8 @@ def t_interval(
     from scipy.stats import sem, t
 
     values = _whole_rows(values)[:, 0]
-    n, estimate = len(values), float(values.mean()) if len(values) else np.nan
+    n = len(values)
+    estimate = float(values.mean()) if n else np.nan
     if n < 2:
         return Interval(estimate, np.nan, np.nan, np.nan, n)
     error = float(sem(values))
@@ -118,8 +120,10 @@ def crossed_interval(
     table = np.asarray(table, float)
     if not np.isfinite(table).all():
         raise ValueError("a cell of the table is not a number")
-    (r, c), estimate = table.shape, table.mean()
-    rows, columns = table.mean(1, keepdims=True) - estimate, table.mean(0) - estimate
+    r, c = table.shape
+    estimate = table.mean()
+    rows = table.mean(1, keepdims=True) - estimate
+    columns = table.mean(0) - estimate
     free = np.maximum([r - 1, c - 1, (r - 1) * (c - 1)], 1)
     rest = table - estimate - rows - columns
     squares = np.array([c * (rows**2).sum(), r * (columns**2).sum(), (rest**2).sum()]) / free
@@ -140,8 +144,8 @@ class Difference(NamedTuple):
 
 
 def paired_difference(
-    a,
-    b,  # (n,) each: of the same clips, or of the same seeds
+    a,  # (n,)
+    b,  # (n,), of the same clips, or of the same seeds
     over: str = "clips",  # or "seeds"; pairs with NaN are left out
 ) -> Difference:  # p is NaN for fewer than two pairs
     "What `a` has more than `b`: bootstrap and sign flips over clips, Student's t over seeds."

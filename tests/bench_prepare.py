@@ -1,13 +1,16 @@
-"""Prepared clips a second on one core: ours against the de-facto way, with one detector, on the same clips, in one run.
+"""Prepared clips a second on one core: ours against the de-facto way, with one detector.
 
     python tests/bench_prepare.py --faces FOLDER_OF_INSIGHTFACE_MODELS GRID/s1/bbaf*.mp4
 
-The de-facto way, as lip readers prepare LRS3 (auto_avsr): find the face in every frame, warp every frame whole to
-256 x 256 pixels, cut 96 x 96 around the mouth, write an mp4 and a wav. It measures neither pitch nor identity.
-Times are processor time of this process, which computes with one thread; the two take turns, clip by clip.
+The de-facto way, as lip readers prepare LRS3 (auto_avsr): find the face in every frame, warp every
+frame whole to 256 x 256 pixels, cut 96 x 96 around the mouth, write an mp4 and a wav. It measures
+neither pitch nor identity. Times are processor time of this process, which computes with one
+thread; the two take turns, clip by clip, on the same clips.
 """
 
-import argparse, tempfile, time
+import argparse
+import tempfile
+import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +18,11 @@ import cv2
 import numpy as np
 import soundfile
 import torch
-from faces2voices import corpora
 from faces2voices.core import SAMPLE_RATE
-from faces2voices.video import MEAN_FACE, look, make_backend, read_video, write_video
+from faces2voices.tracking import make_backend
+from faces2voices.media import write_video
+from faces2voices.video import MEAN_FACE, preprocess, read_video
+from faces2voices.corpora import clip_of, save_clip
 
 
 class Watch:
@@ -56,12 +61,15 @@ class TimedBackend:
 
 
 def ours(path, out, backend, watch):
-    "What `prepare` does with a clip; `look` is run once more on the frames in memory, to know what decoding takes."
+    """What `prepare` does with a clip.
+
+    The face is looked for once more in the frames in memory, to know what decoding takes.
+    """
     parts, inside, video = Watch(), Watch(), read_video(path)
     with parts("decode"):
-        looked = look(path, backend)
+        looked = preprocess(path, backend)
     with parts("crop"):
-        look(video, TimedBackend(backend, inside))
+        preprocess(video, TimedBackend(backend, inside))
     watch.seconds += inside.seconds + Counter(
         {
             "decode": parts.seconds["decode"] - parts.seconds["crop"],
@@ -69,9 +77,9 @@ def ours(path, out, backend, watch):
         }
     )
     with watch("pitch and energy"):
-        clip = corpora.clip_of(path.stem, looked)
+        clip = clip_of(path.stem, looked)
     with watch("write"):
-        corpora.save_clip(clip, out / f"{path.stem}.npz", backend.name)
+        save_clip(clip, out / f"{path.stem}.npz", backend.name)
 
 
 def theirs(path, out, backend, watch):
@@ -88,17 +96,20 @@ def theirs(path, out, backend, watch):
 
 
 def four_points(faces) -> np.ndarray:  # (T, 4, 2)
-    "Eyes, nose and mouth of the largest face of every frame, gaps filled, averaged over six frames to either side."
-    seen = {
-        t: max(f, key=lambda f: np.prod(f.box[2:] - f.box[:2])).points
-        for t, f in enumerate(faces)
-        if f
-    }
+    """Eyes, nose and mouth of the largest face of every frame.
+
+    Gaps are filled, and points averaged over six frames to either side.
+    """
+
+    def area(face):
+        return np.prod(face.box[2:] - face.box[:2])
+
+    seen = {i: max(found, key=area).points for i, found in enumerate(faces) if found}
     known = np.stack([np.vstack([p[:3], p[3:].mean(0)]).ravel() for p in seen.values()])
-    points = np.stack(
-        [np.interp(np.arange(len(faces)), list(seen), column) for column in known.T], 1
-    ).reshape(-1, 4, 2)
-    return np.stack([points[max(0, t - 6) : t + 7].mean(0) for t in range(len(points))])
+    frames = np.arange(len(faces))
+    points = np.stack([np.interp(frames, list(seen), column) for column in known.T], 1)
+    points = points.reshape(-1, 4, 2)
+    return np.stack([points[max(0, i - 6) : i + 7].mean(0) for i in range(len(points))])
 
 
 def mouth(frame, points) -> np.ndarray:  # (96, 96, 3)
@@ -117,11 +128,13 @@ def table(watches, n):
         print(f"{s:18}" + "".join(f"{1e3 * w.seconds[s] / n:10.0f}" for w in watches.values()))
     print(f"{'all':18}" + "".join(f"{1e3 * w.total / n:10.0f}" for w in watches.values()))
     rate = {name: n / w.total for name, w in watches.items()}
-    print(
-        f"{'clips/s a core':18}"
-        + "".join(f"{r:10.2f}" for r in rate.values())
-        + f"\nratio {rate['ours'] / rate['de facto']:.2f}"
-    )
+    print(f"{'clips/s a core':18}" + "".join(f"{r:10.2f}" for r in rate.values()))
+    print(f"ratio {rate['ours'] / rate['de facto']:.2f}")
+
+
+def kilobytes(folder, suffix):
+    "Size of the files of one kind."
+    return sum(p.stat().st_size for p in Path(folder).glob(f"*{suffix}")) / 1e3
 
 
 def main():
@@ -131,10 +144,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    backend, watches = (
-        make_backend("insightface", args.faces),
-        dict(ours=Watch(), **{"de facto": Watch()}),
-    )
+    backend = make_backend("insightface", args.faces)
+    watches = {"ours": Watch(), "de facto": Watch()}
     ways = list(zip((ours, theirs), watches.values()))
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / "warm").mkdir()
@@ -143,12 +154,12 @@ def main():
         for i, path in enumerate(args.clips):
             for way, watch in ways[:: (-1) ** i]:
                 way(path, Path(tmp), backend, watch)
-        size = {
-            s: sum(p.stat().st_size for p in Path(tmp).glob(f"*{s}")) for s in ("npz", "mp4", "wav")
-        }
-    table(watches, len(args.clips))
+        sizes = {suffix: kilobytes(tmp, suffix) for suffix in ("npz", "mp4", "wav")}
+    n = len(args.clips)
+    table(watches, n)
     print(
-        f"kilobytes a clip: ours {size['npz'] / len(args.clips) / 1e3:.0f} (all that training needs), de facto {(size['mp4'] + size['wav']) / len(args.clips) / 1e3:.0f} (lips, lossy, and sound)"
+        f"kilobytes a clip: ours {sizes['npz'] / n:.0f} (all that training needs), "
+        f"de facto {(sizes['mp4'] + sizes['wav']) / n:.0f} (lips, lossy, and sound)"
     )
 
 

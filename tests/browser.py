@@ -1,28 +1,63 @@
 """Widgets in a real browser: `python tests/browser.py` (needs Chromium; not part of `make test`).
 
-Starts JupyterLab, opens each widget in headless Chromium through the DevTools protocol, runs its cells, drags every
-slider, turns every switch and list, and fails unless each changes the picture and the console stays free of errors.
-Pictures of the page go to --out."""
+Starts JupyterLab, opens each widget in headless Chromium through the DevTools protocol, runs its
+cells, drags every slider, turns every switch and list, and fails unless each changes the picture
+and the console stays free of errors. Pictures of the page go to --out."""
 
-import argparse, base64, json, os, shutil, socket, subprocess, sys, tempfile, time, urllib.request
+import argparse
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 import websocket
 
+SAMPLES = Path(__file__).resolve().parents[1] / "data_samples"
 SPEAKER = f"""from pathlib import Path
-from faces2voices.synthesis import FacesToVoices, dials_widget, mute_widget
+from faces2voices.report import dials_widget, mute_widget
+from faces2voices.synthesis import FacesToVoices
 f2v = FacesToVoices.from_pretrained("talkers", device="cpu")
-samples = sorted(Path({str(Path(__file__).resolve().parents[1] / "data_samples")!r}).glob("*.mp4"))
-(clip, _), other = f2v.watch(samples[0]), f2v.voice_like(face=samples[4])
+samples = sorted(Path({str(SAMPLES)!r}).glob("*.mp4"))
+clip, _ = f2v.preprocess(samples[0])
+other = f2v.voice_like(face=samples[4])
 """
 
 WIDGETS = dict(  # each stands alone, so that its lesson need not be run first
-    field="from faces2voices.flow import field_explorer, gaussian_field\nfield_explorer(lambda x, t: gaussian_field(x, t, 1., .5))",
-    talker="from faces2voices.talkers import talker_widget\ntalker_widget()",
-    race="import torch\nfrom faces2voices.solvers import solver_race\nsolver_race((torch.tensor([[-2., 0], [2, 0], [0, 2]]), torch.full((3,), .3), torch.full((3,), 1/3)));",
-    bend="import torch\nfrom faces2voices.prosody import bend_widget\ntone = lambda x: .1*(2*torch.pi*x.exp().repeat_interleave(320).cumsum(0)/16000).sin()\nbend_widget(5 + .2*(torch.arange(100)/8).sin(), torch.ones(100), tone)",
+    field="""
+from faces2voices.flow import field_explorer, gaussian_field
+field_explorer(lambda x, t: gaussian_field(x, t, 1.0, 0.5))
+""",
+    talker="""
+from faces2voices.talkers import talker_widget
+talker_widget()
+""",
+    race="""
+import torch
+from faces2voices.solvers import solver_race
+means = torch.tensor([[-2.0, 0], [2, 0], [0, 2]])
+solver_race((means, torch.full((3,), 0.3), torch.full((3,), 1 / 3)));
+""",
+    bend="""
+import torch
+from faces2voices.prosody import bend_widget
+def tone(x):
+    turns = x.exp().repeat_interleave(320).cumsum(0) / 16000
+    return 0.1 * (2 * torch.pi * turns).sin()
+bend_widget(5 + 0.2 * (torch.arange(100) / 8).sin(), torch.ones(100), tone)
+""",
     dials=SPEAKER
-    + "dials_widget(f2v, clip, dict(own=f2v.who(clip.face, clip.identity), other=other))",
+    + """
+own = f2v.predict_speaker(clip.face, clip.identity)
+dials_widget(f2v, clip, dict(own=own, other=other))
+""",
     mute=SPEAKER + "mute_widget(f2v, clip, other)",
 )
 
@@ -118,11 +153,9 @@ class Page:
     "A tab of Chromium, spoken to through the DevTools protocol."
 
     def __init__(self, address):
-        self.socket, self.number, self.errors = (
-            websocket.create_connection(address, timeout=60, suppress_origin=True),
-            0,
-            [],
-        )
+        self.socket = websocket.create_connection(address, timeout=60, suppress_origin=True)
+        self.number = 0
+        self.errors = []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
@@ -210,12 +243,31 @@ def chromium(program):
 
 
 PANEL = "[...jupyterapp.shell.widgets('main')].find(w => w.sessionContext)"
-PICTURES = "[...document.querySelectorAll('.jp-OutputArea img, .jp-OutputArea canvas, .jp-OutputArea audio')].map(e => e.src || e.toDataURL()).join('\\n')"
-SLIDERS = "[...document.querySelectorAll('.jp-OutputArea .noUi-handle')].map(e => { e.scrollIntoView({block: 'center'}); let r = e.getBoundingClientRect(); let b = e.closest('.noUi-base, .noUi-target').getBoundingClientRect(); return [r.x + r.width/2, r.y + r.height/2, b.x, b.width] })"
-SWITCHES = "[...document.querySelectorAll('.jp-OutputArea .jupyter-widgets input[type=checkbox], .jp-OutputArea .jupyter-widgets select')]"
-TURN = "(e => { if (e.type === 'checkbox') e.click(); else { e.selectedIndex = e.options.length - 1; e.dispatchEvent(new Event('change', {bubbles: true})) } })"
+PICTURES = """[...document.querySelectorAll(
+    '.jp-OutputArea img, .jp-OutputArea canvas, .jp-OutputArea audio'
+)].map(e => e.src || e.toDataURL()).join('\\n')"""
+SLIDERS = """[...document.querySelectorAll('.jp-OutputArea .noUi-handle')].map(e => {
+    e.scrollIntoView({block: 'center'});
+    let r = e.getBoundingClientRect();
+    let b = e.closest('.noUi-base, .noUi-target').getBoundingClientRect();
+    return [r.x + r.width/2, r.y + r.height/2, b.x, b.width]
+})"""
+SWITCHES = """[...document.querySelectorAll(
+    '.jp-OutputArea .jupyter-widgets input[type=checkbox], '
+    + '.jp-OutputArea .jupyter-widgets select'
+)]"""
+TURN = """(e => {
+    if (e.type === 'checkbox') e.click();
+    else {
+        e.selectedIndex = e.options.length - 1;
+        e.dispatchEvent(new Event('change', {bubbles: true}))
+    }
+})"""
 IDLE = f"{PANEL}?.sessionContext.session?.kernel?.status === 'idle'"
-ERRORS = "[...document.querySelectorAll('.jp-OutputArea [data-mime-type=\"application/vnd.jupyter.error\"], .jp-OutputArea [data-mime-type=\"application/vnd.jupyter.stderr\"]')].map(e => e.innerText)"
+ERRORS = """[...document.querySelectorAll(
+    '.jp-OutputArea [data-mime-type="application/vnd.jupyter.error"], '
+    + '.jp-OutputArea [data-mime-type="application/vnd.jupyter.stderr"]'
+)].map(e => e.innerText)"""
 
 
 def drag(page, i):
@@ -226,13 +278,10 @@ def drag(page, i):
 
 def moves(page):
     "All that can be moved on the page: its name, and the move."
-    yield from (
-        (f"slider {i + 1}", lambda i=i: drag(page, i)) for i in range(len(page.run(SLIDERS)))
-    )
-    yield from (
-        (f"switch {i + 1}", lambda i=i: page.run(f"{TURN}({SWITCHES}[{i}])"))
-        for i in range(page.run(f"{SWITCHES}.length"))
-    )
+    for i in range(len(page.run(SLIDERS))):
+        yield f"slider {i + 1}", partial(drag, page, i)
+    for i in range(page.run(f"{SWITCHES}.length")):
+        yield f"switch {i + 1}", partial(page.run, f"{TURN}({SWITCHES}[{i}])")
 
 
 def try_widget(page, url, name, out, seconds):
@@ -248,7 +297,8 @@ def try_widget(page, url, name, out, seconds):
     )
     wait(lambda: page.run(IDLE), 120, f"{name}: no kernel")
     page.run(
-        f"jupyterapp.shell.activateById({PANEL}.id); jupyterapp.commands.execute('notebook:run-all-cells')"
+        f"jupyterapp.shell.activateById({PANEL}.id); "
+        "jupyterapp.commands.execute('notebook:run-all-cells')"
     )
     wait(
         lambda: (page.run(SLIDERS) or page.run(f"{SWITCHES}.length")) and page.run(PICTURES),
@@ -258,9 +308,8 @@ def try_widget(page, url, name, out, seconds):
     wrong = []
     for what, move in moves(page):
         time.sleep(2)
-        wait(
-            lambda: page.run(IDLE), seconds, f"{name}: never done"
-        )  # what the last move asked for is there
+        # until what the last move asked for is there
+        wait(lambda: page.run(IDLE), seconds, f"{name}: never done")
         before = page.run(PICTURES)
         move()
         try:
@@ -268,11 +317,9 @@ def try_widget(page, url, name, out, seconds):
         except SystemExit:
             wrong.append(f"{what} changes nothing")
     page.picture(out / f"{name}.png")
-    return (
-        wrong
-        + [f"cell: {e[:200]}" for e in page.run(ERRORS)]
-        + [f"console: {e[:300]}" for e in page.errors if "beforeunload" not in e]
-    )  # leaving a changed notebook
+    wrong += [f"cell: {e[:200]}" for e in page.run(ERRORS)]
+    # `beforeunload` is the browser's word on leaving a changed notebook
+    return wrong + [f"console: {e[:300]}" for e in page.errors if "beforeunload" not in e]
 
 
 def main():
@@ -283,12 +330,8 @@ def main():
         type=Path,
         help="notebooks to open instead of the widgets alone (slow: all cells are run)",
     )
-    ask.add_argument(
-        "--chromium",
-        default=next(
-            filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-        ),
-    )
+    found = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    ask.add_argument("--chromium", default=next(filter(None, found), None))
     ask.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()))
     ask.add_argument("--seconds", type=float, default=120, help="patience for a picture")
     said = ask.parse_args()
@@ -300,10 +343,8 @@ def main():
             (folder / f"{name}.ipynb").write_text(json.dumps(notebook(code)))
         for path in said.lessons:
             shutil.copy(path, folder)
-        url, page = (
-            stack.enter_context(jupyter(folder)),
-            stack.enter_context(chromium(said.chromium)),
-        )
+        url = stack.enter_context(jupyter(folder))
+        page = stack.enter_context(chromium(said.chromium))
         found = {
             p.stem: try_widget(page, url, p.stem, said.out, said.seconds)
             for p in sorted(folder.glob("*.ipynb"))

@@ -8,14 +8,11 @@ import pytest
 @pytest.fixture(scope="session")
 def shared():
     "Folder with real clips and face models; tests that need it are skipped where it is absent."
-    folder = (
-        Path(os.environ.get("F2V_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
-    )
-    if not folder.is_dir():
-        pytest.skip(
-            f"no test data: set F2V_SHARED to a folder that holds data/grid (looked in {folder.parent})"
-        )
-    return folder
+    top = Path(os.environ.get("F2V_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not (top / "data").is_dir():
+        wanted = "set F2V_SHARED to a folder that holds data/grid"
+        pytest.skip(f"no test data: {wanted} (looked in {top})")
+    return top / "data"
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +27,24 @@ def f2v():
 def clip(f2v):
     "Lips and expression of the first sample, in memory."
     first = min((Path(__file__).parents[1] / "data_samples").glob("*.mp4"))
-    c, _ = f2v.watch(first)
+    c, _ = f2v.preprocess(first)
     return c._replace(lips=c.lips[:], expression=c.expression[:])
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    "A folder of four prepared sample clips, two of each of two people, so that voices can be told apart."
-    from faces2voices.corpora import prepare, read_manifest
+    """A folder of four prepared sample clips.
+
+    Two are of each of two people, so that voices can be told apart."""
+    from faces2voices.manifests import read_manifest
+    from faces2voices.preparing import prepare
     from faces2voices.synthesis import FacesToVoices
 
     out = tmp_path_factory.mktemp("prepared")
     entries = read_manifest(Path(__file__).parents[1] / "data_samples" / "manifest.jsonl")[:4]
-    entries = [e._replace(split="train", speaker=f"t{i % 2}") for i, e in enumerate(entries)]
-    prepare(
-        entries, out, FacesToVoices.from_pretrained("talkers", device="cpu").eyes(), progress=False
-    )
+    entries = [e._replace(split="train", speaker_id=f"t{i % 2}") for i, e in enumerate(entries)]
+    eyes = FacesToVoices.from_pretrained("talkers", device="cpu").face_backend
+    prepare(entries, out, eyes, progress=False)
     return out
 
 

@@ -1,19 +1,33 @@
 """Configurations and disks that fail: `python tests/fuzz_config.py --n 200 --seed 0`.
 
-Two hundred times a value or two of a model's config.json are replaced by something absurd, and the model is loaded, and spoken with if it
-loads, in a process of its own under a limit of memory. And every command that writes is run once with each of `write`, `rename`, `link`
-and `mkdir` failing from some moment on. A command may do its work, or end with one line and a typed error; a traceback, a half-written
-file, or a result that was there and is gone are counted as failures, and the exit status is 1."""
+Two hundred times a value or two of a model's config.json are replaced by something absurd, and the
+model is loaded, and spoken with if it loads, in a process of its own under a limit of memory. And
+every command that writes is run once with each of `write`, `rename`, `link` and `mkdir` failing
+from some moment on. A command may do its work, or end with one line and a typed error; a traceback,
+a half-written file, or a result that was there and is gone are counted as failures, and the exit
+status is 1."""
 
-import argparse, copy, errno, io, json, multiprocessing, os, resource, shutil, sys, tempfile, traceback
+import argparse
+import copy
+import errno
+import io
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import traceback
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import chain, product
 from pathlib import Path
 import numpy as np
 import torch
 from faces2voices import FacesToVoices, cli
 from faces2voices.errors import F2VError
-from faces2voices.synthesis import seen_only
+from faces2voices.synthesis import silent_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "faces2voices" / "weights" / "talkers"
@@ -74,14 +88,14 @@ def use(folder):
     "Load a model, and speak a quarter of a second of nothing with it."
     model = FacesToVoices.from_pretrained(folder, device="cpu")
     expression = torch.zeros(10, model.preset.expression_dim)
-    clip = seen_only(
+    clip = silent_clip(
         "nothing",
         torch.zeros(10, 96, 96, dtype=torch.uint8),
         torch.zeros(112, 112, 3),
         expression,
         torch.zeros(model.preset.identity_dim),
     )
-    assert model.voice(clip, steps=1).wav.isfinite().all()
+    assert model.synthesize_clip(clip, steps=1).wav.isfinite().all()
 
 
 def try_config(folder) -> tuple:
@@ -128,7 +142,9 @@ CALLS = dict(write=None, rename=("replace", "rename"), link=("link",), mkdir=("m
 
 
 def fail(call: str, after: int, kilobytes: int):
-    "Let a call of the system fail after it went well some times; writing, after so many kilobytes of any one file."
+    """Let a call of the system fail after it went well some times.
+
+    Writing fails after so many kilobytes of any one file."""
     if call == "write":
         return resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes,) * 2)
     left = [after]
@@ -163,7 +179,7 @@ def state_of(out) -> dict:
 
 def whole(path: Path) -> bool:
     "Does a result read well?"
-    from faces2voices.audio import load_audio
+    from faces2voices.soundfiles import load_audio
     from faces2voices.corpora import load_clip
 
     readers = {".wav": load_audio, ".npz": load_clip, ".json": lambda p: json.loads(p.read_text())}
@@ -180,7 +196,7 @@ def try_disk(case) -> tuple:
     before = state_of(out)
     sys.argv, said = ["faces2voices", *map(str, COMMANDS[name](out))], io.StringIO()
     fail(call, after, kilobytes)
-    cli.complain.file, cli.say.file = said, io.StringIO()
+    cli.error_console.file, cli.console.file = said, io.StringIO()
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             cli.main()
@@ -260,11 +276,8 @@ def fuzz_configs(n: int, seed: int, say=lambda *a: None) -> tuple:  # Counter of
 def cases(seed: int) -> list:  # of (command, call, after, kilobytes)
     "Every command with every failing call, from a random moment on."
     rng = np.random.default_rng(seed)
-    return [
-        (name, call, int(rng.integers(0, 4)), int(rng.integers(0, 60)))
-        for name in COMMANDS
-        for call in CALLS
-    ]
+    pairs = product(COMMANDS, CALLS)
+    return [(*pair, int(rng.integers(0, 4)), int(rng.integers(0, 60))) for pair in pairs]
 
 
 def fuzz_disks(chosen: list, say=lambda *a: None) -> tuple:  # Counter of outcomes, failures
@@ -284,18 +297,13 @@ def fuzz_disks(chosen: list, say=lambda *a: None) -> tuple:  # Counter of outcom
 def make_ground(folder):
     "Two prepared clips to train on."
     global GROUND
-    from faces2voices.corpora import prepare, read_manifest
+    from faces2voices.manifests import read_manifest
+    from faces2voices.preparing import prepare
 
-    entries = [
-        e._replace(split="train")
-        for e in read_manifest(ROOT / "data_samples" / "manifest.jsonl")[:2]
-    ]
-    prepare(
-        entries,
-        folder,
-        FacesToVoices.from_pretrained("talkers", device="cpu").eyes(),
-        progress=False,
-    )
+    entries = read_manifest(ROOT / "data_samples" / "manifest.jsonl")[:2]
+    entries = [e._replace(split="train") for e in entries]
+    eyes = FacesToVoices.from_pretrained("talkers", device="cpu").face_backend
+    prepare(entries, folder, eyes, progress=False)
     GROUND = folder
 
 
@@ -311,9 +319,8 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         make_ground(Path(d) / "prepared")
         configs, wrong = fuzz_configs(args.n, args.seed, say)
-        disks, broken = fuzz_disks(
-            [c for r in range(args.rounds) for c in cases(args.seed + r)], say
-        )
+        rounds = [cases(args.seed + r) for r in range(args.rounds)]
+        disks, broken = fuzz_disks(list(chain.from_iterable(rounds)), say)
     print("configurations", dict(configs))
     print("disks", dict(disks))
     print(*wrong, *broken, sep="\n")

@@ -1,11 +1,20 @@
-"""Hundreds of broken video and audio files, each read in a process of its own: `python tests/fuzz_media.py --n 200 --seed 0`.
+"""Hundreds of broken video and audio files, each read in a process of its own.
 
-A good file is drawn in each of several formats and then spoilt: cut, beheaded, bits flipped, header words made absurd, stretches
-blanked or doubled, two files spliced, the name changed. Between them come files that were made strange on purpose (`STRANGE`).
-Every reader is tried on each of them under a limit of memory and of processor time. A reader may succeed or raise a typed error
-(`core.F2VError`); anything else is counted as crash, hang or memory, the file is kept where `--keep` says, and the exit status is 1."""
+    python tests/fuzz_media.py --n 200 --seed 0
 
-import argparse, multiprocessing, resource, sys, tempfile, traceback
+A good file is drawn in each of several formats and then spoilt: cut, beheaded, bits flipped, header
+words made absurd, stretches blanked or doubled, two files spliced, the name changed. Between them
+come files that were made strange on purpose (`STRANGE`). Every reader is tried on each of them
+under a limit of memory and of processor time. A reader may succeed or raise a typed error
+(`errors.F2VError`); anything else is counted as crash, hang or memory, the file is kept where
+`--keep` says, and the exit status is 1."""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import tempfile
+import traceback
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -13,16 +22,14 @@ import av
 import numpy as np
 import soundfile
 import torch
-from faces2voices.audio import load_audio
+from faces2voices.soundfiles import load_audio
 from faces2voices.errors import F2VError
-from faces2voices import video as V
+from faces2voices import media, video as V
 from memory_of_long_video import Middle, peak
 
-CPU_SECONDS, WALL_SECONDS, MEMORY = (
-    30,
-    180,
-    3 * 2**30,
-)  # limits for one file; memory above what the parent has
+CPU_SECONDS = 30  # limits for one file
+WALL_SECONDS = 180
+MEMORY = 3 * 2**30  # bytes above what the parent has
 
 # --- good files
 
@@ -165,7 +172,9 @@ SPOIL = [cut, behead, flip, absurd_header, blank, double, leave_out, noise_insid
 
 
 def spoilt(good, k, seed, folder) -> tuple:
-    "File number `k` of the spoilt ones, and what was done to it; some get another's ending or another's tail too."
+    """File number `k` of the spoilt ones, and what was done to it.
+
+    Some get another's ending or another's tail too."""
     rng = np.random.default_rng([seed, k])
     source, how = good[rng.integers(len(good))], SPOIL[k % len(SPOIL)]
     data, suffix, name = how(source.read_bytes(), rng), source.suffix, how.__name__
@@ -285,15 +294,17 @@ def strange(name, folder) -> tuple:
 # --- judging
 
 READERS = dict(
-    look=lambda p: V.look(p, Middle()),
+    preprocess=lambda p: V.preprocess(p, Middle()),
     read_video=lambda p: V.read_video(p, max_seconds=4),
     load_audio=load_audio,
-    dub=lambda p: V.dub(p, torch.zeros(8000), p.with_name("dubbed.mp4"), overwrite=True),
+    dub=lambda p: media.dub(p, torch.zeros(8000), p.with_name("dubbed.mp4"), overwrite=True),
 )
 
 
 def attempt(path, pipe):
-    "Try every reader within the limits; send the worst outcome (ok, if one reader got something), its words, and the peak of memory in MB."
+    """Try every reader within the limits.
+
+    Sends the worst outcome (ok, if one reader got something), its words, and the peak in MB."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS,) * 2)
@@ -350,7 +361,9 @@ def judge(path) -> tuple:
 
 
 def fuzz(n: int, seed: int, keep=None, names=None, say=lambda *a: None) -> tuple:
-    "Judge `names` of the strange files (all, if none are named) and spoilt ones up to `n`: a table kind → Counter of outcomes, the failures, the peak in MB."
+    """Judge `names` of the strange files (all, if none are named) and spoilt ones up to `n`.
+
+    A table kind → Counter of outcomes, the failures, and the peak in MB."""
     table, failures, most = {}, [], 0.0
     names = list(STRANGE) if names is None else names
     with tempfile.TemporaryDirectory() as folder:

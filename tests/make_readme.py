@@ -1,6 +1,8 @@
-"Write README.md from nbs/index.ipynb (`make readme`): prose, code and tables; links made to work from the top folder."
+"""Write README.md from nbs/index.ipynb (`make readme`): prose, code and tables.
 
-import re, sys
+Links are made to work from the top folder."""
+
+import re
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
@@ -18,17 +20,13 @@ def readme() -> str:
         cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
         if cell.cell_type == "code":
             cell.source = cell.source.replace('"../', '"')  # as a script of the top folder finds it
-        if cell.cell_type == "code":
-            cell.outputs = [
-                o for o in cell.outputs if "text/markdown" in o.get("data", {})
-            ]  # no sounds, no pictures
+            # no sounds, no pictures
+            cell.outputs = [out for out in cell.outputs if "text/markdown" in out.get("data", {})]
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({_from_root(m[1])})", text)
-    return (
-        "<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->\n\n"
-        + re.sub(r"\n{3,}", "\n\n", text).strip()
-        + "\n"
-    )
+    head = "<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->"
+    body = re.sub(r"\n{3,}", "\n\n", text).strip()
+    return f"{head}\n\n{body}\n"
 
 
 def _from_root(link: str) -> str:

@@ -7,7 +7,11 @@ says what came of it, and removes the environment (.venv-3.10 …, about 5 GB, t
 A Python that is not found is named.
 """
 
-import os, shutil, subprocess, sys, tempfile
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]

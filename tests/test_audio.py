@@ -1,21 +1,20 @@
 "Sound: the mel contract against independent implementations, pitch, files of every kind."
 
-import importlib.util, math, sys
+import importlib.util
+import math
+import sys
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from faces2voices.soundfiles import MAX_SECONDS, fit_length, load_audio, save_wav
 from faces2voices.audio import (
-    LONGEST,
     MEL,
     MelSpec,
     crepe_pitch,
     energy,
-    fit_length,
     griffin_lim,
-    load_audio,
     pitch,
-    save_wav,
     show_speech,
     vowel,
 )
@@ -35,7 +34,8 @@ def sound(rising):
     return vowel(rising) + 1e-3 * torch.randn(SECOND, generator=torch.Generator().manual_seed(0))
 
 
-# The published 16 kHz contract, written out: a Fourier basis, Slaney's mel scale, triangles of unit area
+# The published 16 kHz contract, written out: a Fourier basis, Slaney's mel scale, triangles of
+# unit area
 def slaney(hz):
     return np.where(
         hz < 1000, hz * 3 / 200, 15 + 27 * np.log(np.maximum(hz, 1) / 1000) / math.log(6.4)
@@ -57,10 +57,8 @@ def contract(wav, pad, n_fft=640, hop=160, n_mels=80, fmin=0.0, fmax=8000.0, flo
     magnitude = np.abs(
         np.stack([x[i : i + n_fft] for i in range(0, len(x) - n_fft + 1, hop)]) @ basis
     )
-    edges, hz = (
-        slaney_inverse(np.linspace(slaney(fmin), slaney(fmax), n_mels + 2)),
-        k * 16000 / n_fft,
-    )
+    edges = slaney_inverse(np.linspace(slaney(fmin), slaney(fmax), n_mels + 2))
+    hz = k * 16000 / n_fft
     low, mid, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     triangles = (
         np.maximum(0, np.minimum((hz - low) / (mid - low), (high - hz) / (high - mid)))
@@ -252,7 +250,10 @@ def wav_bytes(tmp_path, sound):
 
 def test_broken_files_are_named(tmp_path, sound):
     good = wav_bytes(tmp_path, sound[:1600])
-    rate = lambda hz: good[:24] + hz.to_bytes(4, "little") + good[28:]
+
+    def rate(hz):
+        return good[:24] + hz.to_bytes(4, "little") + good[28:]
+
     cases = dict(
         none=b"",
         noise=np.random.default_rng(0).bytes(5000),
@@ -298,7 +299,7 @@ def test_sound_of_an_unknown_codec_is_refused_before_it_is_decoded(tmp_path, sou
 
 
 def test_a_video_without_sound_is_named(tmp_path):
-    from faces2voices.video import write_video
+    from faces2voices.media import write_video
 
     write_video(tmp_path / "mute.mp4", np.zeros((5, 64, 64, 3), np.uint8))
     with pytest.raises(MediaError, match="has no sound"):
@@ -306,11 +307,11 @@ def test_a_video_without_sound_is_named(tmp_path):
 
 
 def test_too_long_is_refused(tmp_path, sound, monkeypatch):
-    monkeypatch.setattr("faces2voices.audio.LONGEST", 0.5)
+    monkeypatch.setattr("faces2voices.soundfiles.MAX_SECONDS", 0.5)
     save_wav(tmp_path / "long.wav", sound)
     with pytest.raises(MediaError, match="long"):
         load_audio(tmp_path / "long.wav")
-    assert LONGEST == 4 * 3600
+    assert MAX_SECONDS == 4 * 3600
 
 
 def test_what_is_shown_has_words(monkeypatch, sound):

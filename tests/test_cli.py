@@ -1,13 +1,16 @@
-"The command line: every page of help teaches, codes say what happened, and a listening test goes out and comes back."
+"""The command line.
 
-import json, sys
+Every page of help teaches, codes say what happened, and a listening test comes back."""
+
+import json
+import shutil
+import sys
 from pathlib import Path
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner
 from faces2voices import cli
-from faces2voices.audio import load_audio, save_wav
+from faces2voices.soundfiles import load_audio, save_wav
 from faces2voices.errors import CorpusError, F2VError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,11 +83,8 @@ def test_wrong_calls_end_with_2(args, tmp_path, monkeypatch):
 def test_a_result_that_is_there_is_refused_before_the_work(args, tmp_path):
     (tmp_path / "card.json").write_text("mine")
     result = run(*args, "-o", tmp_path / "card.json")
-    assert (
-        result.exit_code == 2
-        and "exists already" in result.output
-        and (tmp_path / "card.json").read_text() == "mine"
-    )
+    assert result.exit_code == 2 and "exists already" in result.output
+    assert (tmp_path / "card.json").read_text() == "mine"
 
 
 def test_an_error_of_the_input_is_one_line_and_1(monkeypatch, capsys):
@@ -92,19 +92,13 @@ def test_an_error_of_the_input_is_one_line_and_1(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main()
     said = capsys.readouterr().err
-    assert (
-        end.value.code == 1
-        and said.count("\n") == 1
-        and "nowhere/key.json" in said
-        and "listen page" in said
-    )
+    assert end.value.code == 1 and said.count("\n") == 1
+    assert "nowhere/key.json" in said and "listen page" in said
 
 
 @pytest.fixture()
 def folders(tmp_path):
     "Two systems with the same three clips: wavs, and mp4s beside something else."
-    import shutil
-
     clips = sorted(SAMPLES.glob("*.mp4"))[:3]
     for clip in clips:
         (tmp_path / "films").mkdir(exist_ok=True)
@@ -116,13 +110,10 @@ def folders(tmp_path):
 
 def marks_of(key, who, mark, path, beeps=None):
     "The file that the page of a listener would save."
-    rows = [(n, mark(system)) for n, (system, _) in key["items"].items()] + [
-        (n, beeps or count) for n, count in key["attention"].items()
-    ]
-    path.write_text(
-        "test,listener,position,item,rating\n"
-        + "".join(f"{key['test']},{who},{i},{n},{r}\n" for i, (n, r) in enumerate(rows, 1))
-    )
+    rows = [(n, mark(system)) for n, (system, _) in key["items"].items()]
+    rows += [(n, beeps or count) for n, count in key["attention"].items()]
+    lines = [f"{key['test']},{who},{i},{n},{r}\n" for i, (n, r) in enumerate(rows, 1)]
+    path.write_text("test,listener,position,item,rating\n" + "".join(lines))
     return path
 
 
@@ -133,48 +124,27 @@ def test_a_listening_test_goes_out_and_comes_back(folders, tmp_path):
     )
     key = json.loads((tmp_path / "test" / "key.json").read_text())
     page = (tmp_path / "test" / "page" / "index.html").read_text()
-    assert (
-        made.exit_code == 0
-        and "7 sounds" in made.output
-        and len(list((tmp_path / "test" / "page").glob("*.wav"))) == 7
-    )
-    assert (
-        "Is it &lt;you&gt;?" in page
-        and "films" not in page
-        and {s for s, _ in key["items"].values()} == {str(films), str(ours)}
-    )
-    files = [
-        marks_of(
-            key, f"l{i}", lambda s: 4 + (s == str(films)) - i % 2, tmp_path / f"marks-l{i}.csv"
-        )
-        for i in range(4)
-    ]
-    files.append(
-        marks_of(
-            key,
-            "zzz",
-            lambda s: 1,
-            tmp_path / "marks-zzz.csv",
-            beeps=next(iter(key["attention"].values())) % 5 + 1,
-        )
-    )
+    assert made.exit_code == 0 and "7 sounds" in made.output
+    assert len(list((tmp_path / "test" / "page").glob("*.wav"))) == 7
+    assert "Is it &lt;you&gt;?" in page and "films" not in page
+    assert {s for s, _ in key["items"].values()} == {str(films), str(ours)}
+    files = []
+    for i in range(4):
+        path = tmp_path / f"marks-l{i}.csv"
+        files.append(marks_of(key, f"l{i}", lambda s: 4 + (s == str(films)) - i % 2, path))
+    wrong = next(iter(key["attention"].values())) % 5 + 1
+    path = tmp_path / "marks-zzz.csv"
+    files.append(marks_of(key, "zzz", lambda s: 1, path, beeps=wrong))
     back = run("listen", "marks", tmp_path / "test", *files, "-o", tmp_path / "mos.json")
-    table = [
-        [x.strip() for x in line.split("|")[1:-1]]
-        for line in back.output.splitlines()
-        if line.startswith("|")
-    ]
-    assert back.exit_code == 0 and [r[:2] for r in table[2:]] == [
-        [str(films), "4.50"],
-        [str(ours), "3.50"],
-    ]
+    lines = [line for line in back.output.splitlines() if line.startswith("|")]
+    table = [[x.strip() for x in line.split("|")[1:-1]] for line in lines]
+    assert back.exit_code == 0
+    assert [row[:2] for row in table[2:]] == [[str(films), "4.50"], [str(ours), "3.50"]]
     assert "4 listeners, 3 clips" in back.output and "zzz" in back.output
     card = json.loads((tmp_path / "mos.json").read_text())
-    assert (
-        card["systems"][str(films)]["mos"] == 4.5
-        and card["systems"][str(films)]["low"] < 4 < 5 < card["systems"][str(films)]["high"]
-        and card["left_out"] == ["zzz"]
-    )
+    found = card["systems"][str(films)]
+    assert found["mos"] == 4.5 and found["low"] < 4 < 5 < found["high"]
+    assert card["left_out"] == ["zzz"]
 
 
 def test_a_listening_test_is_refused_by_name(folders, tmp_path):
@@ -186,12 +156,8 @@ def test_a_listening_test_is_refused_by_name(folders, tmp_path):
         ((tmp_path / "new", films, tmp_path / "empty"), CorpusError, "holds no .wav"),
     ]:
         refused = run("listen", "page", *args)
-        assert (
-            refused.exit_code == 1
-            and isinstance(refused.exception, kind)
-            and why in str(refused.exception)
-            and not (tmp_path / "new").exists()
-        )
+        assert refused.exit_code == 1 and isinstance(refused.exception, kind)
+        assert why in str(refused.exception) and not (tmp_path / "new").exists()
     assert run("listen", "page", tmp_path / "one", films).exit_code == 0
     again = run("listen", "page", tmp_path / "one", films)
     assert isinstance(again.exception, F2VError) and "already" in str(again.exception)
@@ -202,33 +168,18 @@ def test_a_listening_test_is_refused_by_name(folders, tmp_path):
 
 def test_a_model_is_asked_about_between_its_bounds(tmp_path):
     from faces2voices import FacesToVoices
-    from faces2voices.corpora import prepare, read_manifest
+    from faces2voices.manifests import read_manifest
+    from faces2voices.preparing import prepare
 
     f2v = FacesToVoices.from_pretrained("talkers", device="cpu")
-    entries = [
-        e._replace(split="test")
-        for e in read_manifest(SAMPLES / "manifest.jsonl")
-        if e.split == "test"
-    ][:2]
-    prepare(entries, tmp_path / "prepared", f2v.eyes(), 1)
-    made = run(
-        "listen",
-        "page",
-        tmp_path / "test",
-        tmp_path / "prepared",
-        "--model",
-        "talkers",
-        "--limit",
-        1,
-        "--steps",
-        1,
-    )
+    entries = [e for e in read_manifest(SAMPLES / "manifest.jsonl") if e.split == "test"]
+    prepare(entries[:2], tmp_path / "prepared", f2v.face_backend, 1)
+    options = ["--model", "talkers", "--limit", 1, "--steps", 1]
+    made = run("listen", "page", tmp_path / "test", tmp_path / "prepared", *options)
     assert made.exit_code == 0, made.output
     key = json.loads((tmp_path / "test" / "key.json").read_text())
-    assert (
-        sorted(s for s, _ in key["items"].values()) == ["original", "synthesised", "vocoder"]
-        and "4 sounds" in made.output
-    )
+    systems = sorted(system for system, _ in key["items"].values())
+    assert systems == ["original", "synthesised", "vocoder"] and "4 sounds" in made.output
 
 
 def test_adapt_reads_ahead_with_as_many_processes_as_are_asked_for(tmp_path, monkeypatch):

@@ -1,16 +1,17 @@
-"""Sound and picture on one clock: flashes and clicks at known times, in sixteen containers.
+"""Sound and picture on one clock: flashes and clicks at known times, in twenty-five containers.
 
 Each film is made whole, cut between packets, cut between bytes, and with sound packets lost. What
 is read must show a flash within 20 ms of its click; a dub must show every frame at its old time."""
 
+from itertools import product
 from fractions import Fraction
 import av
 import numpy as np
 import pytest
 import torch
 from av.stream import Disposition
-from faces2voices import video as V
-from faces2voices.audio import load_audio
+from faces2voices import media, video as V
+from faces2voices.soundfiles import load_audio
 from faces2voices.errors import MediaError
 
 T, FLASHES, GROUP = 72, (14, 29, 44, 59), 24  # frames; those that flash; frames from key to key
@@ -45,6 +46,15 @@ CONTAINERS = {
     "wmv": ("wmv", "wmv2", OLD_B | dict(bf="0"), "wmav2", RATE),
     "nut": ("nut", "libx264", B_FRAMES, "mp3", RATE),
     "mxf": ("mxf", "mpeg2video", OLD_B, "pcm_s16le", RATE),
+    "aac.avi": ("avi", "libx264", B_FRAMES, "aac", RATE),
+    "aac 16.avi": ("avi", "libx264", B_FRAMES, "aac", 16000),
+    "flac.avi": ("avi", "libx264", B_FRAMES, "flac", RATE),
+    "ac3.avi": ("avi", "mpeg4", OLD_B, "ac3", RATE),
+    "mpeg4 flac.avi": ("avi", "mpeg4", OLD_B, "flac", RATE),
+    "wma.avi": ("avi", "libx264", B_FRAMES, "wmav2", 16000),
+    "plain aac.avi": ("avi", "mpeg4", OLD_B | dict(bf="0"), "aac", RATE),
+    "h264.asf": ("asf", "libx264", B_FRAMES, "wmav2", RATE),
+    "h264.mxf": ("mxf", "libx264", B_FRAMES, "pcm_s16le", RATE),
 }
 
 
@@ -101,38 +111,44 @@ CUT_BYTES = {
     "head": lambda data: data[len(data) * 4 // 10 :],
     "tail": lambda data: data[: len(data) * 7 // 10],
 }
-NO_TIMES = "AVI stores no times of sound: what is lost is not missed"
+NO_TIMES = "AVI stores no times of such sound: what is lost is not missed"
 NO_START = "AVI stores no beginnings: pictures from before the sound move to it"
+BLOCKS = "AVI counts sound in whole packets, here of 64 or 96 ms"
+INVENTED = "the decoder invents a picture, and no time tells"
 AT_END = "its index stands at the end"
+KEY_FIRST = "MXF begins with a key frame, and its sound with it"
 CANNOT = {
-    ("h264.avi", "gap"): NO_TIMES,
-    ("mpeg4.avi", "gap"): NO_TIMES,
-    ("h264.avi", "copied"): NO_START,
-    ("mpeg4.avi", "copied"): NO_START,
-    ("h264.avi", "early"): NO_START,
-    ("mpeg4.avi", "early"): NO_START,
-    ("mp3.avi", "gap"): NO_TIMES,
-    ("mp3.avi", "copied"): NO_START,
-    ("mp3.avi", "early"): NO_START,
-    ("mp3.avi", "within"): NO_START,
-    ("h264.avi", "within"): NO_START,
-    ("mpeg4.avi", "within"): NO_START,
-    ("ogv", "within"): "Ogg holds no times before zero",
-    ("mxf", "within"): "MXF begins with a key frame, and its sound with it",
-    ("mxf", "early"): "MXF begins with its picture",
-    ("mpeg4.avi", "between"): "the decoder invents a picture, and no time tells",
+    ("mpeg4.avi", "early"): INVENTED,
+    ("mpeg4.avi", "between"): INVENTED,
+    ("ac3.avi", "early"): INVENTED,
+    ("ac3.avi", "between"): INVENTED,
+    ("mpeg4 flac.avi", "early"): INVENTED,
+    ("plain aac.avi", "between"): INVENTED,
+    ("mpeg4 flac.avi", "copied"): BLOCKS,
+    ("mpeg4 flac.avi", "within"): BLOCKS,
+    ("flac.avi", "within"): BLOCKS,
+    ("flac.avi", "between"): BLOCKS,
+    ("aac 16.avi", "between"): BLOCKS,
     ("mov", "gap"): "PCM in mov is counted, not timed",
     ("ogv", "gap"): "Ogg times pages of a second, not packets",
     ("ogv", "copied"): "Ogg holds no times before zero",
-    ("mxf", "copied"): "MXF begins with a key frame, and its sound with it",
-    ("mxf", "between"): "MXF begins with a key frame",
-    ("mxf", "gap"): "MXF stores sound beside each picture",
+    ("ogv", "within"): "Ogg holds no times before zero",
     ("mxf", "tail"): AT_END,
     ("mp4", "tail"): AT_END,
     ("hevc.mp4", "tail"): AT_END,
     ("mov", "tail"): AT_END,
     ("3gp", "tail"): AT_END,
 }
+for name in ("h264.avi", "mpeg4.avi", "mp3.avi", "aac.avi", "aac 16.avi"):
+    CANNOT |= {(name, "gap"): NO_TIMES, (name, "copied"): NO_START, (name, "within"): NO_START}
+for name in ("ac3.avi", "plain aac.avi", "wma.avi"):
+    CANNOT |= {(name, "gap"): NO_TIMES, (name, "copied"): NO_START, (name, "within"): NO_START}
+for name in ("mxf", "h264.mxf"):
+    CANNOT |= {(name, cut): KEY_FIRST for cut in ("copied", "within", "between")}
+    CANNOT |= {
+        (name, "early"): "MXF begins with its picture",
+        (name, "gap"): "MXF stores sound beside each picture",
+    }
 
 
 def seconds(packet):
@@ -235,7 +251,7 @@ def shown(path):
     return np.array(found)
 
 
-CASES = [(n, c) for n in CONTAINERS for c in (*CUTS, "tail")] + [("ts", "head"), ("mpg", "head")]
+CASES = [*product(CONTAINERS, (*CUTS, "tail")), ("ts", "head"), ("mpg", "head")]
 LEAST = dict(whole=4, gap=4, early=3, copied=2, within=2, between=2, tail=1, head=1)
 
 
@@ -259,7 +275,7 @@ def test_a_dub_shows_every_frame_at_its_old_time(films, tmp_path, name, cut):
     possible(name, cut)
     path = films(name, cut)
     video = V.read_video(path)
-    made = V.dub(path, video.wav, tmp_path / "dubbed.mp4")
+    made = media.dub(path, video.wav, tmp_path / "dubbed.mp4")
     before, after = shown(path), shown(made.path)
     assert len(after) == len(before) and after[:, 1].tolist() == before[:, 1].tolist()
     if cut == "between":  # from the key frame on; some decoders invent what was before
@@ -309,8 +325,34 @@ def test_a_film_may_begin_before_zero(films, tmp_path):
     video = V.read_video(path)
     assert_in_step(video, 4)
     assert [V.clock_number(f) for f in video.frames] == list(range(T))
-    made = V.dub(path, video.wav, tmp_path / "dubbed.mp4")
+    made = media.dub(path, video.wav, tmp_path / "dubbed.mp4")
     assert made.copied and len(shown(made.path)) == T
+    assert_in_step(V.read_video(made.path), 4)
+
+
+TELLING_THE_ORDER = "h264.avi", "aac.avi", "aac 16.avi", "mp3.avi", "h264.mxf", "flac.avi"
+COPIES = list(product(TELLING_THE_ORDER, ("mp4", "mov", "mkv")))
+COPIES.remove(("flac.avi", "mov"))  # a mov holds no FLAC
+
+
+@pytest.mark.parametrize("name, ending", COPIES)
+def test_a_copy_that_took_the_order_for_times_is_seen_through(films, tmp_path, name, ending):
+    "Copied without thought, each picture is said to be shown when it is decoded."
+    path = tmp_path / f"film.{ending}"
+    with av.open(str(films(name, "whole"))) as source, av.open(str(path), "w") as out:
+        into = [out.add_stream_from_template(stream) for stream in source.streams]
+        for packet in source.demux():
+            if packet.size:
+                packet.pts = packet.dts
+                packet.stream = into[packet.stream_index]
+                out.mux(packet)
+    video = V.read_video(path)
+    assert [V.clock_number(f) for f in video.frames] == list(range(T))
+    assert_in_step(video, 4)
+    made = media.dub(path, video.wav, tmp_path / "dubbed.mp4")
+    after = shown(made.path)
+    assert made.copied and after[:, 1].tolist() == list(range(T))
+    assert abs(after[:, 0] - after[0, 0] - after[:, 1] / 25).max() < 0.02
     assert_in_step(V.read_video(made.path), 4)
 
 
@@ -320,10 +362,10 @@ def test_what_is_prepared_is_in_step(films):
     from memory_of_long_video import Middle
 
     for name, cut in [("mkv", "gap"), ("ts", "between")]:
-        looked = V.look(films(name, cut), Middle())
+        looked = V.preprocess(films(name, cut), Middle())
         wav = clip_of(name, looked).wav
         assert_in_step(V.Video(np.stack(list(looked.video.frames)), wav, ""), 2)
-        heard = V.film_sound(films(name, cut), T=len(wav) // 640).clamp(-1, 1)
+        heard = media.film_sound(films(name, cut), T=len(wav) // 640).clamp(-1, 1)
         assert torch.equal(heard, wav)
 
 
@@ -344,7 +386,8 @@ def tone(path, times, codec="pcm_s16le", layout="mono", parts=None, n=1000):
             frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
             frame.sample_rate, frame.time_base, frame.pts = RATE, Fraction(1, RATE), k * n
             for packet in stream.encode(resample.resample(frame)[0]):
-                packet.pts = packet.dts = round(at / packet.time_base)
+                packet.pts = round(at / packet.time_base)
+                packet.dts = packet.pts
                 out.mux(packet)
 
 
@@ -472,7 +515,7 @@ def test_the_pictures_that_people_see_are_read(tmp_path, ending, tracks, width):
     mux_tracks(tmp_path / f"film.{ending}", tracks)
     video = V.read_video(tmp_path / f"film.{ending}")
     assert video.frames.shape[:3] == (40, 96, width)
-    made = V.dub(tmp_path / f"film.{ending}", torch.zeros(25600), tmp_path / "dubbed.mp4")
+    made = media.dub(tmp_path / f"film.{ending}", torch.zeros(25600), tmp_path / "dubbed.mp4")
     assert V.read_video(made.path).frames.shape[:3] == (40, 96, width)
 
 
@@ -504,6 +547,8 @@ def only_pictures(path, codec, pix_fmt="yuv420p", size=(160, 96), options=None, 
         )
         if "turn" in look:
             stream.set_display_rotation(look["turn"])
+        if "matrix" in look:
+            stream.set_display_matrix(look["matrix"])
         if "aspect" in look:
             stream.codec_context.sample_aspect_ratio = look["aspect"]
         for k in range(n):
@@ -531,8 +576,40 @@ def appearance(path):
 def dubbed(path, ending="mp4"):
     "What `dub` makes, and before and after as they are read."
     before = V.read_video(path)
-    made = V.dub(path, torch.zeros(640 * len(before.frames)), path.with_name(f"dubbed.{ending}"))
+    made = media.dub(
+        path, torch.zeros(640 * len(before.frames)), path.with_name(f"dubbed.{ending}")
+    )
     return made, before, V.read_video(made.path)
+
+
+MIRRORS = {  # where a step to the right and a step down go, and the picture that is then seen
+    "as it is": ((1, 0), (0, 1), lambda p: p),
+    "left and right": ((-1, 0), (0, 1), lambda p: p[:, ::-1]),
+    "up and down": ((1, 0), (0, -1), lambda p: p[::-1]),
+    "half a turn": ((-1, 0), (0, -1), lambda p: p[::-1, ::-1]),
+    "diagonal": ((0, 1), (1, 0), lambda p: p.swapaxes(0, 1)),
+    "a quarter": ((0, 1), (-1, 0), lambda p: np.rot90(p, -1)),
+    "a quarter back": ((0, -1), (1, 0), lambda p: np.rot90(p)),
+    "other diagonal": ((0, -1), (-1, 0), lambda p: np.rot90(p, 2).swapaxes(0, 1)),
+}
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9", "prores_ks"])
+@pytest.mark.parametrize("name", MIRRORS)
+def test_pictures_are_turned_and_mirrored_as_they_are_shown(tmp_path, name, codec):
+    right, down, seen = MIRRORS[name]
+    matrix = [*right, 0, *down, 0, 0, 0, 1 << 14]
+    matrix = [x << 16 for x in matrix]
+    path = tmp_path / "film.mov" if codec == "prores_ks" else tmp_path / "film.mp4"
+    pixels = "yuv422p10le" if codec == "prores_ks" else "yuv420p"
+    only_pictures(path, codec, pixels, n=12, matrix=matrix)
+    plain = path.with_stem("plain")
+    only_pictures(plain, codec, pixels, n=12)
+    made, before, after = dubbed(path)
+    want = np.stack([seen(frame) for frame in V.read_video(plain).frames])
+    assert np.array_equal(before.frames, want)
+    assert after.frames.shape == want.shape and abs(after.frames.astype(int) - want).mean() < 2
+    assert made.copied == (codec != "prores_ks")
 
 
 BARE = {
@@ -602,7 +679,7 @@ def test_av1_is_copied(tmp_path, ending):
 @pytest.mark.parametrize("ending", ["mkv", "mov", "ts"])
 def test_other_containers_are_copied_into(films, tmp_path, ending):
     path = films("mp4", "whole")
-    made = V.dub(path, torch.zeros(640 * T), tmp_path / f"dubbed.{ending}")
+    made = media.dub(path, torch.zeros(640 * T), tmp_path / f"dubbed.{ending}")
     assert made.copied and np.array_equal(V.read_video(path).frames, V.read_video(made.path).frames)
 
 
@@ -610,7 +687,7 @@ def test_pictures_that_were_cut_off_stay_hidden(films, tmp_path):
     "An edit list hides pictures that others hang on; mp4 can say so, Matroska cannot."
     path = films("mp4", "copied")
     for ending, copied in dict(mp4=True, mov=True, mkv=False).items():
-        made = V.dub(path, torch.zeros(640 * T), tmp_path / f"dubbed.{ending}")
+        made = media.dub(path, torch.zeros(640 * T), tmp_path / f"dubbed.{ending}")
         assert made.copied == copied
         assert [V.clock_number(f) for f in V.read_video(made.path).frames] == list(range(28, T))
 
@@ -644,18 +721,18 @@ def test_a_refusal_names_its_cause_and_leaves_nothing(films, tmp_path):
     causes = {"a.webm": "does not support", "a.xyz": "output format", "a.avi": "other times"}
     for name, cause in causes.items():
         with pytest.raises(MediaError, match=cause) as e:
-            V.dub(path, sound, tmp_path / name)
+            media.dub(path, sound, tmp_path / name)
         assert "ends in .mp4" in e.value.cure
     assert not list(tmp_path.iterdir())
 
 
 def test_a_dub_is_counted(films, tmp_path, monkeypatch):
     "A copy that loses a picture is encoded again; an encoding that does is an error."
-    path, moved, frames = films("mkv", "whole"), V._moved_packets, V._moved_frames
-    monkeypatch.setattr(V, "_moved_packets", lambda *a: [*moved(*a)][1:])
-    assert not V.dub(path, torch.zeros(640 * T), tmp_path / "again.mp4").copied
+    path, moved, frames = films("mkv", "whole"), media._moved_packets, media._moved_frames
+    monkeypatch.setattr(media, "_moved_packets", lambda *a: [*moved(*a)][1:])
+    assert not media.dub(path, torch.zeros(640 * T), tmp_path / "again.mp4").copied
     assert len(shown(tmp_path / "again.mp4")) == T
-    monkeypatch.setattr(V, "_moved_frames", lambda *a: [*frames(*a)][1:])
+    monkeypatch.setattr(media, "_moved_frames", lambda *a: [*frames(*a)][1:])
     with pytest.raises(MediaError, match=f"would show {T - 1} pictures of {T}"):
-        V.dub(path, torch.zeros(640 * T), tmp_path / "lost.mp4")
+        media.dub(path, torch.zeros(640 * T), tmp_path / "lost.mp4")
     assert [p.name for p in tmp_path.iterdir()] == ["again.mp4"]

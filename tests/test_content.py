@@ -1,35 +1,36 @@
 "The content stage: the hole, the mask, the loss."
 
+from itertools import chain
 from dataclasses import replace
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
-from faces2voices.errors import CorpusError
-from faces2voices.core import TINY, seed_everything, test_same
-from faces2voices.avhubert import influence
-from faces2voices import content
-from faces2voices.statistics import crossed_interval
+from faces2voices import studies
 from faces2voices.content import (
     Content,
     ContentEncoder,
     ConvBlock,
     MaskedConvBlock,
     content_loss,
-    norm_real,
-    word_loss,
-    padded,
+    logit_accuracy,
+    pad_examples,
     receptive_field,
     show_receptive_field,
     train_content,
-    logit_accuracy,
+    word_loss,
 )
+from faces2voices.core import TINY, seed_everything, test_same
+from faces2voices.errors import CorpusError
+from faces2voices.layers import influence
+from faces2voices.statistics import crossed_interval
 from faces2voices.studies import (
-    MEASURES,
-    judge_content,
+    CONTENT_MEASURES,
+    evaluate_content,
     masked_ce_study,
     recorded_gain,
-    see_and_hear,
-    show_masked_ce,
+    lip_features_and_units,
+    plot_masked_ce,
 )
 
 SMALL = replace(TINY, dim=32, n_units=11)
@@ -84,22 +85,11 @@ def test_conv_block_by_hand():
     test_same(b(x, mask).detach(), F.relu(x + F.conv1d(h, b.conv2.weight) * s).detach(), atol=1e-5)
 
 
-def test_norm_real_is_batch_norm_of_the_real_positions():
-    ours, ref, mask = nn.BatchNorm1d(4), nn.BatchNorm1d(4), lengths(9, 4)
-    x = torch.randn(2, 4, 9) * 3 + 1
-    y = norm_real(ours, x, mask)
-    test_same(y.mT[mask].detach(), ref(torch.cat([x[0].T, x[1, :, :4].T])).detach(), atol=1e-6)
-    test_same(ours.running_var, ref.running_var, atol=1e-6)
-    assert not y.mT[~mask].any()
-
-
 @pytest.mark.parametrize("training", [False, True])
 @torch.no_grad()
 def test_padding_is_not_felt(training):
-    net, mask = (
-        ContentEncoder(8, replace(SMALL, dropout=0.0, words=("bin", "blue"))).train(training),
-        lengths(12, 7),
-    )
+    net = ContentEncoder(8, replace(SMALL, dropout=0.0, words=("bin", "blue"))).train(training)
+    mask = lengths(12, 7)
     x = torch.randn(2, 12, 8)
     a = net(x, mask)
     b = net(F.pad(x, (0, 0, 0, 5), value=9.0), F.pad(mask, (0, 5)))
@@ -155,7 +145,7 @@ def counting(n, T, D=11):
 
 
 def test_padded_is_the_same_clips():
-    features, units, mask = padded([*counting(1, 5), *counting(1, 3)])
+    features, units, mask = pad_examples([*counting(1, 5), *counting(1, 3)])
     assert features.shape == (2, 5, 11) and units[1].tolist() == [
         0,
         1,
@@ -183,41 +173,34 @@ def test_a_pair_differs_in_nothing_but_the_weight():
     assert not a.training and (a.masked_head.bias == 0).sum() == 0
     seed_everything(3)
     start = ContentEncoder(11, SMALL)
-    moved = lambda net: (net.masked_head.bias - start.masked_head.bias).abs().max()
+
+    def moved(net):
+        return (net.masked_head.bias - start.masked_head.bias).abs().max()
+
     assert moved(other) > 5 * moved(a)  # λ = 0: weight decay alone
 
 
 def test_judge_is_cross_entropy_and_accuracy_of_each_clip():
     net, clips = ContentEncoder(11, SMALL).eval(), counting(3, 4)
-    judged = judge_content(net, clips)
-    assert judged.shape == (3, len(MEASURES))
+    judged = evaluate_content(net, clips)
+    assert judged.shape == (3, len(CONTENT_MEASURES))
     c = net(clips[1][0][None], torch.ones(1, 4, dtype=torch.bool))
-    test_same(
-        judged[1],
-        torch.tensor(
-            [
-                F.cross_entropy(c.logits[0], clips[1][1]).item(),
-                logit_accuracy(c.logits[0], clips[1][1]),
-                F.cross_entropy(c.masked_logits[0], clips[1][1]).item(),
-                logit_accuracy(c.masked_logits[0], clips[1][1]),
-            ]
-        ),
-        atol=1e-5,
-    )
+    units = clips[1][1]
+    by_hand = [
+        F.cross_entropy(c.logits[0], units).item(),
+        logit_accuracy(c.logits[0], units),
+        F.cross_entropy(c.masked_logits[0], units).item(),
+        logit_accuracy(c.masked_logits[0], units),
+    ]
+    test_same(judged[1], torch.tensor(by_hand), atol=1e-5)
 
 
 def test_a_recorded_gain_has_the_limits_that_were_recorded():
     old = dict(gain=[0.5, -0.1], error=[0.1, 0.02], seeds=[0, 1, 2], clips=[270, 360])
-    assert recorded_gain(old, 1)[:4] == pytest.approx(
-        (-0.1, -0.14, -0.06, 0.02)
-    )  # two standard errors to either side
-    assert recorded_gain(old | dict(low=[0.1, -0.2], high=[0.9, 0.0]), 0) == (
-        0.5,
-        0.1,
-        0.9,
-        0.1,
-        3 * 360,
-    )
+    two_errors = (-0.1, -0.14, -0.06, 0.02)  # to either side
+    assert recorded_gain(old, 1)[:4] == pytest.approx(two_errors)
+    limits = old | dict(low=[0.1, -0.2], high=[0.9, 0.0])
+    assert recorded_gain(limits, 0) == (0.5, 0.1, 0.9, 0.1, 3 * 360)
 
 
 class Lips(nn.Module):
@@ -228,13 +211,17 @@ class Lips(nn.Module):
 def prepared(folder, splits):
     "A folder of short prepared clips, and a model that can look at them."
     from types import SimpleNamespace
-    from faces2voices.corpora import Clip, Entry, save_clip, write_manifest
+    from faces2voices.manifests import Entry, write_manifest
+    from faces2voices.corpora import Clip, save_clip
     from faces2voices.units import UnitQuantizer
 
     entries = []
     for i, split in enumerate(splits):
         g, T = torch.Generator().manual_seed(i), 6 + i % 3
-        grey = lambda *shape: torch.randint(256, shape, generator=g).byte()
+
+        def grey(*shape):
+            return torch.randint(256, shape, generator=g).byte()
+
         clip = Clip(
             f"c{i}",
             "a",
@@ -266,28 +253,20 @@ def test_study_from_a_folder(tmp_path, capsys, monkeypatch):
     judged = []
 
     def noted(*args):
-        judged.append(judge_content(*args))
+        judged.append(evaluate_content(*args))
         return judged[-1]
 
-    monkeypatch.setattr(content, "judge_content", noted)
+    monkeypatch.setattr(studies, "evaluate_content", noted)
     model = prepared(tmp_path, ["train"] * 5 + ["val", "test", "test"])
-    seen = see_and_hear(model, tmp_path, "train")
+    seen = lip_features_and_units(model, tmp_path, "train")
     assert len(seen) == 5 and seen[1][0].shape == (7, 9) and seen[1][1].shape == (14,)
-    assert [len(see_and_hear(model, tmp_path, "train", limit=n)) for n in (1, 2, 3, 5, 9)] == [
-        1,
-        2,
-        3,
-        5,
-        5,
-    ]
+    for limit in (1, 2, 3, 5, 9):
+        assert len(lip_features_and_units(model, tmp_path, "train", limit=limit)) == min(limit, 5)
     with pytest.raises(CorpusError, match="dev"):
-        see_and_hear(model, tmp_path, "dev")
+        lip_features_and_units(model, tmp_path, "dev")
     study = masked_ce_study(model, tmp_path, seeds=(0, 1), steps=3, batch=2, limit=4)
-    assert (
-        study["clips"] == [3, 3]
-        and len(study["runs"]) == 4
-        and len(study["gain"]) == len(study["error"]) == 4
-    )
+    assert study["clips"] == [3, 3] and len(study["runs"]) == 4
+    assert len(study["gain"]) == len(study["error"]) == 4
     values = {(r["weight"], r["seed"]): torch.tensor(r["values"]) for r in study["runs"]}
     gain = sum(values[0.5, s] - values[0.0, s] for s in (0, 1)) / 2
     test_same(torch.tensor(study["gain"]), gain, atol=2e-5)
@@ -299,7 +278,7 @@ def test_study_from_a_folder(tmp_path, capsys, monkeypatch):
         right = crossed_interval(gains[..., k])
         assert (study["low"][k], study["high"][k]) == pytest.approx(right[1:3], abs=2e-5)
     pytest.importorskip("matplotlib").use("Agg")
-    show_masked_ce({"a": study, "b": study})
+    plot_masked_ce({"a": study, "b": study})
 
 
 def test_figure():
@@ -313,9 +292,11 @@ def test_figure():
 
 def test_the_vocabulary_of_grid_is_its_grammar():
     from faces2voices.core import GRID_WORDS
-    from faces2voices.corpora import GRID_GRAMMAR
+    from faces2voices.manifests import GRID_GRAMMAR
 
-    assert GRID_WORDS == tuple(w for words in GRID_GRAMMAR.values() for w in words.values())
+    assert GRID_WORDS == tuple(
+        chain.from_iterable(words.values() for words in GRID_GRAMMAR.values())
+    )
 
 
 def test_word_loss_is_cross_entropy_where_words_are_known():

@@ -1,6 +1,13 @@
-"The course layer: editions without answers, marking that no submission can hurt, tables that agree with the code."
+"""The course layer.
 
-import ast, csv, json, os, pkgutil, re
+Editions without answers, marking that no submission can hurt, tables that agree with the code."""
+
+import ast
+import csv
+import json
+import pkgutil
+import re
+from itertools import chain, product
 from pathlib import Path
 import numpy as np
 import pytest
@@ -16,33 +23,33 @@ from faces2voices.course import (
     is_solution,
     leaks,
     lessons,
-    raised,
+    collect_errors,
     read_notebook,
     read_table,
+    rooms_markdown,
     source,
-    student,
+    write_student_edition,
     strings_in,
-    teacher,
+    write_teacher_edition,
     teacher_notes,
-    trace_markdown,
-    troubles_markdown,
-    exercise_map,
+    traceability_markdown,
+    errors_markdown,
+    exercises_markdown,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-CHEAP = [
-    "00_core",
-    "12_solvers",
-]  # lessons whose last exercise is reached within 12 s of one core; the others take up to a minute each
+# lessons whose last exercise is reached within 12 s of one core; others take up to a minute
+CHEAP = ["00_core", "12_solvers"]
 ALL = lessons(NBS)
+ROOMS = {f"engine/{path.stem}": read_notebook(path) for path in NBS.glob("engine/*.ipynb")}
 LESSONS = {name: nb["cells"] for name, nb in ALL.items() if exercises(nb["cells"])}
 
 
 @pytest.fixture(scope="module")
 def handout(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("editions") / "student"
-    student(NBS, out)
+    write_student_edition(NBS, out)
     return out
 
 
@@ -113,14 +120,17 @@ def test_a_right_answer_is_called_right(yours, expected):
 
 
 def test_no_solution_is_anywhere_in_the_student_edition(handout):
-    "Every line of every solution is looked for in every file, decoded; lines that the lessons show elsewhere anyway give nothing away."
-    shown = "\n".join(source(c) for nb in ALL.values() for c in nb["cells"] if not is_solution(c))
+    """Every line of every solution is looked for in every file, decoded.
+
+    Lines that lessons and engine rooms show elsewhere anyway give nothing away."""
+    cells = chain.from_iterable(nb["cells"] for nb in [*ALL.values(), *ROOMS.values()])
+    shown = "\n".join(source(c) for c in cells if not is_solution(c))
     files = {
         p.name: read_notebook(p) if p.suffix == ".ipynb" else p.read_text(errors="replace")
         for p in handout.rglob("*")
         if p.suffix in {".ipynb", ".csv", ".json", ".jsonl", ".svg", ".md"}
     }
-    text = "\n".join(s for content in files.values() for s in strings_in(content))
+    text = "\n".join(chain.from_iterable(map(strings_in, files.values())))
     looked_for = set()
     for name, cells in LESSONS.items():
         for e in exercises(cells):
@@ -133,33 +143,24 @@ def test_no_solution_is_anywhere_in_the_student_edition(handout):
                 looked_for.add((name, e.name))
                 assert line not in text, f"{name}: {line}"
     assert len(looked_for) >= 0.95 * sum(len(exercises(c)) for c in LESSONS.values())
-    assert (
-        not any(
-            is_solution(c)
-            for nb in files.values()
-            if isinstance(nb, dict)
-            for c in nb.get("cells", [])
-        )
-        and not (handout / "nbs" / "teacher_notes.csv").exists()
-    )
+    notebooks = [content for content in files.values() if isinstance(content, dict)]
+    assert not any(map(is_solution, chain.from_iterable(nb.get("cells", []) for nb in notebooks)))
+    assert not (handout / "nbs" / "teacher_notes.csv").exists()
 
 
 def test_the_student_edition_keeps_all_else(handout):
     for name, nb in ALL.items():
         new = read_notebook(handout / "nbs" / f"{name}.ipynb")["cells"]
-        old, todo = [c for c in nb["cells"] if not is_solution(c)], exercises(nb["cells"])
-        stubs, checks = {e.stub for e in todo}, {e.check for e in todo}
+        places = [i for i, c in enumerate(nb["cells"]) if not is_solution(c)]
+        old = [nb["cells"][i] for i in places]
+        todo = exercises(nb["cells"])
+        stubs = {e.stub for e in todo}
+        checks = {e.check for e in todo}
         assert len(new) == len(old)
-        for i, was, now in zip(
-            (i for i, c in enumerate(nb["cells"]) if not is_solution(c)), old, new
-        ):
+        for i, was, now in zip(places, old, new):
             if i in stubs:
-                assert (
-                    "#|" not in source(now)
-                    and source(now)
-                    and source(now) in source(was)
-                    and now["metadata"]["exercise"]
-                )
+                assert source(now) and source(now) in source(was)
+                assert "#|" not in source(now) and now["metadata"]["exercise"]
             else:
                 assert source(now) == source(was)
             if i in stubs | checks:
@@ -170,6 +171,8 @@ def test_the_student_edition_keeps_all_else(handout):
         )
     for extra in ("images", "traceability.csv"):
         assert (handout / "nbs" / extra).exists()
+    for name, nb in ROOMS.items():
+        assert read_notebook(handout / "nbs" / f"{name}.ipynb") == nb
 
 
 def test_a_leak_is_found_wherever_it_hides():
@@ -192,21 +195,19 @@ def test_editions_never_overwrite_and_leave_nothing_half_done(tmp_path, monkeypa
     (tmp_path / "empty").mkdir()
     for out in ("mine", "file"):
         with pytest.raises(F2VError, match="already holds something"):
-            student(NBS, tmp_path / out)
+            write_student_edition(NBS, tmp_path / out)
     with pytest.raises(CorpusError, match="holds no lessons"):
-        student(tmp_path / "empty", tmp_path / "new")
+        write_student_edition(tmp_path / "empty", tmp_path / "new")
     monkeypatch.setattr(course, "student_cells", lambda cells: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        student(NBS, tmp_path / "new")
-    assert (
-        sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "mine"]
-        and (tmp_path / "mine" / "thesis.tex").read_text() == "x"
-    )
+        write_student_edition(NBS, tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "mine"]
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
 
 def test_the_teacher_edition_has_solutions_notes_and_times(tmp_path):
     (tmp_path / "empty").mkdir()
-    teacher(NBS, tmp_path / "empty")
+    write_teacher_edition(NBS, tmp_path / "empty")
     notes = teacher_notes(NBS)
     for name, cells in LESSONS.items():
         new = read_notebook(tmp_path / "empty" / "nbs" / f"{name}.ipynb")["cells"]
@@ -220,9 +221,10 @@ def test_the_teacher_edition_has_solutions_notes_and_times(tmp_path):
 
 
 def test_every_note_belongs_to_an_exercise():
-    there = {(name, e.name) for name, cells in LESSONS.items() for e in exercises(cells)}
+    there = {name: {e.name for e in exercises(cells)} for name, cells in LESSONS.items()}
     notes = teacher_notes(NBS)
-    assert not set(notes) - there, "the exercise was renamed or taken out"
+    gone = [(lesson, e) for lesson, e in notes if e not in there.get(lesson, ())]
+    assert not gone, "the exercise was renamed or taken out"
     assert all(int(r["minutes"]) > 0 and len(r["mistake"]) > 20 for r in notes.values())
 
 
@@ -259,18 +261,15 @@ def test_solutions_pass_and_stubs_do_not(handout, tmp_path):
             },
         )
     marks = grade(tmp_path / "in", tmp_path / "marks.csv", NBS)
-    wanted = {
-        (who, name, e.name): who == "solver"
-        for who in ("solver", "idle", "stub")
-        for name in CHEAP
-        for e in exercises(LESSONS[name])
-    }
+    wanted = {}
+    for student, name in product(("solver", "idle", "stub"), CHEAP):
+        for e in exercises(LESSONS[name]):
+            wanted[student, name, e.name] = student == "solver"
     assert {m[:3]: m.passed for m in marks} == wanted, [
         m for m in marks if m.passed is None or m.passed != (m.student == "solver")
     ]
-    assert {m.message for m in marks if m.student == "idle"} == {"not attempted"} and all(
-        m.message.startswith("check") for m in marks if m.student == "stub"
-    )
+    assert {m.message for m in marks if m.student == "idle"} == {"not attempted"}
+    assert all(m.message.startswith("check") for m in marks if m.student == "stub")
 
 
 TOY = dict(
@@ -280,7 +279,7 @@ TOY = dict(
     cells=[
         dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=s)
         for s in (
-            "from pathlib import Path\nfrom faces2voices.core import check\nbase = 2",
+            "from pathlib import Path\nfrom faces2voices.errors import check\nbase = 2",
             "#| eval: false\ndef double(x): return 0",
             '#| code-summary: "Solution"\ndef double(x): return base*x',
             "check(double(21), 42, 'add it to itself')",
@@ -301,7 +300,10 @@ def test_no_submission_harms_another(tmp_path):
         exits="import os; os._exit(0)",
         crash="import ctypes\nctypes.string_at(0)",
         outside=f"open({str(mark)!r}, 'w').write('x')\ndef double(x): return 2*x",
-        inside="open('notes.txt', 'w').write('x')\ndef double(x): return 2*len(open('notes.txt').read())*x",
+        inside=(
+            "open('notes.txt', 'w').write('x')\n"
+            "def double(x): return 2*len(open('notes.txt').read())*x"
+        ),
         loud="for _ in range(1000): print('x'*10**6)\ndef double(x): return 2*x",
         greedy="double = bytearray(10**12)",
         forks="import os; os.fork()",
@@ -331,19 +333,15 @@ def test_no_submission_harms_another(tmp_path):
     (tmp_path / "in" / "broken" / "01_toy.ipynb").write_text('{"cells": [{"cell_type": "code"')
     (tmp_path / "in" / "absent").mkdir()
     (tmp_path / "in" / "absent" / "02_other.ipynb").write_text("{}")
-    marks = {
-        (m.student, m.exercise): m
-        for m in grade(
-            tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs", seconds=3, memory=2
-        )
+    folders = [tmp_path / name for name in ("in", "marks.csv", "nbs")]
+    given = grade(*folders, seconds=3, memory=2)
+    marks = {(m.student, m.exercise): m for m in given}
+    passed = {
+        who for who, exercise in marks if exercise == "double" and marks[who, exercise].passed
     }
-    assert {who for who, e in marks if e == "double" and marks[who, e].passed} - {"loud"} == {
-        "right",
-        "inside",
-    }  # a gigabyte may take too long
-    assert {who for who in hostile if not marks[who, "treble"].passed} == set(), (
-        "the second exercise of a bad submission is judged by itself"
-    )
+    assert passed - {"loud"} == {"right", "inside"}  # a gigabyte may take too long
+    failed = {who for who in hostile if not marks[who, "treble"].passed}
+    assert not failed, "the second exercise of a bad submission is judged by itself"
     says = dict(
         wrong="largest difference is 399. Hint: add it",
         loop="stopped after 3 seconds",
@@ -401,77 +399,82 @@ def test_a_mark_that_an_editor_dropped_is_no_loss(tmp_path):
 def shown(page) -> str:
     "The markdown that a notebook shows."
     cells = read_notebook(NBS / f"{page}.ipynb")["cells"]
-    return "\n\n".join(
-        "".join(o["data"]["text/markdown"])
-        for c in cells
-        for o in c.get("outputs", [])
-        if "text/markdown" in o.get("data", {})
-    )
+    outputs = chain.from_iterable(c.get("outputs", []) for c in cells)
+    data = [out.get("data", {}) for out in outputs]
+    return "\n\n".join("".join(d["text/markdown"]) for d in data if "text/markdown" in d)
 
 
 def test_the_troubleshooting_page_lists_every_error_of_the_code():
     page = shown("troubleshooting")
     for error in ERRORS:
-        assert troubles_markdown(error) in page, (
+        assert errors_markdown(error) in page, (
             f"run nbs/troubleshooting.ipynb again: {error} is out of date"
         )
-    makers = sum(
-        len(re.findall(rf"\b(?:{'|'.join(ERRORS)})\(", p.read_text()))
-        for p in (ROOT / "faces2voices").glob("*.py")
-    )
-    classes = len(
-        re.findall(
-            r"^class \w+\(F2VError\)|^class F2VError\(",
-            (ROOT / "faces2voices" / "core.py").read_text(),
-            re.M,
-        )
-    )
-    assert len(raised()) >= makers - classes - 3, (
+    package = ROOT / "faces2voices"
+    call = rf"\b(?:{'|'.join(ERRORS)})\("
+    makers = sum(len(re.findall(call, path.read_text())) for path in package.glob("*.py"))
+    heads = r"^class \w+\(F2VError\)|^class F2VError\("
+    classes = len(re.findall(heads, (package / "errors.py").read_text(), re.M))
+    assert classes == len(ERRORS)
+    assert len(collect_errors()) >= makers - classes - 3, (
         "an error is made in a way that the parser does not see"
     )
 
 
 def test_errors_are_found_in_every_form_that_the_code_uses():
-    block = ast.parse(
-        "def f(path, n):\n    wrong = lambda why, cure='': MediaError(path, f'line {n} {why}', cure)\n    cure = 'Play it' if n else 'Stop it'\n"
-        "    if n: raise wrong('is short', 'Make it longer')\n    raise NoFaceError(path, 'no face' if n else f'no {n}', cure)"
-    ).body[0]
-    assert [t[:3] for t in course._raised(block, "m.f")] == [
-        ("NoFaceError", "no face / no …", "Play it / Stop it"),
+    block = ast.parse("""
+def f(path, n):
+    wrong = lambda why, cure='': MediaError(path, f'line {n} {why}', cure)
+    def bad(why):
+        return CorpusError(path, f'{why} of {n}')
+    cure = 'Play it' if n else 'Stop it'
+    if n:
+        raise wrong('is short', 'Make it longer')
+    elif not n:
+        raise bad('end')
+    raise NoFaceError(path, 'no face' if n else f'no {n}', cure)
+""").body[0]
+    assert sorted(entry[:3] for entry in course._errors_in(block, "m.f")) == [
+        ("CorpusError", "end of …", ""),
         ("MediaError", "line … is short", "Make it longer"),
+        ("NoFaceError", "no face / no …", "Play it / Stop it"),
     ]
+
+
+def symbols(texts) -> set:
+    "The symbols of some lists of symbols."
+    return {symbol.strip() for symbol in ",".join(texts).split(",")}
+
+
+def headings(nb) -> set:
+    "The headings of a notebook."
+    text = "\n".join(source(c) for c in nb["cells"] if c["cell_type"] == "markdown")
+    return {line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#")}
 
 
 def test_traceability_resolves():
     rows = read_table(NBS / "traceability.csv")
-    heads = {
-        name: {
-            line.lstrip("#").strip()
-            for c in nb["cells"]
-            if c["cell_type"] == "markdown"
-            for line in source(c).splitlines()
-            if line.startswith("#")
-        }
-        for name, nb in ALL.items()
-    }
+    heads = {name: headings(nb) for name, nb in (ALL | ROOMS).items()}
     for r in rows:
         pkgutil.resolve_name(r["function"])
         assert r["heading"] in heads[r["notebook"]], (
             f"{r['notebook']} has no heading {r['heading']!r}"
         )
-    symbols = lambda text: {s.strip() for s in text.split(",")}
     assert len(rows) >= 45 and all(all(r.values()) for r in rows)
-    assert set().union(*(symbols(s) for s, *_ in NOTATION)) <= set().union(
-        *(symbols(r["symbol"]) for r in rows)
-    )
-    assert trace_markdown(NBS / "traceability.csv") in shown("19_course"), (
+    assert symbols(s for s, *_ in NOTATION) <= symbols(r["symbol"] for r in rows)
+    assert traceability_markdown(NBS / "traceability.csv") in shown("19_course"), (
         "run nbs/19_course.ipynb again"
     )
 
 
 def test_the_exercise_map_is_current():
     for page in ("19_course", "syllabus"):
-        assert exercise_map(NBS) in shown(page), f"run nbs/{page}.ipynb again"
+        assert exercises_markdown(NBS) in shown(page), f"run nbs/{page}.ipynb again"
+
+
+def test_the_list_of_engine_rooms_is_current():
+    for page in ("19_course", "syllabus"):
+        assert rooms_markdown(NBS) in shown(page), f"run nbs/{page}.ipynb again"
 
 
 def test_the_syllabus_names_every_lesson():
@@ -483,7 +486,9 @@ def test_the_syllabus_names_every_lesson():
 
 
 def test_commands(tmp_path):
-    run = lambda *words: CliRunner().invoke(course.app, list(map(str, words)))
+    def run(*words):
+        return CliRunner().invoke(course.course_app, list(map(str, words)))
+
     for command in ("student", "teacher", "grade"):
         assert run(command, "--help").exit_code == 0
     (tmp_path / "nbs").mkdir()
@@ -492,11 +497,8 @@ def test_commands(tmp_path):
         "lesson,exercise,minutes,mistake\n01_toy,double,3,Squares are right for two alone.\n"
     )
     done = run("student", tmp_path / "s", "--lessons", tmp_path / "nbs")
-    assert (
-        done.exit_code == 0
-        and "1 notebooks" in done.stdout
-        and not leaks("base*x", read_notebook(tmp_path / "s" / "nbs" / "01_toy.ipynb"))
-    )
+    assert done.exit_code == 0 and "1 notebooks" in done.stdout
+    assert not leaks("base*x", read_notebook(tmp_path / "s" / "nbs" / "01_toy.ipynb"))
     assert run("teacher", tmp_path / "t", "--lessons", tmp_path / "nbs").exit_code == 0
     assert isinstance(
         run("student", tmp_path / "s", "--lessons", tmp_path / "nbs").exception, F2VError

@@ -1,6 +1,7 @@
 "Oracles of the decoder lesson: torch's own layers, the law of padding, the identities of sampling."
 
-import json, sys
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 import pytest
@@ -13,21 +14,17 @@ from faces2voices.errors import CheckpointError
 from faces2voices.core import PAPER, TINY, test_same as same
 from faces2voices.decoder import (
     Attention,
-    Block,
     ChannelNorm,
     Decoder,
-    MatchaDecoder,
-    ResBlock,
-    Snake,
+    FiLMResBlock,
     UNet,
-    from_matcha,
-    load_matcha,
     mel_error,
     mel_noise,
     time_embedding,
 )
+from faces2voices.matcha import MatchaDecoder, SnakeBeta, load_matcha
 from faces2voices.flow import cfm_loss
-from faces2voices.solvers import euler, guide, rk4, time_grid
+from faces2voices.solvers import guide, rk4, time_grid
 
 sys.path.insert(0, str(Path(__file__).with_name("matcha")))
 from official import FILE, SIZES, inputs as matcha_inputs, official, weights
@@ -49,7 +46,9 @@ def make(preset=SMALL):
 
 
 def inputs(B=2, L=37, seed=0):
-    r = lambda *s: torch.randn(*s, generator=gen(seed + len(s) + s[0]))
+    def r(*s):
+        return torch.randn(*s, generator=gen(seed + len(s) + s[0]))
+
     return (
         r(B, 80, L),
         torch.rand(B, generator=gen(seed)),
@@ -91,7 +90,7 @@ def test_attention_is_torchs_multihead_attention():
 
 
 def test_resblock_film_is_scale_and_shift():
-    block = ResBlock(4, 6, 3)
+    block = FiLMResBlock(4, 6, 3)
     x, mask, emb = torch.randn(2, 4, 5), torch.ones(2, 1, 5), torch.randn(2, 3)
     scale, shift = block.film(emb)[:, :, None].chunk(2, 1)
     h = F.mish(block.first.norm(block.first.conv(x)) * (1 + scale) + shift)
@@ -102,11 +101,8 @@ def test_resblock_film_is_scale_and_shift():
 @pytest.mark.parametrize("channels", [(16,), (16, 24), (16, 24, 32)])
 def test_unet_keeps_the_length_at_any_depth(channels):
     unet = UNet(160, channels, 1, 8)
-    assert unet(torch.randn(2, 160, 12), torch.ones(2, 1, 12), torch.randn(2, 8)).shape == (
-        2,
-        channels[0],
-        12,
-    )
+    h = unet(torch.randn(2, 160, 12), torch.ones(2, 1, 12), torch.randn(2, 8))
+    assert h.shape == (2, channels[0], 12)
 
 
 def test_starts_at_zero_and_every_parameter_learns():
@@ -119,7 +115,9 @@ def test_starts_at_zero_and_every_parameter_learns():
 
 
 def test_sizes():
-    n = lambda p: sum(w.numel() for w in Decoder(p).parameters()) / 1e6
+    def n(preset):
+        return sum(w.numel() for w in Decoder(preset).parameters()) / 1e6
+
     assert n(TINY) <= 2.2 and n(TINY) < n(PAPER)
 
 
@@ -178,10 +176,8 @@ def test_every_input_is_heard():
 
 def test_loss_is_cfm_loss_and_drops_whole_conditions():
     xt, t, mu, mask, speaker = inputs(4, 12)
-    never, always = (
-        make(replace(SMALL, condition_drop=0.0)),
-        make(replace(SMALL, condition_drop=1.0)),
-    )
+    never = make(replace(SMALL, condition_drop=0.0))
+    always = make(replace(SMALL, condition_drop=1.0))
 
     def expected(c):
         g = gen(5)
@@ -203,17 +199,16 @@ def test_dropping_is_per_item_and_at_the_stated_rate():
         gen(),
     )
     mu, speaker = seen[0]
-    assert ((mu[:, 0, 0] == 0) == (speaker[:, 0] == 0)).all() and 0.21 < (
-        speaker[:, 0] == 0
-    ).float().mean() < 0.29
+    dropped = speaker[:, 0] == 0
+    assert ((mu[:, 0, 0] == 0) == dropped).all()
+    assert 0.21 < dropped.float().mean() < 0.29
 
 
 def test_noise_depends_on_the_seed_alone():
     for long, short in ((50, 20), (33, 1), (301, 300)):
         same(mel_noise(long, [4])[..., :short], mel_noise(short, [3, 4])[1:])
-    assert (mel_noise(9, [1]) != mel_noise(9, [2])).all() and abs(
-        mel_noise(500, [0]).std() - 1
-    ) < 0.02
+    assert (mel_noise(9, [1]) != mel_noise(9, [2])).all()
+    assert abs(mel_noise(500, [0]).std() - 1) < 0.02
 
 
 def test_sampling_is_deterministic_and_blind_to_its_neighbours():
@@ -239,6 +234,15 @@ def test_sampling_is_the_solver_on_the_field():
     same(d.sample(mu, steps=2), d.sample(mu, mask, 0 * speaker, steps=2))
 
 
+def test_sampling_from_given_noise_and_with_no_steps():
+    d, (_, _, mu, mask, speaker) = make(), inputs()
+    kw = dict(steps=3, temperature=0.6)
+    x = d.sample(mu, mask, speaker, x0=mel_noise(37, [4, 5]), **kw)
+    same(x, d.sample(mu, mask, speaker, seed=[4, 5], **kw))
+    same(d.sample(mu, mask, speaker, steps=0), mu)
+    assert d.sample(mu, steps=0, trajectory=True).shape == (1, 2, 80, 37)
+
+
 def test_guidance_of_the_field():
     d, (xt, t, mu, mask, speaker) = make(), inputs()
     t = torch.tensor(0.3)
@@ -260,10 +264,8 @@ def test_state_survives_a_round_trip(tmp_path):
 
 def test_it_learns_one_mel():
     torch.manual_seed(0)
-    d, x1 = (
-        Decoder(SMALL),
-        torch.linspace(-1, 1, 80)[:, None] * torch.cos(torch.arange(16) / 3)[None],
-    )
+    d = Decoder(SMALL)
+    x1 = torch.linspace(-1, 1, 80)[:, None] * torch.cos(torch.arange(16) / 3)[None]
     x1, mask, speaker = x1[None].expand(8, -1, -1), torch.ones(8, 1, 16), torch.zeros(8, 256)
     opt = torch.optim.Adam(d.parameters(), 3e-3)
     for _ in range(120):
@@ -287,17 +289,12 @@ def recorded(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", SIZES)
 def test_matchas_weights_give_matchas_answer(name, tmp_path):
-    "Down to padding, several levels, several transformer blocks, a speaker; through a file, under Matcha's names."
+    "Down to padding, levels, transformer blocks, a speaker; through a file, under Matcha's names."
     answer, state = recorded(name)
     save_file(state, tmp_path / "matcha.safetensors")
     xt, t, mu, mask, who = matcha_inputs(SIZES[name])
-    same(
-        load_matcha(tmp_path / "matcha.safetensors", heads=SIZES[name]["num_heads"])(
-            xt, t, mu, mask, who
-        ),
-        answer,
-        atol=1e-5,
-    )
+    model = load_matcha(tmp_path / "matcha.safetensors", heads=SIZES[name]["num_heads"])
+    same(model(xt, t, mu, mask, who), answer, atol=1e-5)
 
 
 @torch.no_grad()
@@ -315,31 +312,25 @@ def test_matchas_own_module_says_the_same_where_it_is_installed():
 
 def test_a_whole_matcha_checkpoint_is_read_and_others_are_refused(tmp_path):
     _, state = recorded("deep")
-    torch.save(
-        dict(
-            state_dict={f"decoder.estimator.{k}": w for k, w in state.items()}
-            | {"encoder.emb.weight": torch.ones(2)}
-        ),
-        tmp_path / "whole.ckpt",
-    )
+    whole = {f"decoder.estimator.{k}": w for k, w in state.items()}
+    whole["encoder.emb.weight"] = torch.ones(2)
+    torch.save(dict(state_dict=whole), tmp_path / "whole.ckpt")
     torch.save(state, tmp_path / "plain.pt")
     a, b = [load_matcha(tmp_path / n, heads=3).state_dict() for n in ("whole.ckpt", "plain.pt")]
     for k in a:
         same(a[k], b[k])
     torch.save(dict(state_dict={}), tmp_path / "empty.pt")
     (tmp_path / "text.pt").write_text("hello")
-    torch.save(
-        {k: w for k, w in state.items() if "mid" not in k}
-        | {"mid_blocks.0.0.mlp.1.weight": torch.ones(2)},
-        tmp_path / "torn.pt",
-    )
+    torn = {k: w for k, w in state.items() if "mid" not in k}
+    torn["mid_blocks.0.0.mlp.1.weight"] = torch.ones(2)
+    torch.save(torn, tmp_path / "torn.pt")
     for name in ("empty.pt", "text.pt", "torn.pt", "absent.pt"):
         with pytest.raises(CheckpointError, match=name):
             load_matcha(tmp_path / name)
 
 
 def test_snake_by_hand_and_every_weight_of_matchas_layout_learns():
-    snake, x = Snake(3), torch.randn(2, 5, 3)
+    snake, x = SnakeBeta(3), torch.randn(2, 5, 3)
     nn.init.normal_(snake.alpha)
     nn.init.normal_(snake.beta)
     same(snake(x), x + (x * snake.alpha.exp()).sin() ** 2 / snake.beta.exp(), atol=1e-5)

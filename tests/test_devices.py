@@ -1,24 +1,37 @@
 """Where the accelerator is, the model is: found out without a GPU.
 
-On `meta` a tensor has a shape and no numbers, and an operation on it and on a tensor of the CPU raises: with an
-accelerator of that device, whole training steps run, with gradient, optimiser, average, log and sample. Under
-`FakeTensorMode` tensors have no numbers either but say that they are on `cuda`, and every operation is checked more
-strictly; a gradient would need a CUDA context, so there forward passes, losses and sampling run.
+On `meta` a tensor has a shape and no numbers, and an operation on it and on a tensor of the CPU
+raises: with an accelerator of that device, whole training steps run, with gradient, optimiser,
+average, log and sample. Under `FakeTensorMode` tensors have no numbers either but say that they
+are on `cuda`, and every operation is checked more strictly; a gradient would need a CUDA context,
+so there forward passes, losses and sampling run.
 
-What a test must answer, since there are no numbers: yes to every question, 1 to every number that is read. Recurrence
-over packed sequences needs true lengths, so it runs over the padded ones here; the inverse STFT checks its window's
-numbers, so something of the same shape stands for it; autocast knows no `meta`, so it is off.
+What a test must answer, since there are no numbers: yes to every question, 1 to every number that
+is read. Recurrence over packed sequences needs true lengths, so it runs over the padded ones here;
+the inverse STFT checks its window's numbers, so something of the same shape stands for it; autocast
+knows no `meta`, so it is off.
 """
 
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-import pytest, torch
+import pytest
+import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch.fx.experimental import _config as functorch_config
-from faces2voices import audio, avhubert, hierarchy, timbre, training, units, vocoder
+from faces2voices import (
+    audio,
+    avhubert,
+    hierarchy,
+    lipreading,
+    runs,
+    timbre,
+    training,
+    units,
+    vocoder,
+)
 from faces2voices.core import GRID, PAPER, TINY
 from faces2voices.corpora import Clip, ClipDataset, collate
 from faces2voices.synthesis import FacesToVoices
@@ -86,7 +99,7 @@ def meta(monkeypatch):
         reduce=lambda x, how: x,
         wait_for_everyone=lambda: None,
     )
-    monkeypatch.setattr(training, "Accelerator", lambda **kw: accelerator)
+    monkeypatch.setattr(runs, "Accelerator", lambda **kw: accelerator)
 
     def answered(name, answer):
         real = getattr(torch.Tensor, name)
@@ -102,8 +115,8 @@ def meta(monkeypatch):
     answered("tolist", lambda x: torch.ones(x.shape, dtype=x.dtype, device="cpu").tolist())
     answered("cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu"))
     monkeypatch.setattr(torch, "autocast", lambda *a, **kw: nullcontext())
-    monkeypatch.setattr(avhubert, "run_packed", over_the_padded)
-    monkeypatch.setattr(vocoder, "sounded", one_hop_a_column)
+    monkeypatch.setattr(lipreading, "packed_rnn", over_the_padded)
+    monkeypatch.setattr(vocoder, "istft", one_hop_a_column)
     with functorch_config.patch(meta_nonzero_assume_all_nonzero=True):
         yield device
 
@@ -113,7 +126,7 @@ def meta(monkeypatch):
 )
 @by_name
 def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tmp_path):
-    "`train_system`, but for weights, which nobody can write: every part steps, logs and shows a sample."
+    "`train_system` without weights, which nobody can write: each part steps, logs, shows a sample."
     ds, seen = clips(preset), {}
 
     def train(run, name, module, step, only=None):
@@ -121,13 +134,13 @@ def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tm
         seen[name] = {x.device for x in (*module.parameters(), *module.buffers())}
         module.eval()
 
-    monkeypatch.setattr(training, "part", train)
-    monkeypatch.setattr(training, "training_clips", lambda data, told=False: ds)
-    monkeypatch.setattr(training, "watched", lambda folder: collate([ds[0]]))
-    monkeypatch.setattr(training, "Watch", partial(training.Watch, every=1))
+    monkeypatch.setattr(training, "load_or_train", train)
+    monkeypatch.setattr(training, "training_clips", lambda data, needs_words=False: ds)
+    monkeypatch.setattr(training, "sample_batch", lambda folder: collate([ds[0]]))
+    monkeypatch.setattr(training, "SampleLogger", partial(runs.SampleLogger, every=1))
     monkeypatch.setattr(training, "assemble", lambda model, *a: model)
-    monkeypatch.setattr(training.Run, "save", lambda run: None)
-    monkeypatch.setattr(training.Run, "keep", lambda run: None)
+    monkeypatch.setattr(training.Trainer, "save_checkpoint", lambda trainer: None)
+    monkeypatch.setattr(training.Trainer, "save_average", lambda trainer: None)
     monkeypatch.setattr(training, "claim_run", lambda *a: None)  # no folder of clips is read
     model = training.train_system(preset, tmp_path, "DATA")
     assert set(seen) == set(PARTS) - ({"locator"} if preset.face_backend != "locator" else set())
@@ -143,8 +156,8 @@ def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tm
 def fake(monkeypatch):
     "A mode in which tensors say that they are on a GPU; what is built before is real, on the CPU."
     caches = audio._mel_filters, hierarchy.third_octaves, vocoder._nearest_bands, units._mfcc
-    monkeypatch.setattr(avhubert, "run_packed", over_the_padded)
-    monkeypatch.setattr(vocoder, "sounded", one_hop_a_column)
+    monkeypatch.setattr(lipreading, "packed_rnn", over_the_padded)
+    monkeypatch.setattr(vocoder, "istft", one_hop_a_column)
     monkeypatch.setattr(torch.nn.GRU, "forward", of_its_shape)
     aten = torch.ops.aten
     monkeypatch.setitem(op_implementations_dict, aten.nonzero.default, everywhere)
@@ -157,7 +170,7 @@ def fake(monkeypatch):
 
 
 def on_gpu(module):
-    "What `to` does on a machine with a GPU: every parameter and every buffer moves, and nothing else."
+    "What `to` does on a machine with a GPU: every parameter and every buffer moves."
     for m in module.modules():
         for name, x in list(m.named_parameters(recurse=False)):
             setattr(
@@ -170,7 +183,7 @@ def on_gpu(module):
 
 @by_name
 def test_forward_loss_and_sampling_ask_for_one_device(preset, fake):
-    model, b = FacesToVoices(preset.to_json()), collate(list(clips(preset)), train=1)
+    model, b = FacesToVoices(preset.to_json()), collate(list(clips(preset)), augment=1)
     with fake:
         on_gpu(model)
         b = b.to(model.device)
@@ -178,7 +191,7 @@ def test_forward_loss_and_sampling_ask_for_one_device(preset, fake):
         model.hierarchy.train()
         assert all(x.device.type == "cuda" for x in model.hierarchy.loss(b))
         with torch.no_grad():
-            m = model.hierarchy.eval()(*hierarchy.see(b))
+            m = model.hierarchy.eval()(*hierarchy.visual_inputs(b))
         mask = b.mask.repeat_interleave(4, 1)[:, None]
         assert model.decoder.loss(b.mel, mask, m.mu, m.speaker).device.type == "cuda"
         for guidance in (1.0, 2.0):
@@ -190,16 +203,18 @@ def test_forward_loss_and_sampling_ask_for_one_device(preset, fake):
 @pytest.mark.parametrize("preset", PRESETS[::2], ids=lambda p: p.name)
 def test_vocoders_and_critics_ask_for_one_device(preset, fake):
     generator = vocoder.make_vocoder(preset)
-    critics = vocoder.slim_critics() if generator.sourced else vocoder.full_critics()
-    contours = [torch.ones(2, 62)] * 2 if generator.sourced else None
+    critics = (
+        vocoder.slim_discriminators() if generator.needs_source else vocoder.full_discriminators()
+    )
+    contours = [torch.ones(2, 62)] * 2 if generator.needs_source else None
     b = vocoder.segment_batches(
         [0.1 * torch.randn(20_000)] * 2, 2, generator.segment, contours=contours
     )(0)
     with fake:
         b = training.send_to_device(b, torch.device("cuda"))
-        game = vocoder.Game(on_gpu(generator), on_gpu(critics), plain=True)
+        game = vocoder.AdversarialLosses(on_gpu(generator), on_gpu(critics), keep_stft=True)
         assert game.generator_loss(b)["total"].device.type == "cuda"
-        assert game.critics_loss(b).device.type == "cuda"
+        assert game.discriminator_loss(b).device.type == "cuda"
 
 
 def test_voices_units_and_the_locator_ask_for_one_device(fake, monkeypatch):

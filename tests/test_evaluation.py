@@ -1,16 +1,32 @@
-"Metrics against closed forms and identities; a model without training through the whole card; the tables."
+"""Metrics against closed forms and identities; the tables.
 
-import itertools, json, math, sys, types, wave
+A model without training goes through the whole card."""
+
+import itertools
+import json
+import math
+import sys
+import types
+import wave
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchaudio
-from faces2voices import evaluation as ev, experiments as ex
+from faces2voices import (
+    bench as be,
+    evaluation as ev,
+    experiments as ex,
+    judges as ju,
+    listening as li,
+    studies as st,
+)
 from faces2voices.audio import MEL, energy, pitch, vowel
 from faces2voices.errors import CheckpointError, CorpusError, F2VError, ToolMissingError
+from faces2voices.statistics import ratio
 from faces2voices.core import TINY, test_same as same
-from faces2voices.corpora import Clip, Entry, prepare, write_manifest
+from faces2voices.manifests import Entry, write_manifest
+from faces2voices.corpora import Clip
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +39,8 @@ def voice():
 
 
 def noisy(wav, db):
-    return wav + torch.randn(
-        len(wav), generator=torch.Generator().manual_seed(0)
-    ) * wav.std() * 10 ** (-db / 20)
+    noise = torch.randn(len(wav), generator=torch.Generator().manual_seed(0))
+    return wav + noise * wav.std() * 10 ** (-db / 20)
 
 
 def test_a_perfect_sound_scores_best_and_noise_makes_it_worse(voice):
@@ -71,15 +86,23 @@ def test_pitch_scores():
     assert math.isnan(ev.mean_f0((f0, torch.zeros(60))))
 
 
-LOW_PASS = lambda wav, hz: torchaudio.functional.lowpass_biquad(
-    torchaudio.functional.lowpass_biquad(wav, 16000, hz), 16000, hz
-)
+def low_pass(wav, hz):
+    once = torchaudio.functional.lowpass_biquad(wav, 16000, hz)
+    return torchaudio.functional.lowpass_biquad(once, 16000, hz)
+
+
+def delay(wav, n):
+    return F.pad(wav, (n, 0))[: len(wav)]
+
+
 DAMAGE = dict(
     noise=(noisy, (20, 10, 0)),
-    low_pass=(LOW_PASS, (4000, 2000, 800)),
-    delay=(lambda wav, n: F.pad(wav, (n, 0))[: len(wav)], (160, 640, 2560)),
+    low_pass=(low_pass, (4000, 2000, 800)),
+    delay=(delay, (160, 640, 2560)),
 )
-HEARS = dict(  # metric → the damages under which it must get worse step by step; a perfect copy must have the best score there is
+# metric → the damages under which it must get worse step by step;
+# a perfect copy must have the best score there is
+HEARS = dict(
     STOI=("noise", "delay"),
     ESTOI=("noise", "low_pass", "delay"),
     PESQ=("noise", "low_pass", "delay"),
@@ -99,7 +122,7 @@ PERFECT = dict(PESQ=4.644, WER=0) | {"MCD, dB": 0, "F0 error, cents": 0}  # the 
 @pytest.fixture(scope="module")
 def spoken():
     pytest.importorskip("espeakng_loader", reason="espeak-ng is not installed (extra `talkers`)")
-    from faces2voices.talkers import speak
+    from faces2voices.speaking import speak
 
     text = "william painted eight quiet houses"
     wav = torch.from_numpy(speak(text, f0=120).wav)
@@ -119,14 +142,19 @@ def test_perfect_is_best_and_known_damage_is_heard_step_by_step(metric, spoken, 
     m = next(m for m in ev.METRICS if m.name == metric)
     if m.needs:
         pytest.importorskip(m.needs)
-    text, ears = spoken[0], {"WER": ev.listener("talkers")} if metric == "WER" else {}
+    text = spoken[0]
+    recognisers = {}
+    if metric == "WER":
+        recognisers["WER"] = ju.pocketsphinx_recogniser("talkers")
     if metric == "units heard in speech":
         model.units.fit([spoken[1]], n_units=20, seed=0)
 
+    def score(sound, truth):
+        x = ev.MetricInput(sound, truth, text, model, recognisers)
+        return float(np.ravel(m.measure(x))[0])
+
     def scores(sounds):
-        return [
-            float(np.ravel(m.measure(ev.Take(s, sounds[0], text, model, ears)))[0]) for s in sounds
-        ]
+        return [score(sound, sounds[0]) for sound in sounds]
 
     for damage in HEARS[metric]:
         found = scores(damaged[damage])
@@ -162,9 +190,9 @@ def test_energy_ignores_gain_and_silence(voice):
 
 def test_word_errors_and_the_micro_average():
     pytest.importorskip("jiwer")
-    assert ev.word_errors("a b c", "a b c") == (0, 3) and ev.word_errors("a b c", "") == (3, 3)
-    assert ev.word_errors("a b c", "a x c d") == (2, 3)
-    assert ev.ratio(np.array([[0, 1], [5, 9]])) == 0.5  # not the mean of 0 and 5/9
+    assert ju.word_errors("a b c", "a b c") == (0, 3) and ju.word_errors("a b c", "") == (3, 3)
+    assert ju.word_errors("a b c", "a x c d") == (2, 3)
+    assert ratio(np.array([[0, 1], [5, 9]])) == 0.5  # not the mean of 0 and 5/9
 
 
 def test_shuffled_texts_score_like_guesses():
@@ -173,27 +201,27 @@ def test_shuffled_texts_score_like_guesses():
 
     rng = np.random.default_rng(0)
     texts = [make_sentence(rng) for _ in range(400)]
-    v = np.array([ev.word_errors(a, b) for a, b in zip(texts, texts[1:] + texts[:1])])
-    assert abs(ev.ratio(v) - ev.guess_wer("talkers")) < 0.03
+    v = np.array([ju.word_errors(a, b) for a, b in zip(texts, texts[1:] + texts[:1])])
+    assert abs(ratio(v) - ju.guess_wer("talkers")) < 0.03
 
 
 def test_the_texts_choose_their_grammar():
     assert (
-        ev.grammar_of(["anna found many green boats"]) == "talkers"
-        and ev.grammar_of(["lay white by z zero please"]) == "grid"
+        ju.grammar_of(["anna found many green boats"]) == "talkers"
+        and ju.grammar_of(["lay white by z zero please"]) == "grid"
     )
-    assert ev.grammar_of(["anna found many green boats", "hello"]) == "" and ev.grammar_of([]) == ""
-    assert math.isclose(ev.guess_wer("talkers"), 10 / 11) and 0.8 < ev.guess_wer("grid") < 0.82
+    assert ju.grammar_of(["anna found many green boats", "hello"]) == "" and ju.grammar_of([]) == ""
+    assert math.isclose(ju.guess_wer("talkers"), 10 / 11) and 0.8 < ju.guess_wer("grid") < 0.82
 
 
 def test_pocketsphinx_hears_the_world_and_remembers_nothing():
     pytest.importorskip("pocketsphinx")
     pytest.importorskip("espeakng_loader")
-    from faces2voices.talkers import speak
+    from faces2voices.speaking import speak
 
     texts = ["lucy likes seven heavy rings", "kevin sells nine blue apples"]
     a, b = (speak(t, f0=120).wav for t in texts)
-    listen = ev.listener("talkers")
+    listen = ju.pocketsphinx_recogniser("talkers")
     heard = [listen(a), listen(b), listen(a)]
     assert heard[0] == heard[2] and heard[:2] == texts
     assert isinstance(listen(torch.zeros(16000)), str)
@@ -201,7 +229,7 @@ def test_pocketsphinx_hears_the_world_and_remembers_nothing():
 
 def test_the_error_of_a_mean_on_a_card_is_its_standard_error():
     v = np.random.default_rng(1).normal(size=(400, 1))
-    rows, errors = ev.pooled(
+    rows, errors = ev.pool_values(
         {
             ("original", "STOI"): dict(enumerate(v)),
             ("original", "ESTOI"): {"c": np.array([0.5])},
@@ -221,46 +249,41 @@ def test_viterbi_finds_the_best_of_all_paths(seed):
     paths = [
         p
         for p in itertools.product(range(6), repeat=5)
-        if len(c := ev.collapse(p)) == 2 and c[0] in (1, 2) and c[1] in (3, 4, 5)
+        if len(c := ju.collapse(p)) == 2 and c[0] in (1, 2) and c[1] in (3, 4, 5)
     ]
     best = max(paths, key=lambda p: sum(scores[t, s] for t, s in enumerate(p)))
-    assert ev.best_sentence(scores, [2, 3]) == ev.collapse(best)
-    assert ev.best_sentence(scores[:1], [2, 3]) == []
+    assert ju.best_sentence(scores, [2, 3]) == ju.collapse(best)
+    assert ju.best_sentence(scores[:1], [2, 3]) == []
 
 
 def test_collapse():
     assert (
-        ev.collapse([0, 1, 1, 0, 1, 2, 2, 0]) == [1, 1, 2]
-        and ev.collapse([0, 0]) == []
-        and ev.collapse([3]) == [3]
+        ju.collapse([0, 1, 1, 0, 1, 2, 2, 0]) == [1, 1, 2]
+        and ju.collapse([0, 0]) == []
+        and ju.collapse([3]) == [3]
     )
 
 
 def test_the_recogniser_hears_eight_tenths_of_a_second():
     mel = torch.randn(1, 80, 400, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    ev.Recogniser().eval()(mel, torch.ones(1, 100, dtype=torch.bool))[0, 25].sum().backward()
+    ju.Recogniser().eval()(mel, torch.ones(1, 100, dtype=torch.bool))[0, 25].sum().backward()
     assert 60 <= mel.grad[0].abs().sum(0).count_nonzero() <= 80
 
 
-def test_roughened_mels_keep_their_shape_and_differ():
+def test_augmented_mels_keep_their_shape_and_differ():
     torch.manual_seed(0)
     mel = torch.randn(3, 80, 120)
-    rough = ev.roughen(mel)
-    assert (
-        rough.shape == mel.shape
-        and rough.isfinite().all()
-        and not torch.equal(rough, ev.roughen(mel))
-    )
-    assert not torch.equal(
-        ev.roughen(mel[:1].expand(2, -1, -1))[0], ev.roughen(mel[:1].expand(2, -1, -1))[1]
-    )
+    once, again = ju.augment_speech_mel(mel), ju.augment_speech_mel(mel)
+    assert once.shape == mel.shape and once.isfinite().all() and not torch.equal(once, again)
+    twice = mel[:1].expand(2, -1, -1)
+    assert not torch.equal(ju.augment_speech_mel(twice)[0], ju.augment_speech_mel(twice)[1])
 
 
 def test_the_flat_start_cuts_the_loud_part_into_equal_words():
     mel = torch.full((1, 80, 192), -2.0)
     mel[..., 48:144] = 1.0
     same(
-        ev.flat_start(mel, torch.tensor([[7, 8, 9, 10, 11, 12]])),
+        ju.flat_start_alignment(mel, torch.tensor([[7, 8, 9, 10, 11, 12]])),
         torch.tensor([[0] * 6 + [7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12] + [0] * 6]),
     )
 
@@ -271,7 +294,7 @@ def tones(text):
     return F.pad(
         torch.cat(
             [
-                0.3 * torch.sin(2 * torch.pi * (150 + 120 * ev.GRID_WORDS.index(w)) * t)
+                0.3 * torch.sin(2 * torch.pi * (150 + 120 * ju.GRID_WORDS.index(w)) * t)
                 for w in text.split()
             ]
         ),
@@ -300,16 +323,16 @@ def test_the_recogniser_learns_two_sentences(tmp_path, monkeypatch):
         )
         for i, t in enumerate(texts)
     ]
-    monkeypatch.setattr(ev, "ClipDataset", lambda data, split: clips)
-    monkeypatch.setattr(ev, "roughen", lambda mel: mel)
-    model = ev.train_recogniser(
+    monkeypatch.setattr(ju, "ClipDataset", lambda data, split: clips)
+    monkeypatch.setattr(ju, "augment_speech_mel", lambda mel: mel)
+    model = ju.train_recogniser(
         "data",
         tmp_path / "asr",
         steps=150,
         batch=2,
         command="faces2voices study recogniser data --steps 150",
     )
-    assert [ev.hearing(model)(c.wav) for c in clips] == texts and ev.hearing(model)(
+    assert [ju.ctc_recogniser(model)(c.wav) for c in clips] == texts and ju.ctc_recogniser(model)(
         torch.zeros(100)
     ) == ""
     card = (tmp_path / "asr" / "README.md").read_text()
@@ -320,61 +343,57 @@ def test_the_recogniser_learns_two_sentences(tmp_path, monkeypatch):
         and "    faces2voices study recogniser data --steps 150\n" in card
     )
     with pytest.raises(CheckpointError, match="stands already"):
-        ev.train_recogniser("data", tmp_path / "asr", steps=1)
+        ju.train_recogniser("data", tmp_path / "asr", steps=1)
 
 
 def test_a_recogniser_that_is_absent_or_broken_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "WEIGHTS", tmp_path)
-    ev.grid_listener.cache_clear()
+    monkeypatch.setattr(ju, "WEIGHTS_DIR", tmp_path)
+    ju.grid_recogniser.cache_clear()
     with pytest.raises(ToolMissingError, match="train_recogniser"):
-        ev.grid_listener()
+        ju.grid_recogniser()
     (tmp_path / "grid_asr").mkdir()
     (tmp_path / "grid_asr" / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="grid_asr"):
-        ev.grid_listener()
+        ju.grid_recogniser()
 
 
 def test_the_packaged_recogniser_hears_grid(shared):
     pytest.importorskip("jiwer")
-    from faces2voices.audio import load_audio
-    from faces2voices.corpora import grid_text
+    from faces2voices.soundfiles import load_audio
+    from faces2voices.manifests import grid_text
 
-    ev.grid_listener.cache_clear()
-    listen, names = (
-        ev.grid_listener(),
-        (shared / "grid" / "splits" / "s1_test.txt").read_text().split()[:12],
-    )
-    sounds = [
-        (grid_text(n), load_audio(shared / "grid" / "s1" / f"{n}.mp4"))
-        for n in (name.split("_")[-1].split(".")[0] for name in names)
-    ]
-    rate = lambda wavs: ev.ratio(
-        np.array([ev.word_errors(text, listen(w)) for (text, _), w in zip(sounds, wavs)])
-    )
-    clean = rate([w for _, w in sounds])
-    assert clean < 0.1 and clean <= rate([noisy(w, 10) for _, w in sounds]) <= rate(
-        [noisy(w, -10) for _, w in sounds]
-    )
-    other = ev.ratio(
-        np.array([ev.word_errors(text, listen(w)) for (text, _), (_, w) in zip(sounds, sounds[1:])])
-    )
-    assert other > 0.5  # it listens: another sound is not this text
+    ju.grid_recogniser.cache_clear()
+    recognise = ju.grid_recogniser()
+    names = (shared / "grid" / "splits" / "s1_test.txt").read_text().split()[:12]
+    names = [name.split("_")[-1].split(".")[0] for name in names]
+    texts = [grid_text(name) for name in names]
+    wavs = [load_audio(shared / "grid" / "s1" / f"{name}.mp4") for name in names]
+
+    def rate(texts, wavs):
+        heard = zip(texts, map(recognise, wavs))
+        return ratio(np.array([ju.word_errors(text, words) for text, words in heard]))
+
+    clean = rate(texts, wavs)
+    assert clean < 0.1
+    assert clean <= rate(texts, [noisy(w, 10) for w in wavs])
+    assert rate(texts, [noisy(w, 10) for w in wavs]) <= rate(texts, [noisy(w, -10) for w in wavs])
+    assert rate(texts, wavs[1:]) > 0.5  # it listens: another sound is not this text
 
 
 def test_an_absent_package_says_how_to_get_it():
     with pytest.raises(ToolMissingError, match="pip install"):
-        ev.tool("no_such_metric")
+        ju.import_tool("no_such_metric")
 
 
 def test_whisper_and_utmos_come_from_folders_that_the_user_names(tmp_path, monkeypatch):
     for name in ("F2V_WHISPER", "F2V_UTMOS"):
         monkeypatch.delenv(name, raising=False)
-    ev.whisper.cache_clear()
-    ev._utmos_model.cache_clear()
+    ju.whisper_recogniser.cache_clear()
+    ju._utmos_model.cache_clear()
     with pytest.raises(ToolMissingError, match="F2V_WHISPER"):
-        ev.whisper()
+        ju.whisper_recogniser()
     with pytest.raises(ToolMissingError, match="F2V_UTMOS"):
-        ev.utmos(torch.zeros(16000))
+        ju.utmos(torch.zeros(16000))
     with pytest.raises(ToolMissingError, match="coloured face crops"):
         ev.no_syncnet(None)
 
@@ -396,16 +415,22 @@ def test_whisper_and_utmos_come_from_folders_that_the_user_names(tmp_path, monke
         sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=WhisperModel)
     )
     monkeypatch.setenv("F2V_WHISPER", str(tmp_path))
-    assert ev.whisper()(torch.zeros(16000, dtype=torch.float64)) == "bin blue at f two now"
-    ev.whisper.cache_clear()
+    assert (
+        ju.whisper_recogniser()(torch.zeros(16000, dtype=torch.float64)) == "bin blue at f two now"
+    )
+    ju.whisper_recogniser.cache_clear()
 
 
 def test_a_clone_named_like_the_package_of_dnsmos_leaves_it_alone(tmp_path, monkeypatch):
-    ev._utmos_model.cache_clear()
+    ju._utmos_model.cache_clear()
     (tmp_path / "speechmos" / "utmos22").mkdir(parents=True)
     (tmp_path / "speechmos" / "__init__.py").touch()
     (tmp_path / "speechmos" / "utmos22" / "__init__.py").write_text(
-        "import torch\nclass M(torch.nn.Module):\n    def forward(self, wav, sr): assert sr == 16000 and wav.ndim == 2; return wav.mean(1)\n"
+        "import torch\n"
+        "class M(torch.nn.Module):\n"
+        "    def forward(self, wav, sr):\n"
+        "        assert sr == 16000 and wav.ndim == 2\n"
+        "        return wav.mean(1)\n"
     )
     (tmp_path / "hubconf.py").write_text(
         "from speechmos.utmos22 import M\ndef utmos22_strong(): return M()\n"
@@ -413,14 +438,14 @@ def test_a_clone_named_like_the_package_of_dnsmos_leaves_it_alone(tmp_path, monk
     monkeypatch.setitem(sys.modules, "speechmos", theirs := types.ModuleType("speechmos"))
     monkeypatch.setenv("F2V_UTMOS", str(tmp_path))
     assert (
-        ev.utmos(torch.full((16000,), 0.25)) == 0.25
+        ju.utmos(torch.full((16000,), 0.25)) == 0.25
         and sys.modules["speechmos"] is theirs
         and "speechmos.utmos22" not in sys.modules
     )
-    ev._utmos_model.cache_clear()
+    ju._utmos_model.cache_clear()
     monkeypatch.setenv("F2V_UTMOS", str(tmp_path / "speechmos"))
     with pytest.raises(ToolMissingError, match="gave no UTMOS"):
-        ev.utmos(torch.zeros(16000))
+        ju.utmos(torch.zeros(16000))
 
 
 def entry(name, speaker, text, split):
@@ -434,17 +459,17 @@ def test_clips_that_were_trained_on_are_left_out():
         entry("c", "s2", "x", "test"),
         entry("d", "s2", "z", "test"),
     ]
-    kept, out = ev.unseen(entries)
+    kept, out = ev.unseen_clips(entries)
     assert [e.name for e in kept] == ["d"] and (
         out["sentence_trained_on"],
         out["face_trained_on"],
         out["faces_are_new"],
     ) == (1, 1, True)
-    kept, out = ev.unseen(entries[:2])  # one speaker: the face cannot be new
+    kept, out = ev.unseen_clips(entries[:2])  # one speaker: the face cannot be new
     assert [e.name for e in kept] == ["b"] and not out["faces_are_new"]
-    assert len(ev.unseen(entries, "train")[0]) == 1
+    assert len(ev.unseen_clips(entries, "train")[0]) == 1
     assert (
-        ev.unseen(entries[2:])[1]["faces_are_new"] is None
+        ev.unseen_clips(entries[2:])[1]["faces_are_new"] is None
     )  # a manifest without training clips cannot tell
 
 
@@ -452,7 +477,10 @@ def made_clip(i, voice, text):
     "A clip whose picture is noise and whose sound is a vowel."
     g = torch.Generator().manual_seed(i)
     wav = (voice if i % 2 else voice.flip(0))[: 640 * (24 + i)]
-    picture = lambda *shape: torch.randint(256, shape, generator=g, dtype=torch.uint8)
+
+    def picture(*shape):
+        return torch.randint(256, shape, generator=g, dtype=torch.uint8)
+
     T = len(wav) // 640
     return Clip(
         f"c{i}",
@@ -504,15 +532,17 @@ def test_borrowed_faces_and_lips(clips):
 
 
 def test_the_rows_of_a_score(clips, model, monkeypatch):
-    "Without the slow or optional judges; `original` is perfect, and absent tools are blanks with a reason."
+    """Without the slow or optional judges.
+
+    `original` is perfect, and absent tools are blanks with a reason."""
     monkeypatch.setattr(
         ev, "METRICS", [m for m in ev.METRICS if m.needs in ("", "librosa", "pesq")]
     )
-    monkeypatch.setattr(ev, "listener", lambda grammar: lambda wav: "")
+    monkeypatch.setattr(ev, "pocketsphinx_recogniser", lambda grammar: lambda wav: "")
     monkeypatch.setitem(sys.modules, "pesq", None)
     rows, errors, reasons = ev.score(model, clips[:3], steps=1, guidance=1.0, seed=0)
     assert (
-        tuple(rows) == ev.ROWS
+        tuple(rows) == ev.CONDITIONS
         and "pip install pesq" in reasons["PESQ"]
         and "PESQ" not in rows["original"]
     )
@@ -631,7 +661,7 @@ SYSTEMS = {"ours": 3.5, "original": 4.5, "griffin": 2.0}
 @pytest.fixture()
 def asked(tmp_path, voice):
     "A listening test of three systems and four clips."
-    page = ev.listening_test(
+    page = li.listening_test(
         {
             system: {f"clip {i}": voice[: 16000 + 640 * i] * (i + 1) / 4 for i in range(4)}
             for system in SYSTEMS
@@ -658,9 +688,8 @@ def test_a_listening_test_is_blind_and_level(asked, tmp_path, voice):
     page, key = asked
     text, wavs = page.read_text(), sorted(page.parent.glob("*.wav"))
     assert len(wavs) == 13 and len(key["items"]) == 12 and len(key["attention"]) == 1
-    assert {tuple(v) for v in key["items"].values()} == {
-        (s, f"clip {i}") for s in SYSTEMS for i in range(4)
-    }
+    expected = itertools.product(SYSTEMS, (f"clip {i}" for i in range(4)))
+    assert {tuple(v) for v in key["items"].values()} == set(expected)
     assert (
         not any(system in text for system in SYSTEMS)
         and "key" not in [p.stem for p in page.parent.iterdir()]
@@ -674,41 +703,43 @@ def test_a_listening_test_is_blind_and_level(asked, tmp_path, voice):
     assert max(abs(rms(w) - 0.05) for w in wavs) < 0.005
     order = [s for s, _ in key["items"].values()]
     assert order != sorted(order)
-    again = ev.listening_test(
+    again = li.listening_test(
         {system: {f"clip {i}": voice[: 16000 + 640 * i] for i in range(4)} for system in SYSTEMS},
         tmp_path / "again",
         seed=1,
     )
     assert json.loads((tmp_path / "again" / "key.json").read_text()) == key and again != page
     with pytest.raises(F2VError, match="already exists"):
-        ev.listening_test({"a": {"c": voice}}, tmp_path / "test")
+        li.listening_test({"a": {"c": voice}}, tmp_path / "test")
     with pytest.raises(CorpusError, match="same clips"):
-        ev.listening_test({"a": {"c": voice}, "b": {"d": voice}}, tmp_path / "other")
+        li.listening_test({"a": {"c": voice}, "b": {"d": voice}}, tmp_path / "other")
 
 
 def test_marks_of_known_mean_come_back(asked, tmp_path):
     _, key = asked
     rng = np.random.default_rng(0)
-    exact = lambda system, clip: (
-        int(SYSTEMS[system]) + (SYSTEMS[system] % 1 > 0 and int(clip[-1]) % 2)
-    )  # means 3.5, 4.5 and 2
+
+    def exact(system, clip):  # means 3.5, 4.5 and 2
+        above = SYSTEMS[system] % 1 > 0 and int(clip[-1]) % 2
+        return int(SYSTEMS[system]) + above
+
     paths = [write_marks(tmp_path / f"{i}.csv", key, f"l{i}", exact) for i in range(5)] + [
         write_marks(tmp_path / "a.csv", key, "asleep", lambda *_: 3, check=1)
     ]
-    found, asleep = ev.opinions(paths, tmp_path / "test" / "key.json")
+    found, asleep = li.mean_opinion_scores(paths, tmp_path / "test" / "key.json")
     assert asleep == ["asleep"] and {s: o.estimate for s, o in found.items()} == SYSTEMS
     assert (
         found["griffin"] == (2.0, 2.0, 2.0, 0.0, 20)
         and found["ours"].low < 3.5 < found["ours"].high
     )
     with pytest.raises(CorpusError, match="passed the attention check"):
-        ev.opinions(paths[-1:], tmp_path / "test" / "key.json")
+        li.mean_opinion_scores(paths[-1:], tmp_path / "test" / "key.json")
     with pytest.raises(CorpusError, match="second file of listener"):
-        ev.opinions([paths[0], paths[0]], tmp_path / "test" / "key.json")
+        li.mean_opinion_scores([paths[0], paths[0]], tmp_path / "test" / "key.json")
 
 
 def test_a_table_of_opinions_names_who_was_left_out():
-    shown = ev.show_mos(
+    shown = li.show_mos(
         dict(
             clips=4,
             listeners=5,
@@ -725,13 +756,13 @@ def test_a_table_of_opinions_names_who_was_left_out():
 
 
 def test_sounds_in_a_folder(tmp_path, voice):
-    from faces2voices.audio import save_wav
+    from faces2voices.soundfiles import save_wav
 
     with pytest.raises(CorpusError, match="holds no .wav"):
-        ev.sounds_in(tmp_path)
+        li.read_sounds(tmp_path)
     save_wav(tmp_path / "a b.wav", voice)
     (tmp_path / "c.mp4").write_bytes(b"a film that is not looked at beside a wav")
-    found = ev.sounds_in(tmp_path)
+    found = li.read_sounds(tmp_path)
     assert list(found) == ["a b"]
     same(found["a b"], voice, atol=2**-14)
 
@@ -740,7 +771,7 @@ def test_sounds_in_a_folder(tmp_path, voice):
 def test_a_key_that_is_none_is_refused_by_name(tmp_path, text):
     (tmp_path / "key.json").write_text(text)
     with pytest.raises(CorpusError, match="key.json: is not the key of a listening test"):
-        ev.read_key(tmp_path / "key.json")
+        li.read_key(tmp_path / "key.json")
 
 
 @pytest.mark.parametrize(
@@ -760,19 +791,22 @@ def test_a_key_that_is_none_is_refused_by_name(tmp_path, text):
 )
 def test_spoilt_marks_are_refused_by_name(asked, tmp_path, spoil, why):
     path = write_marks(tmp_path / "m.csv", asked[1], "l0", lambda *_: 3)
-    assert ev.read_ratings(path, asked[1])[0] == "l0"
+    assert li.read_ratings(path, asked[1])[0] == "l0"
     path.write_text(spoil(path.read_text()), encoding="latin-1")
     with pytest.raises(CorpusError, match=why) as e:
-        ev.read_ratings(path, asked[1])
+        li.read_ratings(path, asked[1])
     assert "m.csv" in str(e.value)
 
 
 def test_claims_need_two_standard_errors():
-    card = lambda borrowed, error: dict(
-        rows={"wrong face": {"mean F0 of the borrowed face, r": borrowed, "mean F0, r": 0.1}},
-        errors={"wrong face": {"mean F0 of the borrowed face, r": error}},
-    )
-    verdict = lambda *a: {claim: holds for claim, holds, _ in ev.claims(card(*a))}
+    def card(borrowed, error):
+        rows = {"mean F0 of the borrowed face, r": borrowed, "mean F0, r": 0.1}
+        errors = {"mean F0 of the borrowed face, r": error}
+        return dict(rows={"wrong face": rows}, errors={"wrong face": errors})
+
+    def verdict(*numbers):
+        return {claim: holds for claim, holds, _ in ev.claims(card(*numbers))}
+
     name = "with another face, mean pitch follows the borrowed face"
     assert (
         verdict(0.9, 0.1)[name] is True
@@ -806,9 +840,12 @@ def test_ablation_trains_judges_and_resumes(clips, tmp_path, monkeypatch):
         steps=TINY.steps | dict(speaker=1),
         batch=TINY.batch | dict(hierarchy=2, speaker=2),
     )
-    dataset = lambda data, split: ClipDataset(clips if split == "train" else clips[:2])
-    monkeypatch.setattr(ex, "ClipDataset", dataset)
-    monkeypatch.setattr(ex, "preset_for", lambda clip: small)
+
+    def dataset(data, split):
+        return ClipDataset(clips if split == "train" else clips[:2])
+
+    monkeypatch.setattr(st, "ClipDataset", dataset)
+    monkeypatch.setattr(st, "preset_for", lambda clip: small)
     data = tmp_path / "data"
     data.mkdir()
     (data / "manifest.jsonl").touch()
@@ -821,6 +858,9 @@ def test_ablation_trains_judges_and_resumes(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(ex, "fit", None)  # nothing is trained a second time
     assert ex.ablation(data, tmp_path, steps=1) == rows
     assert all(r["commit"] and r["machine"] for r in rows)
+    files = ex.ablation_sounds(data, tmp_path, steps=1)
+    assert list(files) == ["truth", *ex.VARIANTS]
+    assert len({path.stat().st_size for path in files.values()}) == 1
     shown = ex.show_ablation(
         dict(rows=rows, command="faces2voices ablate data --steps 1", machine="here")
     )
@@ -835,20 +875,20 @@ def ablation_rows(seeds=3):
     luck = rng.normal(size=seeds)
 
     def row(name, seed):
-        scores = {k: luck[seed] + 0.01 * rng.normal() - (name == "timbre") for k in ex.JUDGED}
+        scores = {k: luck[seed] + 0.01 * rng.normal() - (name == "timbre") for k in st.MU_MEASURES}
         return dict(without=name, seed=seed, steps=1, clips=2, weights=1e6, **scores)
 
-    return [row(name, seed) for seed in range(seeds) for name in ex.VARIANTS]
+    return [row(name, seed) for seed, name in itertools.product(range(seeds), ex.VARIANTS)]
 
 
 def test_changes_are_within_seeds_and_corrected_over_all_that_is_compared():
     from scipy.stats import ttest_rel
 
     rows = ablation_rows()
-    found = ex.changes(rows)
-    assert len(found) == 4 * len(ex.JUDGED) and not any(name == "whole" for name, _ in found)
+    found = ex.paired_changes(rows)
+    assert len(found) == 4 * len(st.MU_MEASURES) and not any(name == "whole" for name, _ in found)
     plain = {
-        (n, k): ttest_rel(ex.reached(rows, n, k), ex.reached(rows, "whole", k)).pvalue
+        (n, k): ttest_rel(ex.seed_scores(rows, n, k), ex.seed_scores(rows, "whole", k)).pvalue
         for n, k in found
     }
     by_hand = {
@@ -867,12 +907,12 @@ def test_changes_are_within_seeds_and_corrected_over_all_that_is_compared():
         return ex.show_ablation(dict(rows=rows, command="faces2voices ablate", machine="here"))
 
     assert shown(rows).count("**") == 2 * len(sure) and "28 comparisons" in shown(rows)
-    assert ex.changes(rows[:5]) == {} and "**" not in shown(rows[:5])  # one seed
+    assert ex.paired_changes(rows[:5]) == {} and "**" not in shown(rows[:5])  # one seed
     rows[-1] |= {"energy, r": None}
     del rows[-2]["energy, r"]  # a measure that a run does not have
     assert (
-        len(ex.reached(rows, "hierarchy", "energy, r"))
-        == len(ex.reached(rows, "prosody", "energy, r"))
+        len(ex.seed_scores(rows, "hierarchy", "energy, r"))
+        == len(ex.seed_scores(rows, "prosody", "energy, r"))
         == 2
     )
 
@@ -883,20 +923,21 @@ def test_a_sweep_keeps_the_clips_and_its_picture_says_how_sure_a_change_is(
     pytest.importorskip("pystoi")
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.setattr(ev, "dnsmos", lambda wav: dict(ovrl_mos=float(wav.abs().mean())))
-    monkeypatch.setattr(ex, "listener", lambda grammar: lambda wav: "bin blue")
+    monkeypatch.setattr(ex, "pocketsphinx_recogniser", lambda grammar: lambda wav: "bin blue")
     rows = ex.flow_study(model, clips[:3], (0, 1), ())
     assert [r["steps"] for r in rows] == [0, 1] and json.loads(json.dumps(rows))
     for r in rows:
         assert all(len(v) == 3 for k, v in r["of_clips"].items() if v is not None)
         assert all(
-            math.isclose(r[k], np.mean(r["of_clips"][k]), abs_tol=2e-4) for k in ex.SWEPT[1:]
+            math.isclose(r[k], np.mean(r["of_clips"][k]), abs_tol=2e-4)
+            for k in ex.SWEEP_METRICS[1:]
         )
     shown = []
     monkeypatch.setattr(
         "IPython.display.display", lambda fig, metadata: shown.append(metadata["alt"])
     )
-    alike = [r | dict(of_clips={k: [1.0, 2.0, 3.0] for k in ex.SWEPT}) for r in rows]
-    alike[1]["of_clips"] = {k: [1.5, 2.5, 3.5] for k in ex.SWEPT}
+    alike = [r | dict(of_clips={k: [1.0, 2.0, 3.0] for k in ex.SWEEP_METRICS}) for r in rows]
+    alike[1]["of_clips"] = {k: [1.5, 2.5, 3.5] for k in ex.SWEEP_METRICS}
     ex.plot_changes(alike)
     assert "ESTOI +0.500 ± 0.000" in shown[0]
 
@@ -906,7 +947,7 @@ def test_a_perfect_mu_is_judged_perfect(clips, model):
     from faces2voices.hierarchy import Mu
 
     clip = with_targets(clips[0], None, model.speaker_encoder)
-    row = ex.judge_mu(
+    row = st.evaluate_mu(
         lambda *_: Mu(clip.mel[None], torch.zeros(1, 256), None, None), clip, model.speaker_encoder
     )
     assert row["error, dB"] == 0 and row["voice similarity"] > 0.999 and row["energy, r"] > 0.999
@@ -915,14 +956,14 @@ def test_a_perfect_mu_is_judged_perfect(clips, model):
 
 def test_interleaved_takes_turns():
     order = []
-    times = ex.interleaved(
+    times = be.interleave_runs(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2
     )
     assert order == list("ababab") and set(times) == {"a", "b"}
 
 
 def test_bench_prints_ratios(model):
-    text = ex.bench_vocoder(model, 0.4, 1, steps=1)
+    text = be.bench_vocoder(model, 0.4, 1, steps=1)
     assert "times as fast as Griffin-Lim" in text and "1 interleaved rounds" in text
 
 
@@ -954,7 +995,7 @@ def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
 
 def test_an_independent_judge_hears_who_speaks(shared):
     pytest.importorskip("resemblyzer", reason="resemblyzer is not installed (extra `judges`)")
-    from faces2voices.audio import load_audio
+    from faces2voices.soundfiles import load_audio
 
     one, other = (sorted((shared / "grid" / speaker).glob("*.mp4")) for speaker in ("s1", "s4"))
     a, b, c = (ev.Sound(load_audio(path)).voice for path in (one[0], one[1], other[0]))
@@ -963,7 +1004,7 @@ def test_an_independent_judge_hears_who_speaks(shared):
 
 
 def test_all_splits_leave_out_what_was_trained_on(tmp_path):
-    kept, left_out = ev.unseen(
+    kept, left_out = ev.unseen_clips(
         [
             entry("a", "s", "x", "train"),
             entry("b", "t", "y", ""),
@@ -977,5 +1018,5 @@ def test_all_splits_leave_out_what_was_trained_on(tmp_path):
         and left_out["faces_are_new"]
         and left_out["sentence_trained_on"] == 2
     )
-    kept, left_out = ev.unseen([entry("a", "s", "x", ""), entry("b", "t", "y", "")], None)
+    kept, left_out = ev.unseen_clips([entry("a", "s", "x", ""), entry("b", "t", "y", "")], None)
     assert [e.name for e in kept] == ["a", "b"] and left_out["faces_are_new"] is None

@@ -5,25 +5,19 @@ import numpy as np
 import pytest
 import torch
 from faces2voices.core import test_same as same
-from faces2voices.talkers import (
-    LINKED,
-    VISEMES,
+from faces2voices.video import crop
+from faces2voices.speaking import VISEMES
+from faces2voices.drawing import (
     FaceShape,
-    Locator,
-    LocatorBackend,
+    coverage,
     draw_face,
-    draw_shapes,
     face_points,
-    face_pool,
-    inside,
     jaw_width,
-    make_face,
-    random_face,
-    scatter_faces,
     to_frame,
     to_head,
-    train_locator,
 )
+from faces2voices.talkers import LINKED, draw_shapes, make_face, random_face
+from faces2voices.locator import Locator, LocatorBackend, face_pool, scatter_faces, train_locator
 
 REST, OPEN, FRONT = (0,) * 6, (1, 0, 0, 0, 0, 0), (0, 0, 0, 1)
 
@@ -35,9 +29,10 @@ def a_face(seed=3, **changes):
 
 
 def correlations(link):
-    tract, log_f0, faces = draw_shapes(300, link)
+    lengths, log_f0, faces = draw_shapes(300, link)
     shape = np.array([[getattr(f, k) for k in LINKED] for f in faces]).T
-    return np.abs(np.corrcoef([*shape, [jaw_width(f) for f in faces], tract, log_f0])[-2:, :-2])
+    jaws = [jaw_width(f) for f in faces]
+    return np.abs(np.corrcoef([*shape, jaws, 1 / lengths, log_f0])[-2:, :-2])
 
 
 def test_no_link_no_correlation():
@@ -58,8 +53,8 @@ def test_link_is_graded():
 
 def test_nuisances_ignore_the_voice():
     one, other = (
-        make_face(np.random.default_rng(5), t, math.log(f), 1.0)
-        for t, f in ((0.86, 90), (1.17, 230))
+        make_face(np.random.default_rng(5), 1 / formants, math.log(f0), 1.0)
+        for formants, f0 in ((0.86, 90), (1.17, 230))
     )
     for k in set(FaceShape._fields) - set(LINKED):
         assert getattr(one, k) == getattr(other, k), k
@@ -78,7 +73,7 @@ def test_pose_round_trip():
 
 
 def test_soft_edge():
-    same(inside(np.array([-1.0, 0.0, 0.25, 1.0]), 1.0), np.array([1.0, 0.5, 0.25, 0.0]))
+    same(coverage(np.array([-1.0, 0.0, 0.25, 1.0]), 1.0), np.array([1.0, 0.5, 0.25, 0.0]))
 
 
 @pytest.mark.parametrize("pose", [FRONT, (0.06, -0.04, 0.2, 0.9), (-0.05, 0.03, -0.15, 1.1)])
@@ -87,10 +82,8 @@ def test_points_lie_on_the_eyes(pose):
     face = a_face(
         skin=(0.5, 0.5, 0.5), iris=(0.0, 1.0, 0.0), background=(0.5,) * 6, clothes=(0.5,) * 3
     )
-    picture, points = (
-        draw_face(face, REST, 1.0, pose).astype(int),
-        face_points(face, REST, 1.0, pose),
-    )
+    picture = draw_face(face, REST, 1.0, pose).astype(int)
+    points = face_points(face, REST, 1.0, pose)
     rows, columns = np.nonzero(picture[..., 1] - picture[..., 0] > 60)
     side = columns > points[:2, 0].mean()
     for eye, here in zip(points[:2], (~side, side)):
@@ -99,7 +92,7 @@ def test_points_lie_on_the_eyes(pose):
 
 @pytest.mark.parametrize("mouth", ["A", "w", "i", "p"])
 def test_points_lie_on_the_corners(mouth):
-    "Where one mouth shape differs from another without jaw or folds, it differs between the corners."
+    "The lips, painted red, reach from one corner to the other."
     face, m = a_face(), VISEMES[mouth][1]
     points = face_points(face, m, 0.0, FRONT)
     assert points[3, 0] < points[2, 0] < points[4, 0] and (points[3:, 1] > points[2, 1]).all()
@@ -169,7 +162,10 @@ def test_locator_learns():
     small = torch.nn.functional.interpolate(
         pictures, size=(80, 80), mode="bilinear", antialias=True
     )
-    error = lambda net: (net(small)[0] - points).norm(dim=-1).median().item() * 160
+
+    def error(net):
+        return (net(small)[0] - points).norm(dim=-1).median().item() * 160
+
     with torch.no_grad():
         assert error(locator) < 0.8 * error(Locator().eval())
 
@@ -187,9 +183,8 @@ def test_backend_interface():
         and face.box.shape == (4,)
         and 0.5 < face.score <= 1
     )
-    assert backend.identity(frame).shape == (0,) and backend.expression(
-        frame[None], face.points[None]
-    ).shape == (1, 1152)
+    crops = crop(frame[None], face.points[None], backend)
+    assert crops.identity.shape == (0,) and crops.expression.shape == (1, 1152)
     with torch.no_grad():
         locator.is_face.bias.fill_(-50.0)
     assert backend.detect(frame) == []

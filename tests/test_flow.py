@@ -3,7 +3,6 @@
 import math
 import pytest
 import torch
-import torch.nn.functional as F
 from faces2voices.core import test_same as same
 from faces2voices.flow import (
     ToyField,
@@ -20,11 +19,9 @@ from faces2voices.flow import (
     responsibilities,
 )
 
-MEANS, STDS, WEIGHTS = (
-    torch.tensor([[2.0, 1.5], [-2.0, 1.5], [0.0, -2.0]]),
-    torch.tensor([0.3, 0.5, 0.4]),
-    torch.tensor([0.3, 0.3, 0.4]),
-)
+MEANS = torch.tensor([[2.0, 1.5], [-2.0, 1.5], [0.0, -2.0]])
+STDS = torch.tensor([0.3, 0.5, 0.4])
+WEIGHTS = torch.tensor([0.3, 0.3, 0.4])
 
 
 def gen(seed=0):
@@ -47,40 +44,33 @@ def test_path_runs_from_noise_to_data(shape):
 
 @pytest.mark.parametrize("sigma_min", [0.0, 1e-4, 0.1])
 def test_target_is_the_derivative_of_the_path(sigma_min):
-    x0, x1, t = (
-        torch.randn(5, 80, 4, generator=gen()),
-        torch.randn(5, 80, 4, generator=gen(1)),
-        torch.rand(5, generator=gen(2)),
-    )
+    x0 = torch.randn(5, 80, 4, generator=gen())
+    x1 = torch.randn(5, 80, 4, generator=gen(1))
+    t = torch.rand(5, generator=gen(2))
     _, dxdt = torch.func.jvp(lambda t: ot_path(x0, x1, t, sigma_min), (t,), (torch.ones(5),))
     same(dxdt, ot_target(x0, x1, sigma_min), atol=1e-5)
 
 
 def test_target_equals_lipman_conditional_field():
-    x0, x1, t, s = (
-        torch.randn(6, 3, generator=gen()).double(),
-        torch.randn(6, 3).double(),
-        torch.rand(6).double() * 0.9,
-        0.05,
-    )
+    x0 = torch.randn(6, 3, generator=gen()).double()
+    x1 = torch.randn(6, 3).double()
+    t = torch.rand(6).double() * 0.9
+    s = 0.05
     xt = ot_path(x0, x1, t, s)
     same((x1 - (1 - s) * xt) / (1 - (1 - s) * pad_time(t, xt)), ot_target(x0, x1, s), atol=1e-10)
 
 
 def test_pad_time_takes_one_or_many():
     x = torch.zeros(4, 80, 9)
-    assert pad_time(torch.zeros(4), x).shape == (4, 1, 1) and pad_time(
-        torch.tensor(0.5), x
-    ).shape == (1, 1, 1)
+    assert pad_time(torch.zeros(4), x).shape == (4, 1, 1)
+    assert pad_time(torch.tensor(0.5), x).shape == (1, 1, 1)
 
 
 def test_gaussian_field_is_the_conditional_mean():
     "Linear regression of u on x_t, from a million draws."
-    x1, x0, t = (
-        0.7 * torch.randn(1_000_000, 1, generator=gen()) + 2,
-        torch.randn(1_000_000, 1, generator=gen(1)),
-        torch.tensor(0.4),
-    )
+    x1 = 0.7 * torch.randn(1_000_000, 1, generator=gen()) + 2
+    x0 = torch.randn(1_000_000, 1, generator=gen(1))
+    t = torch.tensor(0.4)
     xt, u = ot_path(x0, x1, t), ot_target(x0, x1)
     slope = torch.cov(torch.cat([xt, u], 1).T)[0, 1] / xt.var()
     same(
@@ -99,9 +89,8 @@ def test_mixture_field_follows_from_the_score(t):
 
     def log_density(x):
         var = (t * sd) ** 2 + sigma**2
-        return (w.log() - (x[:, None] - t * m).square().sum(-1) / (2 * var) - var.log()).logsumexp(
-            -1
-        )
+        gap = (x[:, None] - t * m).square().sum(-1)
+        return (w.log() - gap / (2 * var) - var.log()).logsumexp(-1)
 
     score = torch.func.grad(lambda x: log_density(x).sum())(x)
     same(
@@ -134,11 +123,8 @@ def test_exact_field_carries_noise_to_the_mixture():
     same(r.mean(0), WEIGHTS, atol=0.03)
     same(x.mean(0), WEIGHTS @ MEANS, atol=0.08)
     for k in range(3):
-        same(
-            x[r.argmax(1) == k].std(),
-            torch.cat([MEANS[k] + STDS[k] * torch.randn(4000, 2, generator=gen(1))]).std(),
-            atol=0.06,
-        )
+        expected = MEANS[k] + STDS[k] * torch.randn(4000, 2, generator=gen(1))
+        same(x[r.argmax(1) == k].std(), expected.std(), atol=0.06)
 
 
 @pytest.mark.parametrize("s", [0.2, 1.0])
@@ -152,7 +138,10 @@ def test_floor_of_the_loss_in_closed_form(s):
 
 def test_no_field_beats_the_exact_one():
     x1 = mixture_sample(20_000, MEANS, STDS, WEIGHTS, gen())
-    loss = lambda f: cfm_loss(f, x1, torch.ones(len(x1), 1), generator=gen(1)).item()
+
+    def loss(field):
+        return cfm_loss(field, x1, torch.ones(len(x1), 1), generator=gen(1)).item()
+
     floor = loss(exact)
     for off in (
         lambda x, t: exact(x, t) + 0.2,
@@ -191,12 +180,24 @@ def test_loss_draws_one_time_for_each_item():
         torch.ones(64, 1),
         generator=gen(),
     )
-    assert (
-        seen[0].shape == (64,)
-        and seen[0].min() < 0.1
-        and seen[0].max() > 0.9
-        and seen[0].unique().numel() == 64
-    )
+    t = seen[0]
+    assert t.shape == (64,) and t.min() < 0.1 and t.max() > 0.9 and t.unique().numel() == 64
+
+
+def test_loss_takes_noise_and_times_that_are_given():
+    "The draws of today, made outside: first the times, then the noise."
+    x1, mask = torch.randn(5, 3, generator=gen()), torch.ones(5, 1)
+    g = gen(1)
+    t = torch.rand(5, generator=g)
+    x0 = torch.randn(5, 3, generator=g)
+    drawn = cfm_loss(exact_3d, x1, mask, generator=gen(1))
+    assert cfm_loss(exact_3d, x1, mask, x0=x0, t=t) == drawn
+    perfect = ot_target(x0, x1)
+    same(cfm_loss(lambda xt, t: perfect, x1, mask, x0=x0), torch.tensor(0.0))
+
+
+def exact_3d(x, t):
+    return gaussian_field(x, t, 0.0, 1.0)
 
 
 def test_a_small_network_learns_the_exact_field():
@@ -204,9 +205,8 @@ def test_a_small_network_learns_the_exact_field():
     net = ToyField(2, 64)
     fit_toy(net, lambda n: mixture_sample(n, MEANS, STDS, WEIGHTS), steps=700, batch=256)
     data = mixture_sample(5000, MEANS, STDS, WEIGHTS)
-    assert field_error(net, exact, data, gen()) < 0.3 * field_error(
-        lambda x, t: 0 * x, exact, data, gen()
-    )
+    of_nothing = field_error(lambda x, t: 0 * x, exact, data, gen())
+    assert field_error(net, exact, data, gen()) < 0.3 * of_nothing
 
 
 def test_detour_of_a_line_and_of_a_half_circle():

@@ -1,6 +1,10 @@
-"Broken and strange files, a few of each kind: whatever reads them succeeds or raises a typed error. `python tests/fuzz_media.py` tries many more."
+"""Broken and strange files, a few of each kind: what reads them succeeds or raises a typed error.
 
-import os, signal, sys
+`python tests/fuzz_media.py` tries many more."""
+
+import os
+import signal
+import sys
 import numpy as np
 import pytest
 import fuzz_media

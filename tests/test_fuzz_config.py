@@ -1,7 +1,6 @@
-"A few of the edited configurations and failing disks. `python tests/fuzz_config.py` tries many more."
+"A few edited configurations and failing disks. `python tests/fuzz_config.py` tries many more."
 
 import sys
-from pathlib import Path
 import pytest
 import torch
 import fuzz_config

@@ -1,6 +1,16 @@
 "What an install promises: versions that fit, declared imports, old Pythons, a whole wheel."
 
-import ast, configparser, importlib.metadata, json, os, re, shutil, subprocess, sys, tarfile
+import ast
+import configparser
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from itertools import chain
 from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
@@ -24,7 +34,7 @@ def required(*keys) -> list:
     "Requirements of the package, or of these entries of settings.ini."
     found = settings()
     keys = keys or [k for k in found if k == "requirements" or k.endswith("_requirements")]
-    return [Requirement(text) for k in keys for text in found[k].split()]
+    return [Requirement(text) for text in " ".join(found[k] for k in keys).split()]
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
@@ -177,7 +187,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(site):
 
 def test_the_wheel_tells_the_recorded_numbers(site, tmp_path):
     from faces2voices.experiments import ledger, model_card
-    from faces2voices.synthesis import packaged_models
+    from faces2voices.storage import packaged_models
 
     models = [m for m in packaged_models() if (ROOT / "nbs" / "results" / f"{m}.json").is_file()]
     code = (
@@ -232,7 +242,7 @@ def test_the_root_holds_what_the_design_names_and_no_output():
 def commands(command) -> list:
     "A command of the command line, or all those that it gathers."
     below = getattr(command, "commands", {}).values()
-    return [leaf for sub in below for leaf in commands(sub)] or [command]
+    return list(chain.from_iterable(map(commands, below))) or [command]
 
 
 def test_git_ignores_what_the_commands_write():
@@ -241,7 +251,7 @@ def test_git_ignores_what_the_commands_write():
 
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a git checkout")
-    options = [option for command in commands(get_command(app)) for option in command.params]
+    options = chain.from_iterable(command.params for command in commands(get_command(app)))
     outs = {str(o.default) for o in options if o.name == "out" and o.default and not o.required}
     assert {"speech", "runs/tiny"} <= outs
     said = run("git", "check-ignore", *(f"{out}/x" for out in {"demo", *outs}), cwd=ROOT)

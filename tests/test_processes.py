@@ -1,12 +1,15 @@
-"""Several processes, one model: what `torch.distributed.run` starts, on one machine and without a GPU.
+"""Several processes, one model: what `torch.distributed.run` starts, on one machine, without a GPU.
 
-Process r of R draws batch step · R + r, and what is random in a loss is drawn from the number of the batch, so two
-processes are compared with one that accumulates two batches in a step.
+Process r of R draws batch step · R + r, and what is random in a loss is drawn from the number of
+the batch, so two processes are compared with one that accumulates two batches in a step.
 """
 
-import json, os, subprocess, sys
-from pathlib import Path
-import pytest, torch
+import json
+import os
+import subprocess
+import sys
+import pytest
+import torch
 from safetensors.torch import load_file
 from faces2voices.core import test_same as same
 
@@ -39,13 +42,14 @@ from accelerate import Accelerator
 from faces2voices.training import fit
 accelerator, folder = Accelerator(), sys.argv[1]
 assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
-torch.manual_seed(accelerator.process_index)                       # every process starts from other weights
+torch.manual_seed(accelerator.process_index)  # every process starts from other weights
 m = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(.2), nn.Linear(8, 2))
 def batch(step): return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
 def loss(x): return (m(x) - x.sum(1, keepdim=True)).pow(2).mean()
 n, rank = accelerator.num_processes, accelerator.process_index
-log = fit(loss, m, batch, 8, 1e-2, name="m", run_dir=folder, warmup=2, log_every=2, accumulate=2//n)
-torch.save(dict(weights=m.state_dict(), losses=[line["total"] for line in log]), f"{folder}/{rank}.pt")
+more = dict(name="m", run_dir=folder, warmup=2, log_every=2, accumulate=2//n)
+losses = [line["total"] for line in fit(loss, m, batch, 8, 1e-2, **more)]
+torch.save(dict(weights=m.state_dict(), losses=losses), f"{folder}/{rank}.pt")
 """
 
 
@@ -80,16 +84,17 @@ def noted(model, *args):
     made.append(1)
     return assemble(model, *args)
 training.assemble = noted
-start = training.start
+start = training.build_seeded
 def kept(*args):
     global model
     model, first = start(*args)
     return model, first
-training.start = kept
-if __name__ == "__main__":                                           # not in a process that it starts
+training.build_seeded = kept
+if __name__ == "__main__":  # not in a process that it starts
     sys.argv[1:] = ["train", data, "-o", folder, "--seed", "3"]
     cli.app(standalone_mode=False)
-    torch.save(dict(weights=model.state_dict(), made=len(made)), f"{folder}/rank{os.environ['RANK']}.pt")
+    result = dict(weights=model.state_dict(), made=len(made))
+    torch.save(result, f"{folder}/rank{os.environ['RANK']}.pt")
 """
 
 
@@ -119,15 +124,16 @@ def test_train_gives_one_model_in_two_processes(prepared, tmp_path):
 
 FAIL = """
 import os, sys, time
-from faces2voices.core import CorpusError
+from faces2voices.errors import CorpusError
 from faces2voices.training import on_main
 rank, work = os.environ["RANK"], sys.argv[2]
 def broken():
     if work == "ours": raise CorpusError("clips", "are gone", "Look for them")
     raise ZeroDivisionError("of somebody else")
 try: on_main(broken)
-except Exception as e: open(f"{sys.argv[1]}/{rank}-{work}", "w").write(f"{type(e).__name__}: {e}")
-time.sleep(3)                                                      # before the launcher ends the others
+except Exception as e:
+    open(f"{sys.argv[1]}/{rank}-{work}", "w").write(f"{type(e).__name__}: {e}")
+time.sleep(3)  # before the launcher ends the others
 sys.exit(1)
 """
 

@@ -1,15 +1,28 @@
-"What must hold of the repository as a whole: notebooks, package, site and README agree, and the lessons keep their budgets."
+"""What must hold of the repository as a whole.
 
-import ast, json, re, subprocess, sys, venv
+Notebooks, package, site and README agree, and the lessons keep their budgets."""
+
+import ast
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import venv
+from itertools import chain
 from pathlib import Path
 import pytest
+from make_sidebar import configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 ENGINE_ROOMS = sorted((ROOT / "nbs" / "engine").glob("*.ipynb"))
 NOTEBOOKS = [*PAGES, *ENGINE_ROOMS]
 LESSONS = [p for p in PAGES if p.name[:2].isdigit()]
-names = lambda p: p.stem
+
+
+def names(path) -> str:
+    return path.stem
 
 
 def tracked() -> list:
@@ -31,11 +44,8 @@ def copy(tmp_path) -> Path:
     "A copy of the project's notebooks, package and settings."
     for f in tracked():
         rel = f.relative_to(ROOT)
-        if (
-            rel.parts[0] in ("nbs", "faces2voices")
-            and f.suffix in (".ipynb", ".py", ".svg", ".png")
-            or len(rel.parts) == 1
-        ):
+        source = rel.parts[0] in ("nbs", "faces2voices")
+        if len(rel.parts) == 1 or source and f.suffix in (".ipynb", ".py", ".svg", ".png"):
             (tmp_path / rel).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / rel).write_bytes(f.read_bytes())
     return tmp_path
@@ -71,9 +81,11 @@ def test_nbdev_3_exports_the_same_package(copy, tmp_path_factory):
     if install.returncode:
         pytest.skip(f"nbdev 3 cannot be installed here: {install.stderr.strip().splitlines()[-1:]}")
     subprocess.run([env / "bin" / "nbdev-export"], cwd=copy, check=True, capture_output=True)
-    body = lambda text: re.sub(
-        r"^(#.*|__all__ = \[[^\]]*\]|__version__.*)$", "", text, flags=re.M
-    ).split()
+
+    def body(text):
+        head = r"^(#.*|__all__ = \[[^\]]*\]|__version__.*)$"
+        return re.sub(head, "", text, flags=re.M).split()
+
     ours, theirs = package(ROOT), package(copy)
     lessons = [f for f in ours if f not in ("__init__.py", "_modidx.py")]
     assert {f: body(theirs[f]) for f in lessons} == {f: body(ours[f]) for f in lessons}
@@ -96,7 +108,8 @@ def test_budget(path):
 def test_stored_outputs_are_there_and_whole(path):
     cells = code_cells(path)
     assert any(c["outputs"] for c in cells), "no stored output: the site shows stored outputs"
-    assert not [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
+    outputs = chain.from_iterable(c["outputs"] for c in cells)
+    assert not [out for out in outputs if out["output_type"] == "error"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
@@ -124,22 +137,22 @@ def test_a_lesson_has_its_parts(path):
 
 @pytest.mark.parametrize("path", LESSONS, ids=names)
 def test_exercise_stubs_fail_and_solutions_pass(path):
-    "Each check cell must refuse the stub; that it accepts the solution is seen when the notebook runs."
+    """Each check cell must refuse the stub.
+
+    That it accepts the solution is seen when the notebook runs."""
     cells = code_cells(path)
     for i, c in enumerate(cells):
-        if (
-            "#| eval: false" not in source(c)
-            or i + 2 >= len(cells)
-            or "Solution" not in source(cells[i + 1])
-        ):
+        if "#| eval: false" not in source(c) or i + 2 >= len(cells):
+            continue
+        if "Solution" not in source(cells[i + 1]):
             continue
         stub = ast.parse(source(c))
-        defined = {n.name for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))} | {
-            n.id for n in ast.walk(stub) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-        }
-        assert any(re.search(rf"\b{name}\b", source(cells[i + 2])) for name in defined), (
-            f"the check does not use what the stub defines: {defined}"
-        )
+        defined = {n.name for n in stub.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        stored = [n for n in ast.walk(stub) if isinstance(n, ast.Name)]
+        defined |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+        check = source(cells[i + 2])
+        used = [name for name in defined if re.search(rf"\b{name}\b", check)]
+        assert used, f"the check does not use what the stub defines: {defined}"
 
 
 def test_readme_is_current():
@@ -155,9 +168,8 @@ def test_links_resolve():
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] != "markdown":
                 continue
-            for link in re.findall(
-                r"\]\((?!https?:|#|mailto:|attachment:)([^)#\s]+)", source(cell)
-            ):
+            inner = r"\]\((?!https?:|#|mailto:|attachment:)([^)#\s]+)"
+            for link in re.findall(inner, source(cell)):
                 if not (path.parent / link).exists():
                     missing.append(f"{path.name}: {link}")
     assert not missing
@@ -168,7 +180,9 @@ def test_site_configuration_names_every_notebook_once():
     listed = re.findall(r"nbs/[\w/]+\.ipynb", text.split("sidebar:")[1])
     assert sorted(listed) == sorted(p.relative_to(ROOT).as_posix() for p in NOTEBOOKS)
     rendered = re.findall(r"nbs/[\w/]*\*\.ipynb", text.split("metadata-files:")[0])
-    assert sorted(p for glob in rendered for p in ROOT.glob(glob)) == sorted(NOTEBOOKS)
+    pages = chain.from_iterable(ROOT.glob(glob) for glob in rendered)
+    assert sorted(pages) == sorted(NOTEBOOKS)
+    assert text == configuration(), "run `python tests/make_sidebar.py`, or `make prepare`"
 
 
 def test_the_site_can_be_staged_without_quarto(copy):
@@ -185,73 +199,52 @@ def test_an_engine_room_is_titled_and_tested(path):
     cells = json.loads(path.read_text())["cells"]
     title = re.fullmatch(r"# [^\n]+\n\n> [^\n]+", source(cells[0]))
     assert title, "the first cell holds title and subtitle, and nothing else"
-    exported = re.search(
-        r"^__all__ = \[(.*?)\]",
-        (ROOT / "faces2voices" / f"{path.stem[3:]}.py").read_text(),
-        re.S | re.M,
-    )[1]
-    shown = "\n".join(
-        source(c) for c in cells if c["cell_type"] == "code" and "#| export" not in source(c)
-    )
-    assert not [
-        name for name in re.findall(r"'(\w+)'", exported) if name[0].islower() and name not in shown
-    ], "no example"
+    module = (ROOT / "faces2voices" / f"{path.stem[3:]}.py").read_text()
+    exported = re.search(r"^__all__ = \[(.*?)\]", module, re.S | re.M)[1]
+    functions = [name for name in re.findall(r"'(\w+)'", exported) if name[0].islower()]
+    sources = [source(c) for c in code_cells(path)]
+    shown = "\n".join(text for text in sources if "#| export" not in text)
+    assert not [name for name in functions if name not in shown], "no example"
     assert re.search(r"\bassert\b|\btest_\w+\(", shown), "no assertion"
 
 
 def test_no_module_of_the_package_hides_one_of_the_standard_library():
-    code = "import statistics, faces2voices.statistics, faces2voices.experiments as e; assert e.statistics is statistics"
+    code = (
+        "import statistics, faces2voices.statistics, faces2voices.bench as e; "
+        "assert e.statistics is statistics"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_import_is_light_and_asks_no_network():
-    code = (
-        "import socket, sys; socket.socket.connect = lambda *a: (_ for _ in ()).throw(AssertionError('network'))\n"
-        "import faces2voices; assert 'torch' not in sys.modules, 'import faces2voices pulls torch in'\n"
-        "import faces2voices.cli"
-    )
+    code = """
+import socket, sys
+def refuse(*a):
+    raise AssertionError("network")
+socket.socket.connect = refuse
+import faces2voices
+assert "torch" not in sys.modules, "import faces2voices pulls torch in"
+import faces2voices.cli
+"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_the_repository_speaks_of_the_project_alone():
     tops = "|".join("root work home farm Users".split())
+    kinds = {"", *".py .md .ini .toml .yml .txt .cfg .ipynb .json .jsonl .cff".split()}
     said = []
     for f in tracked():
-        if (
-            f.suffix
-            not in {
-                ".py",
-                ".md",
-                ".ini",
-                ".toml",
-                ".yml",
-                ".txt",
-                ".cfg",
-                ".ipynb",
-                ".json",
-                ".jsonl",
-                ".cff",
-                "",
-            }
-            or f.stat().st_size > 2_000_000
-        ):
-            continue
-        said += [
-            f"{f.name}: {m}"
-            for m in set(
-                re.findall(rf"(?<![\w./])/(?:{tops})/[\w./-]+", f.read_text(errors="replace"))
-            )
-        ]
+        if f.suffix in kinds and f.stat().st_size <= 2_000_000:
+            text = f.read_text(errors="replace")
+            paths = set(re.findall(rf"(?<![\w./])/(?:{tops})/[\w./-]+", text))
+            said += [f"{f.name}: {path}" for path in paths]
     assert not said
 
 
 def test_sample_clips_are_whole():
-    import hashlib
-
     sums = (ROOT / "data_samples" / "SHA256SUMS").read_text().split("\n")
     for line in filter(None, sums):
         digest, name = line.split(maxsplit=1)
-        assert hashlib.sha256((ROOT / "data_samples" / name).read_bytes()).hexdigest() == digest, (
-            name
-        )
+        found = hashlib.sha256((ROOT / "data_samples" / name).read_bytes())
+        assert found.hexdigest() == digest, name
     assert sum(p.stat().st_size for p in (ROOT / "data_samples").iterdir()) <= 5_000_000

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from functools import cache
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,7 +185,8 @@ def is_clock(quote: Quote) -> bool:
 def is_set(numbers, quote: Quote, *scales) -> bool:
     "Whether one of these settings is the number, in one of these units."
     wanted = [quote.value * scale for scale in scales]
-    return any(math.isclose(abs(x), w, rel_tol=1e-9, abs_tol=1e-9) for x in numbers for w in wanted)
+    pairs = product(map(abs, numbers), wanted)
+    return any(math.isclose(x, w, rel_tol=1e-9, abs_tol=1e-9) for x, w in pairs)
 
 
 def in_code(cell) -> str:
@@ -206,8 +208,9 @@ def setting_nodes(node) -> list:
 def settings(source: str) -> list:
     "The numbers that code gives a name to."
     tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
-    parts = [part for node in ast.walk(tree) for part in setting_nodes(node)]
-    constants = [n.value for part in parts for n in ast.walk(part) if isinstance(n, ast.Constant)]
+    parts = chain.from_iterable(map(setting_nodes, ast.walk(tree)))
+    inner = chain.from_iterable(map(ast.walk, parts))
+    constants = [n.value for n in inner if isinstance(n, ast.Constant)]
     return [x for x in constants if type(x) in (int, float)]
 
 
@@ -266,9 +269,10 @@ def founded(quote: Quote, notebook, folder: Path) -> bool:
     cells, i = notebook["cells"], quote.cell
     if CITED.search(quote.sentence) or is_clock(quote):
         return True
-    said = [v for j in beside(cells, i) for v in values(shown(cells[j]))]
-    named = [x for c in cells if c["cell_type"] == "code" for x in settings(text_of(c))]
-    written = [x for j in section(cells, i) for x, _ in values(in_code(cells[j]))]
+    said = values("\n".join(shown(cells[j]) for j in beside(cells, i)))
+    code = [text_of(c) for c in cells if c["cell_type"] == "code"]
+    named = list(chain.from_iterable(map(settings, code)))
+    written = [x for x, _ in values("\n".join(in_code(cells[j]) for j in section(cells, i)))]
     steps = [rate * quote.scale for rate in RATES] if quote.unit in ("ms", "s", "seconds") else []
     return (
         carries(said + linked(quote.sentence, cells, folder), quote)
@@ -420,18 +424,16 @@ def test_a_link_brings_what_it_leads_to(tmp_path):
 def test_a_wrong_digit_in_a_copy_of_a_lesson_is_found(path):
     "A number that the lesson shows is quoted beside it, right and with its last digit changed."
     cells = json.loads(path.read_text())["cells"]
-    long = [
-        (i, f"{value:.{n}f}")
-        for i, c in enumerate(cells)
-        if c["cell_type"] == "code"
-        for value, n in values(shown(c))
-        if 3 <= n <= 6 and value > 0
-    ]
+    long = []
+    for i, c in enumerate(cells):
+        said = values(shown(c)) if c["cell_type"] == "code" else []
+        long += [(i, f"{value:.{n}f}") for value, n in said if 3 <= n <= 6 and value > 0]
     if not long:
         pytest.skip("the lesson shows no number with three decimals")
     i, number = max(long, key=lambda found: len(found[1]))
     wrong = number[:-1] + str((int(number[-1]) + 5) % 10)
     quoted = [cell("markdown", f"Planted: {x}.") for x in (number, wrong)]
     notebook = dict(cells=[*cells[: i + 1], *quoted, *cells[i + 1 :]])
-    planted = [q.number for q in unfounded(notebook) if q.sentence.startswith("Planted")]
+    found = unfounded(notebook, path.parent)
+    planted = [q.number for q in found if q.sentence.startswith("Planted")]
     assert planted == [wrong]

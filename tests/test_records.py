@@ -1,5 +1,6 @@
 "Recorded results and printed commands: what stands beside a number runs as it stands."
 
+from itertools import chain
 import json
 import re
 import shlex
@@ -18,7 +19,10 @@ CONFIGS = sorted((ROOT / "faces2voices" / "weights").glob("*/config.json"))
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 TEXTS = "README.md", "CONTRIBUTING.md", "data_samples/DATASHEET.md"
 PAGES = [*CARDS, *NOTEBOOKS, *(ROOT / text for text in TEXTS)]
-name = lambda path: str(path.relative_to(ROOT))
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +48,7 @@ def parse(line: str):
 
 def commands_in(record: dict) -> list:
     "The command of a record, those of its data, and that of its model."
-    made = [line for of in record["data"].values() for line in of["commands"]]
+    made = chain.from_iterable(of["commands"] for of in record["data"].values())
     return [record["command"], *made, *([record["info"]["command"]] if "info" in record else [])]
 
 
@@ -197,7 +201,7 @@ def test_a_folder_keeps_the_commands_that_made_it(tmp_path):
     expected = ["talkers clips", "prepare clips prepared", "prepare more prepared"]
     found = records.commands_of(tmp_path / "prepared")
     assert found == [f"faces2voices {words}" for words in expected]
-    (tmp_path / "prepared" / records.MADE).write_text("[]")
+    (tmp_path / "prepared" / records.COMMANDS_FILE).write_text("[]")
     with pytest.raises(CorpusError, match="made.json"):
         records.commands_of(tmp_path / "prepared")
 

@@ -1,11 +1,12 @@
-"No number without its file: the README and the models' cards show what is recorded, and nothing else."
+"""No number without its file.
+
+The README and the models' cards show what is recorded, and nothing else."""
 
 import re
 from pathlib import Path
 import pytest
 from faces2voices.experiments import ledger_markdown, model_card
-from faces2voices.synthesis import WEIGHTS
-from faces2voices.synthesis import packaged_models
+from faces2voices.storage import WEIGHTS_DIR, packaged_models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +30,7 @@ def test_no_measure_stands_in_the_readme_outside_the_ledger():
 
 @pytest.mark.parametrize("name", packaged_models())
 def test_a_models_card_is_current(name):
-    card = (WEIGHTS / name / "README.md").read_text()
+    card = (WEIGHTS_DIR / name / "README.md").read_text()
     assert card == model_card(name), "run `make readme`"
     for part in ("## Made by", "## Data", "## Measured", "## Use and limits"):
         assert card.count(part) == 1

@@ -1,6 +1,13 @@
-"Any file, any folder, any user: nothing is lost, nothing is claimed that is not so, and what cannot be is one line."
+"""Any file, any folder, any user.
 
-import json, os, shutil, signal, subprocess, sys, time
+Nothing is lost, nothing is claimed that is not so, and what cannot be is one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -11,16 +18,23 @@ from typer.testing import CliRunner
 from faces2voices import (
     FacesToVoices,
     cli,
-    content,
+    core,
     corpora,
     evaluation,
     experiments,
+    files,
+    judges,
+    listening,
+    locator,
+    report,
+    storage,
+    studies,
     synthesis as S,
-    talkers,
     timbre,
     training,
 )
-from faces2voices.audio import load_audio, pitch, save_wav
+from faces2voices.soundfiles import load_audio, save_wav
+from faces2voices.audio import pitch
 from faces2voices.errors import (
     CheckpointError,
     CorpusError,
@@ -30,18 +44,15 @@ from faces2voices.errors import (
     ToolMissingError,
     atomic_path,
 )
-from faces2voices.core import (
-    Preset,
-    TINY,
-    pick_device,
-    seed_everything,
-    test_same as same,
-    whole_seed,
-)
-from faces2voices.avhubert import Eigenlips
-from faces2voices.corpora import load_clip, prepare, read_manifest, save_clip, write_manifest
-from faces2voices.training import claim, part
-from faces2voices.video import make_backend, read_video, write_video
+from faces2voices.core import TINY, pick_device, seed_everything, test_same as same, whole_seed
+from faces2voices.lipreading import Eigenlips
+from faces2voices.manifests import read_manifest, write_manifest
+from faces2voices.corpora import load_clip, save_clip
+from faces2voices.preparing import prepare
+from faces2voices.runs import claim, load_or_train
+from faces2voices.tracking import make_backend
+from faces2voices.media import write_video
+from faces2voices.video import read_video
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = sorted((ROOT / "data_samples").glob("*.mp4"))
@@ -106,30 +117,31 @@ def test_names_are_exclusive_without_hard_links_too(tmp_path, monkeypatch, taken
 
 
 def test_two_runs_with_one_folder_keep_what_the_first_reported(f2v, tmp_path, monkeypatch):
-    "The other run writes its wav while ours speaks: ours says so, and removes nothing of the other's."
-    speak = f2v.parts
+    "The other run writes its wav while ours speaks: ours says so, and removes nothing."
+    speak = f2v.stream
 
     def parts(path, **kw):
         yield from speak(path, **kw)
         save_wav(tmp_path / f"{SAMPLES[0].stem}.wav", torch.full((640,), 0.5))
 
-    monkeypatch.setattr(f2v, "parts", parts)
-    done = S.synthesize_file(f2v, SAMPLES[0], tmp_path, steps=1)
+    monkeypatch.setattr(f2v, "stream", parts)
+    done = files.synthesize_file(f2v, SAMPLES[0], tmp_path, steps=1)
     assert "already exists" in done.error and not done.written
     assert [p.name for p in tmp_path.iterdir()] == [f"{SAMPLES[0].stem}.wav"]
     assert len(load_audio(tmp_path / f"{SAMPLES[0].stem}.wav")) == 640
 
 
 def test_a_report_whose_name_is_taken_meanwhile_gets_another(tmp_path, monkeypatch):
-    write = S.write_report
+    write = report.write_report
 
     def beaten(path, *args):
         if path.name == "report.html":
             path.write_text("theirs")
         return write(path, *args)
 
-    monkeypatch.setattr(S, "write_report", beaten)
-    assert cli._write_page(tmp_path / "report.html", ["mine"], "m") == tmp_path / "report-2.html"
+    monkeypatch.setattr(report, "write_report", beaten)
+    mine = [report.ReportSection("mine", "", [], [], [])]
+    assert cli._write_page(tmp_path / "report.html", mine, "m") == tmp_path / "report-2.html"
     assert (tmp_path / "report.html").read_text() == "theirs" and "mine" in (
         tmp_path / "report-2.html"
     ).read_text()
@@ -139,10 +151,10 @@ SLOW = '''
 import sys, time, torch
 from faces2voices import cli, synthesis as S
 def parts(self, path, **kw):
-    yield S.Speech(torch.zeros(640), *[None]*6, doubt=torch.zeros(2))
+    yield S.Speech(torch.zeros(640), *[None]*6, entropy=torch.zeros(2))
     print("speaking", flush=True)
     time.sleep(60)
-S.FacesToVoices.parts = parts
+S.FacesToVoices.stream = parts
 sys.argv = ["faces2voices", "synthesize", *sys.argv[1:]]
 cli.main()
 '''
@@ -166,7 +178,7 @@ def test_a_signal_leaves_nothing_unfinished(tmp_path, number):
 def test_scraps_of_the_living_stay_and_those_of_the_dead_go(prepared, tmp_path):
     "Another process writes a clip into the folder of `prepare`; then it is killed."
     code = (
-        "import sys, time; from faces2voices.core import atomic_path\n"
+        "import sys, time; from faces2voices.errors import atomic_path\n"
         "with atomic_path(sys.argv[1]) as tmp: print(tmp.name, flush=True); time.sleep(60)"
     )
     entries = [e for e in read_manifest(prepared / "manifest.jsonl")][:1]
@@ -192,8 +204,11 @@ def batch(step):
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
 def train_system(*args, **kw):
     m = nn.Linear(3, 1)
-    training.fit(lambda x: m(x).square().mean(), m, batch, 10**6, 1e-2, name="m", run_dir=sys.argv[3],
-        workers=2, log_every=20, callback=lambda line, _: line["step"] == 20 and print("learning", flush=True))
+    def say(line, _):
+        if line["step"] == 20:
+            print("learning", flush=True)
+    training.fit(lambda x: m(x).square().mean(), m, batch, 10**6, 1e-2, name="m",
+        run_dir=sys.argv[3], workers=2, log_every=20, callback=say)
 training.train_system = train_system
 cli.main()
 """
@@ -218,9 +233,11 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, number, everybody):
 @linux
 def test_nohup_has_its_way():
     code = (
-        "import signal, sys; from faces2voices import cli; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "import signal, sys\nfrom faces2voices import cli\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "sys.argv = ['faces2voices', '--help']\n"
-        "try: cli.main()\nexcept SystemExit: print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+        "try: cli.main()\n"
+        "except SystemExit: print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
     )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -256,14 +273,15 @@ def test_parts_of_nobody_are_not_taken_over(tmp_path):
 @pytest.fixture(scope="module")
 def prepared(f2v, tmp_path_factory):
     "Two prepared clips of the split train."
-    from faces2voices.corpora import prepare, read_manifest
+    from faces2voices.manifests import read_manifest
+    from faces2voices.preparing import prepare
 
     folder = tmp_path_factory.mktemp("prepared")
     entries = [
         e._replace(split="train")
         for e in read_manifest(ROOT / "data_samples" / "manifest.jsonl")[:2]
     ]
-    prepare(entries, folder, f2v.eyes(), progress=False)
+    prepare(entries, folder, f2v.face_backend, progress=False)
     return folder
 
 
@@ -297,7 +315,7 @@ def test_adapting_into_the_folder_of_another_run_is_refused(prepared, tmp_path):
 @pytest.mark.parametrize("spoil", ["cut", "other", "nan"])
 def test_a_damaged_part_is_one_line(tmp_path, spoil):
     module = torch.nn.Linear(3, 2)
-    part(tmp_path, "units", module, lambda: None)
+    load_or_train(tmp_path, "units", module, lambda: None)
     path = tmp_path / "units.safetensors"
     if spoil == "cut":
         path.write_bytes(path.read_bytes()[:40])
@@ -306,7 +324,7 @@ def test_a_damaged_part_is_one_line(tmp_path, spoil):
     if spoil == "nan":
         save_file(load_file(path) | dict(bias=torch.tensor([1.0, float("nan")])), path)
     with pytest.raises(CheckpointError, match="units.safetensors"):
-        part(tmp_path, "units", module, lambda: None)
+        load_or_train(tmp_path, "units", module, lambda: None)
 
 
 # --- faces
@@ -350,10 +368,10 @@ def test_what_the_user_names_must_serve(bare, monkeypatch, tmp_path, told):
 
 def test_a_coarse_finder_and_a_mean_voice_are_said(bare):
     grid = FacesToVoices.from_pretrained("grid", device="cpu")
-    coarse, mean = grid.limits()
+    coarse, mean = grid.backend_notes()
     assert "cascade" in coarse and "mean voice" in mean
-    assert grid.limits(reference="a.wav") == [coarse]  # a voice that is given is no mean one
-    assert FacesToVoices.from_pretrained("talkers", device="cpu").limits() == []
+    assert grid.backend_notes(reference="a.wav") == [coarse]  # a voice that is given is no mean one
+    assert FacesToVoices.from_pretrained("talkers", device="cpu").backend_notes() == []
 
 
 def test_who_finds_no_face_names_the_model_that_may(f2v, tmp_path):
@@ -363,7 +381,7 @@ def test_who_finds_no_face_names_the_model_that_may(f2v, tmp_path):
 
 
 def test_drawn_talkers_are_prepared_with_the_locator(tmp_path):
-    from faces2voices.corpora import Entry, read_manifest
+    from faces2voices.manifests import Entry, read_manifest
 
     drawn = read_manifest(ROOT / "data_samples" / "manifest.jsonl")
     assert cli._finder("auto", drawn) == "locator" and cli._finder("cascade", drawn) == "cascade"
@@ -414,8 +432,8 @@ def test_a_folder_whose_names_are_no_text_is_prepared(prepared, told, tmp_path):
     code, said = told("prepare", tmp_path, tmp_path / "out", "--backend", "locator", "--workers", 1)
     assert code == 0, said
     (entry,) = read_manifest(tmp_path / "out" / "manifest.jsonl")
-    assert entry.path == films / os.fsdecode(b"clip \xfe.mp4") and entry.speaker == films.name
-    assert load_clip(tmp_path / "out" / f"{entry.name}.npz").speaker == films.name
+    assert entry.path == films / os.fsdecode(b"clip \xfe.mp4") and entry.speaker_id == films.name
+    assert load_clip(tmp_path / "out" / f"{entry.name}.npz").speaker_id == films.name
 
 
 def test_a_few_frames_give_no_eigenlips():
@@ -479,8 +497,8 @@ def test_a_name_that_is_too_long_costs_nothing_else(tmp_path):
 
 
 def test_an_error_that_nobody_foresaw_costs_nothing_else(f2v, tmp_path, monkeypatch):
-    monkeypatch.setattr(S, "crops_figure", lambda looked: 1 / 0)
-    done = S.synthesize_file(f2v, SAMPLES[0], tmp_path, False, [], steps=1)
+    monkeypatch.setattr(files, "crops_figure", lambda looked: 1 / 0)
+    done = files.synthesize_file(f2v, SAMPLES[0], tmp_path, False, [], steps=1)
     assert (
         len(done.written) == 1
         and Path(done.written[0]).exists()
@@ -492,7 +510,8 @@ def test_an_error_that_nobody_foresaw_costs_nothing_else(f2v, tmp_path, monkeypa
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     "The system refuses every byte above 30 kB of a file."
     code = (
-        "import resource, sys; from faces2voices import cli; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,)*2)\n"
+        "import resource, sys\nfrom faces2voices import cli\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,)*2)\n"
         "sys.argv = ['faces2voices', 'synthesize', *sys.argv[1:]]; cli.main()"
     )
     command = [sys.executable, "-c", code, SAMPLES[0], "-o", tmp_path / "out", "--steps", "1"]
@@ -506,7 +525,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 def test_weights_on_a_full_disk_are_one_line(tmp_path, save):
     "Neither safetensors nor torch say it with an OSError."
     code = (
-        "import resource, sys, torch; from safetensors.torch import save_file; from faces2voices.core import *\n"
+        "import resource, sys, torch\nfrom safetensors.torch import save_file\n"
+        "from faces2voices.errors import *\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,)*2); x = dict(a=torch.zeros(100_000))\n"
         f"try:\n with atomic_path(sys.argv[1]) as tmp: {save}\n"
         "except F2VError as e: print(e)"
@@ -584,14 +604,17 @@ def test_seeds_out_of_range_are_wrong_calls(args, tmp_path):
 
 def test_seeds_of_any_library(f2v, clip):
     assert type(whole_seed(np.int64(7))) is int and whole_seed(torch.tensor(7)) == 7
-    same(f2v.voice(clip, seed=np.int64(7), steps=1).wav, f2v.voice(clip, seed=7, steps=1).wav)
+    same(
+        f2v.synthesize_clip(clip, seed=np.int64(7), steps=1).wav,
+        f2v.synthesize_clip(clip, seed=7, steps=1).wav,
+    )
     seed_everything(np.int64(3))
     a = np.random.rand()
     seed_everything(3)
     assert a == np.random.rand()
     for bad in (-1, 2**32, 1.5, "7", None):
         with pytest.raises(F2VError, match="seed"):
-            f2v.voice(clip, seed=bad)
+            f2v.synthesize_clip(clip, seed=bad)
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -607,19 +630,19 @@ def test_limits_that_leave_no_clip(prepared, limit):
 def test_seeds_are_asked_for_wherever_they_enter(f2v, bad, tmp_path):
     enter = [
         lambda s: evaluation.metric_card(f2v, tmp_path, seed=s),
-        lambda s: evaluation.listening_test({"a": {"b": torch.zeros(640)}}, tmp_path / "t", s),
-        lambda s: evaluation.train_recogniser(tmp_path, tmp_path, seed=s),
+        lambda s: listening.listening_test({"a": {"b": torch.zeros(640)}}, tmp_path / "t", s),
+        lambda s: judges.train_recogniser(tmp_path, tmp_path, seed=s),
         lambda s: experiments.sweep_study("talkers", tmp_path, seed=s),
-        lambda s: experiments.adaptation(tmp_path, tmp_path, seed=s),
+        lambda s: studies.adaptation_study(tmp_path, tmp_path, seed=s),
         lambda s: experiments.flow_study(f2v, [], seed=s),
-        lambda s: content.masked_ce_study(f2v, tmp_path, seeds=(s,)),
+        lambda s: studies.masked_ce_study(f2v, tmp_path, seeds=(s,)),
         lambda s: training.shuffled(3, 2, s),
         lambda s: corpora.BucketSampler([1], 1, s),
-        lambda s: timbre.seeded(s, list),
-        lambda s: timbre.descend([], None, 1, 1.0, s),
+        lambda s: core.seeded(s, list),
+        lambda s: timbre.train_loop([], None, 1, 1.0, s),
         lambda s: f2v.decoder.sample(torch.zeros(1, 80, 8), seed=s),
         lambda s: f2v.units.fit([], seed=s),
-        lambda s: talkers.train_locator(1, seed=s),
+        lambda s: locator.train_locator(1, seed=s),
     ]
     for take in enter:
         with pytest.raises(F2VError, match="not a whole number from 0"):
@@ -635,7 +658,7 @@ def test_seeds_of_any_library_serve_in_parts(f2v):
     assert list(corpora.BucketSampler(range(9), 2, seven)) == list(
         corpora.BucketSampler(range(9), 2, 7)
     )
-    assert timbre.seeded(seven, lambda: torch.rand(1)) == timbre.seeded(7, lambda: torch.rand(1))
+    assert core.seeded(seven, lambda: torch.rand(1)) == core.seeded(7, lambda: torch.rand(1))
 
 
 # --- folders that are no model
@@ -699,9 +722,11 @@ def test_sizes_are_not_believed(folder):
     "Widths that would fill 60 GB, compared with the file of weights before anything is built."
     change(folder, dim=8192, n_units=65536, decoder_channels=[4096, 4096])
     code = (
-        "import resource, sys; from faces2voices import FacesToVoices; from faces2voices.core import CheckpointError\n"
+        "import resource, sys\nfrom faces2voices import FacesToVoices\n"
+        "from faces2voices.errors import CheckpointError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (6*2**30,)*2)\n"
-        "try: FacesToVoices.from_pretrained(sys.argv[1], device='cpu')\nexcept CheckpointError as e: print('refused', e)"
+        "try: FacesToVoices.from_pretrained(sys.argv[1], device='cpu')\n"
+        "except CheckpointError as e: print('refused', e)"
     )
     out = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT
@@ -728,15 +753,13 @@ def test_weights_of_another_model_and_of_no_numbers(folder):
 
 def test_a_call_in_training_mode_changes_nothing(clip):
     model = FacesToVoices.from_pretrained("talkers", device="cpu")
-    before, wav = (
-        {k: v.clone() for k, v in model.state_dict().items()},
-        model.voice(clip, steps=1).wav,
-    )
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    wav = model.synthesize_clip(clip, steps=1).wav
     model.train()
     model.decoder.eval()
-    same(model.voice(clip, steps=1).wav, wav)
+    same(model.synthesize_clip(clip, steps=1).wav, wav)
     model(SAMPLES[0], steps=1)
-    model.hear(SAMPLES[0])
+    model.embed_reference(SAMPLES[0])
     for k, v in model.state_dict().items():
         same(v, before[k])
     assert model.hierarchy.training and not model.decoder.training
@@ -744,17 +767,17 @@ def test_a_call_in_training_mode_changes_nothing(clip):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_around_a_call_changes_nothing(f2v, clip, dtype):
-    wav = f2v.voice(clip, steps=1).wav
+    wav = f2v.synthesize_clip(clip, steps=1).wav
     with torch.autocast("cpu", dtype):
-        same(f2v.voice(clip, steps=1).wav, wav)
+        same(f2v.synthesize_clip(clip, steps=1).wav, wav)
 
 
 @pytest.mark.parametrize("cast", ["half", "double", "bfloat16"])
 def test_weights_of_another_precision_are_one_line(clip, cast):
     model = getattr(FacesToVoices.from_pretrained("talkers", device="cpu"), cast)()
     with pytest.raises(CheckpointError, match="float32"):
-        model.voice(clip)
-    model.float().voice(clip, steps=1)
+        model.synthesize_clip(clip)
+    model.float().synthesize_clip(clip, steps=1)
 
 
 @pytest.mark.parametrize("what", ["expression", "face"])
@@ -762,14 +785,14 @@ def test_a_clip_of_no_numbers_is_one_line(f2v, clip, what):
     spoilt = getattr(clip, what).float().clone()
     spoilt.view(-1)[5] = float("nan")
     with pytest.raises(MediaError, match="not numbers"):
-        f2v.voice(clip._replace(**{what: spoilt}), steps=1)
+        f2v.synthesize_clip(clip._replace(**{what: spoilt}), steps=1)
 
 
 # --- what is written and read
 
 
 def test_a_wav_is_not_written_under_another_name(f2v, clip, tmp_path):
-    speech = f2v.voice(clip, steps=1)
+    speech = f2v.synthesize_clip(clip, steps=1)
     for name in ("a.mp3", "a", "a.mp4"):
         with pytest.raises(F2VError, match="wav"):
             speech.save(tmp_path / name)
@@ -797,7 +820,7 @@ def test_grey_pictures_of_any_depth(tmp_path, mode, white):
     Image.fromarray(grey).save(tmp_path / "eight.png")
     deep = tmp_path / ("deep.png" if mode == "uint16" else "deep.tif")
     Image.fromarray((grey.astype(np.float64) * white / 255).astype(mode)).save(deep)
-    eight, other = (S.read_picture(p).astype(int) for p in (tmp_path / "eight.png", deep))
+    eight, other = (storage.read_picture(p).astype(int) for p in (tmp_path / "eight.png", deep))
     assert eight.shape == other.shape and abs(eight - other).max() <= 2 and eight.std() > 20
 
 
@@ -818,7 +841,9 @@ def test_loudness_and_pauses_are_no_trait_of_a_voice(f2v, tmp_path):
         )
         for name, sound in variants.items():
             save_wav(tmp_path / f"{name}{i}.wav", sound)
-        voices.append(torch.stack([f2v.hear(tmp_path / f"{name}{i}.wav") for name in variants]))
+        voices.append(
+            torch.stack([f2v.embed_reference(tmp_path / f"{name}{i}.wav") for name in variants])
+        )
     voices = torch.stack(voices)  # (3 people, 4 ways, 256)
     own = torch.einsum("pad,pbd->pab", voices, voices).min()
     others = max((voices[a] @ voices[b].T).max() for a, b in ((0, 1), (0, 2), (1, 2)))
@@ -829,7 +854,7 @@ def test_loudness_and_pauses_are_no_trait_of_a_voice(f2v, tmp_path):
 def test_a_reference_is_spoken_at_its_pitch(f2v, clip, tmp_path, i):
     wav = load_audio(SAMPLES[i])
     save_wav(tmp_path / "quiet.wav", wav / 10)
-    take = f2v.voice(clip, speaker=f2v.voice_like(reference=tmp_path / "quiet.wav"))
+    take = f2v.synthesize_clip(clip, speaker=f2v.voice_like(reference=tmp_path / "quiet.wav"))
     assert hz_of(take.wav) == pytest.approx(hz_of(wav), rel=0.1)
 
 
@@ -838,7 +863,7 @@ def test_a_reference_without_speech_is_one_line(f2v, tmp_path):
     click[8000:8100] = 0.5
     save_wav(tmp_path / "click.wav", click)
     with pytest.raises(MediaError, match="of speech"):
-        f2v.hear(tmp_path / "click.wav")
+        f2v.embed_reference(tmp_path / "click.wav")
 
 
 # --- doubts
@@ -846,7 +871,7 @@ def test_a_reference_without_speech_is_one_line(f2v, tmp_path):
 
 @pytest.fixture(scope="module")
 def seen(f2v):
-    return f2v.watch(SAMPLES[2])
+    return f2v.preprocess(SAMPLES[2])
 
 
 def doubts_of(f2v, frames, tmp_path):
@@ -870,7 +895,7 @@ def test_a_hidden_mouth_is_said(f2v, tmp_path):
     from scipy import ndimage
 
     frames = read_video(SAMPLES[2]).frames.copy()
-    (x, y) = f2v.watch(SAMPLES[2])[1].track.points[0, 3:].mean(0).astype(int)
+    (x, y) = f2v.preprocess(SAMPLES[2])[1].track.points[0, 3:].mean(0).astype(int)
     part = slice(None), slice(y - 16, y + 20), slice(x - 30, x + 30)
     frames[part] = ndimage.uniform_filter(frames[part], (0, 15, 15, 0))
     assert "unsure" in doubts_of(f2v, frames, tmp_path)
@@ -887,7 +912,9 @@ def test_a_face_that_looks_aside_is_said(seen, f2v):
     rolled = np.stack([rolled.real, rolled.imag], -1)
     for turned in (profile, narrow, rolled):
         assert S.turned_away(turned)
-    said = f2v.doubts(looked._replace(track=looked.track._replace(points=profile)), -20.0, 0.0)
+    said = f2v.quality_notes(
+        looked._replace(track=looked.track._replace(points=profile)), -20.0, 0.0
+    )
     assert len(said) == 1 and "turned aside" in said[0]
 
 

@@ -1,4 +1,4 @@
-"Oracles of the solvers lesson: orders of convergence, closed solutions, another library, identities."
+"Oracles of the solvers lesson: orders of convergence, closed solutions, a peer, identities."
 
 import math
 import pytest
@@ -83,7 +83,10 @@ def test_second_order_on_a_linear_field_in_closed_form(solve):
 
 def test_rk4_is_torchdiffeqs():
     odeint = pytest.importorskip("torchdiffeq", reason="torchdiffeq is a development extra").odeint
-    field = lambda x, t: torch.sin(3 * t) * x + torch.cos(x)
+
+    def field(x, t):
+        return torch.sin(3 * t) * x + torch.cos(x)
+
     x0 = torch.randn(5, 2).double()
     for ours, theirs in ((euler, "euler"), (midpoint, "midpoint")):
         same(
@@ -100,15 +103,14 @@ def test_rk4_is_torchdiffeqs():
 
 def test_rk4_on_a_flow_against_an_adaptive_solver():
     odeint = pytest.importorskip("torchdiffeq", reason="torchdiffeq is a development extra").odeint
-    m, s, w = (
-        torch.tensor([[2.0, 1.0], [-2.0, 0.0]]).double(),
-        torch.tensor([0.3, 0.5]).double(),
-        torch.tensor([0.4, 0.6]).double(),
-    )
-    field, x0 = (
-        (lambda x, t: mixture_field(x, t, m, s, w)),
-        torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).double(),
-    )
+    means = torch.tensor([[2.0, 1.0], [-2.0, 0.0]]).double()
+    stds = torch.tensor([0.3, 0.5]).double()
+    weights = torch.tensor([0.4, 0.6]).double()
+
+    def field(x, t):
+        return mixture_field(x, t, means, stds, weights)
+
+    x0 = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).double()
     same(
         rk4(field, x0, grid(200))[-1],
         odeint(lambda t, x: field(x, t), x0, grid(1), rtol=1e-9, atol=1e-9)[-1],
@@ -136,8 +138,8 @@ def test_guidance_identities():
     same(guide(c, u, 1.0), c, atol=1e-12)
     same(guide(c, c, 7.0), c, atol=1e-12)
     same(guide(c, u, 1.7), 1.7 * c - 0.7 * u, atol=1e-12)
-    fc, fu = (lambda x, t: c * t), (lambda x, t: u + x)
-    same(guided(fc, fu, 2.0)(c, torch.tensor(0.5).double()), guide(c * 0.5, u + c, 2.0), atol=1e-12)
+    field = guided(lambda x, t: c * t, lambda x, t: u + x, 2.0)
+    same(field(c, torch.tensor(0.5).double()), guide(c * 0.5, u + c, 2.0), atol=1e-12)
 
 
 BLOBS = (
@@ -157,10 +159,8 @@ def test_a_race_costs_everyone_the_same_and_knows_where_it_should_end():
     same(end, x0, atol=1e-4)
     for name, (way, error) in found.items():
         same(way[0], x0)
-        assert (
-            len(way) == 32 // SOLVERS[name][1] + 1
-            and abs(error - (way[-1] - x0).square().mean().sqrt().item()) < 1e-4
-        )
+        assert len(way) == 32 // SOLVERS[name][1] + 1
+        assert abs(error - (way[-1] - x0).square().mean().sqrt().item()) < 1e-4
     assert found["rk4"][1] < found["midpoint"][1] < found["euler"][1]
 
 
@@ -171,12 +171,12 @@ def test_a_price_that_not_all_can_pay_is_refused(nfe):
 
 
 def shown(**dials):  # title → its number, and what is drawn
-    canvas = FigureCanvasAgg(fig := plot_race(BLOBS, **dials))
+    fig = plot_race(BLOBS, **dials)
+    canvas = FigureCanvasAgg(fig)
     canvas.draw()
-    return {
-        ax.get_title().split(",")[0]: float(ax.get_title().split("error ")[1])
-        for ax in fig.axes[1:]
-    }, bytes(canvas.buffer_rgba())
+    titles = [ax.get_title() for ax in fig.axes[1:]]
+    errors = {title.split(",")[0]: float(title.split("error ")[1]) for title in titles}
+    return errors, bytes(canvas.buffer_rgba())
 
 
 def test_every_dial_of_the_race_changes_the_picture():

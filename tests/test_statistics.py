@@ -1,6 +1,7 @@
 "Intervals hold the truth as often as they say; the rest agrees with SciPy, or with a sum by hand."
 
-import itertools, warnings
+import itertools
+import warnings
 import numpy as np
 import pytest
 from scipy import stats

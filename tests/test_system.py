@@ -1,6 +1,7 @@
-"The whole path as a user takes it: files in, files out, through the command line, with the shipped model."
+"The whole path as a user takes it: files in, files out, by command line, with the shipped model."
 
-import json, shutil
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 from faces2voices import FacesToVoices
-from faces2voices.audio import load_audio
+from faces2voices.soundfiles import load_audio
 from faces2voices.cli import app
 from faces2voices.errors import CheckpointError, MediaError, NoFaceError
 from faces2voices.core import test_same as same
-from faces2voices.video import read_video, write_video
+from faces2voices.media import write_video
+from faces2voices.video import read_video
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = sorted((ROOT / "data_samples").glob("*.mp4"))
@@ -42,10 +44,8 @@ def test_synthesize_writes_sound_dub_and_report(tmp_path):
     result = run("synthesize", SAMPLES[0], SAMPLES[1], "-o", tmp_path / "out", "--steps", 4)
     assert result.exit_code == 0, result.output
     for clip in SAMPLES[:2]:
-        wav, video = (
-            load_audio(tmp_path / "out" / f"{clip.stem}.wav"),
-            read_video(tmp_path / "out" / f"{clip.stem}.dubbed.mp4"),
-        )
+        wav = load_audio(tmp_path / "out" / f"{clip.stem}.wav")
+        video = read_video(tmp_path / "out" / f"{clip.stem}.dubbed.mp4")
         assert len(wav) == 640 * len(video.frames) and wav.abs().max() > 0.02
         assert np.array_equal(video.frames, read_video(clip).frames), "the frames were touched"
     page = (tmp_path / "out" / "report.html").read_text()
@@ -54,7 +54,8 @@ def test_synthesize_writes_sound_dub_and_report(tmp_path):
 
 
 def test_outputs_carry_the_tag(tmp_path):
-    import av, soundfile
+    import av
+    import soundfile
 
     assert run("synthesize", SAMPLES[0], "-o", tmp_path, "--no-report", "--steps", 2).exit_code == 0
     with av.open(str(tmp_path / f"{SAMPLES[0].stem}.dubbed.mp4")) as c:
@@ -65,14 +66,12 @@ def test_outputs_carry_the_tag(tmp_path):
 
 
 def test_a_seed_repeats_and_the_result_does_not_need_the_sound(f2v, silent):
-    a, b, c = (
-        f2v(SAMPLES[0], steps=4, seed=3),
-        f2v(SAMPLES[0], steps=4, seed=3),
-        f2v(SAMPLES[0], steps=4, seed=4),
-    )
+    a = f2v(SAMPLES[0], steps=4, seed=3)
+    b = f2v(SAMPLES[0], steps=4, seed=3)
+    c = f2v(SAMPLES[0], steps=4, seed=4)
     same(a.wav, b.wav, atol=1e-6)
     assert (a.wav - c.wav).abs().max() > 1e-3
-    assert f2v(silent, steps=4).truth is None
+    assert f2v(silent, steps=4).true_mel is None
 
 
 def test_one_bad_file_does_not_stop_the_others(tmp_path):
@@ -100,13 +99,13 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_a_dub_that_fails_keeps_the_sound(tmp_path, f2v, monkeypatch):
-    from faces2voices import synthesis
+    from faces2voices import files
 
     def broken(*a, **k):
         raise MediaError("x", "disk full")
 
-    monkeypatch.setattr(synthesis, "dub_video", broken)
-    done = synthesis.synthesize_file(f2v, SAMPLES[0], tmp_path, True, steps=2)
+    monkeypatch.setattr(files, "dub_video", broken)
+    done = files.synthesize_file(f2v, SAMPLES[0], tmp_path, True, steps=2)
     assert "disk full" in done.error and [Path(p).name for p in done.written] == [
         f"{SAMPLES[0].stem}.wav"
     ]
@@ -131,7 +130,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_input_is_one_clear_line(tmp_path, kind):
-    from faces2voices.audio import save_wav
+    from faces2voices.soundfiles import save_wav
 
     save_wav(tmp_path / "a.wav", torch.zeros(16000))
     path = tmp_path / f"{kind}.mp4"
@@ -255,7 +254,10 @@ def test_real_clips(tmp_path, shared, clip):
 
 
 def test_real_clip_without_any_face_model(tmp_path, shared, monkeypatch):
-    "Nobody named a folder: the coarse finder serves, and what it cannot do is said, here and in the report."
+    """Nobody named a folder: the coarse finder serves.
+
+    What it cannot do is said, here and in the report.
+    """
     for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -334,4 +336,4 @@ def test_a_model_sees_the_kind_of_expression_that_it_knows(monkeypatch, finder, 
     monkeypatch.setattr(
         synthesis, "make_backend", lambda name, root=None: Named(finder if name == "auto" else name)
     )
-    assert FacesToVoices(replace(GRID, expression_dim=size).to_json()).eyes().name == expected
+    assert FacesToVoices(replace(GRID, expression_dim=size).to_json()).face_backend.name == expected

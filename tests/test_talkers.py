@@ -1,29 +1,32 @@
 "The sound of the synthetic world, and the clips made of it. Faces have tests of their own."
 
-import importlib.util, io, json, math
+from itertools import chain
+import importlib.util
+import io
+import json
+import math
 from pathlib import Path
 import numpy as np
 import pytest
-from faces2voices import talkers
-from faces2voices.audio import energy, load_audio, pitch
+from faces2voices import speaking
+from faces2voices.soundfiles import load_audio
+from faces2voices.audio import energy, pitch
 from faces2voices.errors import CorpusError, ToolMissingError
 from faces2voices.core import test_same, FPS
+from faces2voices.speaking import GLIDES, VISEMES, formant_ratio, mouth_track, speak
+from faces2voices.drawing import draw_face
 from faces2voices.talkers import (
     CAUSES,
     F0,
-    GLIDES,
     GRAMMAR,
-    TRACT,
-    VISEMES,
+    VOCAL_TRACT_LENGTH,
     Nuisance,
     apply_loudness,
     blinks,
     dials_of,
-    draw_face,
     draw_shapes,
     draw_voice,
     expression_track,
-    formant_ratio,
     head_motion,
     jsgf,
     light_and_noise,
@@ -32,10 +35,8 @@ from faces2voices.talkers import (
     make_corpus,
     make_sentence,
     make_talker,
-    mouth_track,
     perform,
     sketch,
-    speak,
     split_of,
     talker_widget,
     voice_of,
@@ -56,36 +57,36 @@ def mean_f0(wav):
 
 def test_the_grammar_has_five_columns_of_eleven_different_words():
     assert [len(words) for words in GRAMMAR.values()] == [11] * 5
-    assert len({w for words in GRAMMAR.values() for w in words}) == 55
+    assert len(set(chain.from_iterable(GRAMMAR.values()))) == 55
     assert all(
         a in words
         for a, words in zip(make_sentence(np.random.default_rng(0)).split(), GRAMMAR.values())
     )
-    assert all(f" {w}" in jsgf() for words in GRAMMAR.values() for w in words)
+    assert all(f" {w}" in jsgf() for w in chain.from_iterable(GRAMMAR.values()))
 
 
 def test_voices_fill_their_range_and_covary():
     rng = np.random.default_rng(0)
-    tract, f0 = np.array([draw_voice(rng) for _ in range(2000)]).T
-    for x, (low, high) in ((tract, TRACT), (f0, F0)):
+    length, f0 = np.array([draw_voice(rng) for _ in range(2000)]).T
+    for x, (low, high) in ((length, VOCAL_TRACT_LENGTH), (f0, F0)):
         assert x.min() > low and x.max() < high
         quarters = np.histogram(np.log(x), 4, np.log((low, high)))[0] / len(x)
         np.testing.assert_allclose(quarters, 0.25, atol=0.04)
-    assert -0.8 < np.corrcoef(np.log(tract), np.log(f0))[0, 1] < -0.65
+    assert -0.8 < np.corrcoef(np.log(length), np.log(f0))[0, 1] < -0.65
 
 
 @needs_espeak
 @pytest.mark.parametrize(
-    "f0, tract",
+    "f0, length",
     [(85.0, 1.18), (85.0, 0.9), (110.0, 1.05), (130.0, 1.0), (180.0, 1.1), (240.0, 0.85)],
 )
-def test_measured_pitch_is_the_pitch_asked_for(f0, tract):
-    assert mean_f0(speak(SENTENCE, tract, f0).wav) == pytest.approx(f0, rel=0.05)
+def test_measured_pitch_is_the_pitch_asked_for(f0, length):
+    assert mean_f0(speak(SENTENCE, length, f0).wav) == pytest.approx(f0, rel=0.05)
 
 
 @needs_espeak
 def test_pitch_of_a_performance_follows_talker_and_arousal():
-    "Mean F0 over the voiced frames, against the talker's own times 1.25 to the power of the arousal."
+    "Mean F0 of the voiced frames, against the talker's own times 1.25 ** arousal."
     ratios = []
     for i in range(5):
         talker = make_talker(100 + i)
@@ -130,10 +131,8 @@ def test_brows_rise_with_the_pitch():
         return -np.nonzero(picture[..., 1] - picture[..., 0] > 40)[0].mean()
 
     dial = np.linspace(-1, 1, 5)
-    brows, log_f0 = (
-        [height(a) for a in dial],
-        [math.log(mean_f0(speak(SENTENCE, f0=130.0, levels=[a] * 5).wav)) for a in dial],
-    )
+    brows = [height(a) for a in dial]
+    log_f0 = [math.log(mean_f0(speak(SENTENCE, f0=130.0, levels=[a] * 5).wav)) for a in dial]
     assert (
         (np.diff(brows) > 1).all()
         and (np.diff(log_f0) > 0.05).all()
@@ -172,7 +171,7 @@ def test_phonemes_and_words_tile_the_sentence():
             a[2] <= b[1] + 1e-9 for a, b in zip(marks, marks[1:])
         )
         assert 0 <= marks[0][1] and marks[-1][2] <= len(said.wav) / 16000 + 1e-3
-    known = set(GLIDES) | {p for phones, _, _ in VISEMES.values() for p in phones.split()}
+    known = set(GLIDES) | set(" ".join(phones for phones, _, _ in VISEMES.values()).split())
     assert {symbol for symbol, _, _ in said.phones} <= known
 
 
@@ -184,8 +183,8 @@ def test_every_word_of_the_grammar_has_visemes():
 
 
 def test_every_glide_ends_in_known_sounds():
-    known = {p for phones, _, _ in VISEMES.values() for p in phones.split()}
-    assert {p for pair in GLIDES.values() for p in pair.split()} <= known
+    known = set(" ".join(phones for phones, _, _ in VISEMES.values()).split())
+    assert set(" ".join(GLIDES.values()).split()) <= known
 
 
 @needs_espeak
@@ -204,7 +203,7 @@ def test_lips_touch_while_a_p_is_silent():
 
 @needs_espeak
 def test_closed_lips_begin_and_end_with_the_sound():
-    "Every p, b and m: the first and the last closed frame lie within a frame of the phoneme's own times."
+    "Every p, b and m: first and last closed frame lie within a frame of the phoneme's times."
     seen = 0
     for i in range(4):
         said = perform(np.random.default_rng(i), make_talker(i), "bobby moved many purple pumpkins")
@@ -228,7 +227,7 @@ def test_closed_lips_begin_and_end_with_the_sound():
 
 @needs_espeak
 def test_the_drawn_mouth_opens_with_the_sound():
-    "The dark between the lips, counted in the pixels, goes with the opening that the phonemes ask for, at no delay."
+    "The dark between the lips, counted in pixels, goes with the opening asked for, at once."
     talker = make_talker(3)
     clip = make_clip(
         1,
@@ -299,7 +298,9 @@ def test_nuisances_can_be_turned_off():
 
 @needs_espeak
 def test_each_nuisance_has_its_own_dial_and_none_is_heard():
-    clip = lambda nuisance: make_clip(1, make_talker(3), "anna", nuisance)
+    def clip(nuisance):
+        return make_clip(1, make_talker(3), "anna", nuisance)
+
     usual, still, bare = clip(1.0), clip(Nuisance(motion=0)), clip(0)
     test_same(usual.frames, clip(Nuisance()).frames)
     for c in (still, bare):
@@ -322,11 +323,9 @@ def test_each_nuisance_has_its_own_dial_and_none_is_heard():
 
 @needs_espeak
 def test_the_same_seed_gives_the_same_bytes():
-    clip, again, other = (
-        make_clip(5, make_talker(2)),
-        make_clip(5, make_talker(2)),
-        make_clip(6, make_talker(2)),
-    )
+    clip = make_clip(5, make_talker(2))
+    again = make_clip(5, make_talker(2))
+    other = make_clip(6, make_talker(2))
     test_same(clip.frames, again.frames)
     test_same(clip.wav, again.wav)
     test_same(clip.points, again.points)
@@ -355,18 +354,17 @@ def test_the_link_changes_the_face_and_not_the_voice():
 
 
 def test_voice_and_dials_are_inverse():
-    for formants, f0 in ((0.85, 85.0), (1.0, 143.0), (1.18, 240.0)):
-        np.testing.assert_allclose(
-            voice_of(*dials_of(formants, math.log(f0))), (formants, math.log(f0))
-        )
+    for length, f0 in ((0.85, 85.0), (1.0, 143.0), (1.18, 240.0)):
+        voice = length, math.log(f0)
+        np.testing.assert_allclose(voice_of(*dials_of(*voice)), voice)
 
 
 @pytest.mark.parametrize("link", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_the_link_is_its_closed_form(link):
-    "Talkers as they are met: each feature follows its own dial by the closed form, and the other one through the voice."
+    "Talkers as they are met: a feature follows its own dial, and the other through the voice."
     met = [make_talker(seed, link) for seed in range(1200)]
     log_f0, formants, brow, chin = np.array(
-        [(np.log(t.f0), 1 / t.tract, t.face.brow, t.face.chin) for t in met]
+        [(np.log(t.f0), 1 / t.vocal_tract_length, t.face.brow, t.face.chin) for t in met]
     ).T
     r, due = np.corrcoef([log_f0, formants, brow, chin]), link_correlation(link)
     assert r[0, 2] == pytest.approx(-due, abs=0.08) and r[1, 3] == pytest.approx(-due, abs=0.08)
@@ -374,13 +372,15 @@ def test_the_link_is_its_closed_form(link):
 
 
 def test_setting_the_pitch_does_not_move_the_chin():
-    formants, log_f0, faces = draw_shapes(1200, link=1.0)
-    r = np.corrcoef([log_f0, formants, [f.brow for f in faces], [f.chin for f in faces]])
+    lengths, log_f0, faces = draw_shapes(1200, link=1.0)
+    r = np.corrcoef([log_f0, 1 / lengths, [f.brow for f in faces], [f.chin for f in faces]])
     assert abs(r[0, 3]) < 0.1 and abs(r[1, 2]) < 0.1 and r[0, 2] < -0.98 and r[1, 3] < -0.98
 
 
 def test_the_graph_has_no_cycle_and_ends_in_sound_and_picture():
-    ends = lambda node: {node} if node not in CAUSES else set().union(*map(ends, CAUSES[node]))
+    def ends(node):
+        return {node} if node not in CAUSES else set().union(*map(ends, CAUSES[node]))
+
     assert [ends(s) for s in ("what", "who", "how")] == [{"sound", "picture"}] * 3 and ends(
         "chance"
     ) == {"picture"}
@@ -404,14 +404,16 @@ def test_a_drawn_face_has_its_voice():
 @needs_espeak
 def test_the_widget_follows_its_sliders():
     pytest.importorskip("ipywidgets")
-    import matplotlib.pyplot as plt, soundfile
+    import matplotlib.pyplot as plt
+    import soundfile
 
     controls, picture = talker_widget(text=SENTENCE).children
     *dials, sound = controls.children
-    shown = lambda: (
-        plt.imread(io.BytesIO(picture.value), format="jpeg").astype(int),
-        soundfile.read(io.BytesIO(sound.value))[0],
-    )
+
+    def shown():
+        face = plt.imread(io.BytesIO(picture.value), format="jpeg").astype(int)
+        return face, soundfile.read(io.BytesIO(sound.value))[0]
+
     assert [d.description for d in dials] == ["length", "weight", "brows"] and not sound.autoplay
     _, before = shown()
     for dial, value in zip(dials, (0.5, -1.0, 1.0)):
@@ -441,7 +443,9 @@ def test_splits_keep_talkers_apart_and_do_not_move():
 
 @needs_espeak
 def test_corpus_is_resumed_and_guards_its_world(tmp_path):
-    lines = lambda: [json.loads(x) for x in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    def lines():
+        return [json.loads(x) for x in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+
     make_corpus(tmp_path, 1, 2, workers=1)
     first, (a, b) = lines(), [tmp_path / line["path"] for line in lines()]
     stamp = a.stat().st_mtime_ns
@@ -459,7 +463,9 @@ def test_corpus_is_resumed_and_guards_its_world(tmp_path):
 
 @needs_espeak
 def test_a_corpus_knows_its_nuisances(tmp_path):
-    world = lambda: json.loads((tmp_path / "world.json").read_text())
+    def world():
+        return json.loads((tmp_path / "world.json").read_text())
+
     make_corpus(tmp_path, 1, 1, nuisance=Nuisance(noise=0), workers=1)
     assert (
         world()["nuisance"]
@@ -511,4 +517,4 @@ def test_the_original_is_understood():
 def test_a_missing_synthesiser_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "espeakng_loader", None)
     with pytest.raises(ToolMissingError, match="espeakng-loader"):
-        talkers.Espeak()
+        speaking.Espeak()

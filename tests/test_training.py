@@ -1,30 +1,39 @@
 "The training loop: resume, averages, the guard, checkpoints, adversaries, two processes."
 
-import json, math, os, signal, subprocess, sys, time, weakref
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
-import psutil, pytest, torch
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 from faces2voices.errors import CheckpointError, CorpusError, F2VError, ToolMissingError
 from faces2voices.core import PRESETS, test_same as same
-from faces2voices import training
+from faces2voices import costs, runs, training
+from faces2voices.runs import open_board, SampleLogger
 from faces2voices.training import (
     EMA,
-    Watch,
     adapt,
-    dry_run,
     fit,
     fit_eigenlips,
-    open_board,
-    scene_batches,
-    scenes,
+    decoder_batches,
+    precompute_mu,
     schedule,
     shuffled,
-    train_the_vocoder,
+    train_model_vocoder,
 )
+from faces2voices.costs import dry_run
 from test_corpora import made_clip
 
 
@@ -77,11 +86,13 @@ def test_resume_is_exact(tmp_path):
     again = train(c, tmp_path / "b")
     for k, v in a.state_dict().items():
         same(v, c.state_dict()[k])
-    strip = lambda log: [{k: v for k, v in line.items() if k != "seconds"} for line in log]
+
+    def strip(log):
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in log]
+
     assert strip(log) == strip(again)
-    assert [
-        json.loads(l)["step"] for l in (tmp_path / "b" / "net.jsonl").read_text().splitlines()
-    ] == [5, 10, 15, 20]
+    lines = (tmp_path / "b" / "net.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
 
 
 def test_a_crash_loses_only_the_steps_since_the_last_save(tmp_path):
@@ -101,19 +112,21 @@ from faces2voices.training import fit
 torch.manual_seed(int(sys.argv[2]))
 m = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(.2), nn.Linear(8, 1))
 def batch(step): return torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+def loss(x): return (m(x) - x.sum(1, keepdim=True)).pow(2).mean()
 def say(line, average): print(line["step"], flush=True)
-fit(lambda x: (m(x) - x.sum(1, keepdim=True)).pow(2).mean(), m, batch, 200, 1e-2, name="m", run_dir=sys.argv[1], log_every=10, save_every_seconds=0, callback=say)
+fit(loss, m, batch, 200, 1e-2, name="m", run_dir=sys.argv[1], log_every=10, save_every_seconds=0,
+    callback=say)
 """
 
 
 def test_killed_without_warning_it_ends_with_the_same_weights(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(KILLED)
-    start = lambda folder, seed: subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / folder), str(seed)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+
+    def start(folder, seed):
+        command = [sys.executable, str(script), str(tmp_path / folder), str(seed)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
     victim = start("killed", 0)
     while int(victim.stdout.readline()) < 60:
         pass
@@ -123,10 +136,8 @@ def test_killed_without_warning_it_ends_with_the_same_weights(tmp_path):
     assert 50 <= reached < 200, "killed in the middle"
     for folder, seed in (("killed", 99), ("straight", 0)):
         assert start(folder, seed).wait() == 0
-    one, two = (
-        torch.load(tmp_path / d / "m.ckpt", weights_only=True)["learners"][0]
-        for d in ("killed", "straight")
-    )
+    files = [tmp_path / folder / "m.ckpt" for folder in ("killed", "straight")]
+    one, two = (torch.load(file, weights_only=True)["learners"][0] for file in files)
     for part in ("module", "ema"):
         for k in one[part]:
             same(one[part][k], two[part][k])
@@ -168,11 +179,9 @@ def drawn_by(workers, adversary, run_dir=None, callback=None):
 
         return loss
 
-    losses, modules = (
-        (tuple(map(loss_of, models)), tuple(models))
-        if adversary
-        else (loss_of(models[0]), models[0])
-    )
+    losses, modules = loss_of(models[0]), models[0]
+    if adversary:
+        losses, modules = tuple(map(loss_of, models)), tuple(models)
     fit(
         losses,
         modules,
@@ -247,19 +256,22 @@ def test_drawing_leaves_the_global_generator_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with training.Run(
-        [], training.Recipe(4, 1, 1.0, False, 1, 1, 1.0, 0), "x", None, training.Accelerator()
-    ).draw(batch_of, 0) as drawn:
+    config = training.TrainConfig(4, 1, 1.0, False, 1, 1, 1.0, 0)
+    with training.Trainer([], config, "x", None, Accelerator()).prefetch(batch_of, 0) as drawn:
         assert len(list(drawn)) == 4
     same(torch.rand(2), expected)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    layers = lambda: (torch.manual_seed(0), nn.Linear(3, 1))[1]
-    a, b = layers(), layers()
-    both = lambda step: tuple(
-        torch.cat(pair) for pair in zip(batch_of(2 * step), batch_of(2 * step + 1))
-    )
+    def layer():
+        torch.manual_seed(0)
+        return nn.Linear(3, 1)
+
+    def both(step):
+        pairs = zip(batch_of(2 * step), batch_of(2 * step + 1))
+        return tuple(torch.cat(pair) for pair in pairs)
+
+    a, b = layer(), layer()
     halves = fit(loss_of(a), a, batch_of, 10, 1e-2, name="a", accumulate=2)
     whole = fit(loss_of(b), b, both, 10, 1e-2, name="b")
     same(a.weight, b.weight, atol=1e-6)
@@ -267,20 +279,19 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 
 def test_watching_leaves_pictures_and_sounds(tmp_path):
-    watch = Watch(
+    watch = SampleLogger(
         tmp_path, "part", lambda module: torch.zeros(80, 100), torch.ones(80, 100), every=10
     )
     for step in (5, 10, 20):
         watch(dict(step=step, total=1.0), None)
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
-        f"part-0000{n}.{kind}" for n in (10, 20) for kind in ("png", "wav")
-    ]
+    written = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    assert written == [f"part-0000{end}" for end in ("10.png", "10.wav", "20.png", "20.wav")]
 
 
 def test_a_board_gets_the_numbers(tmp_path):
     pytest.importorskip("tensorboard", reason="pip install faces2voices[board]")
     board = open_board(tmp_path)
-    Watch(
+    SampleLogger(
         tmp_path,
         "part",
         lambda module: torch.zeros(80, 100),
@@ -499,7 +510,7 @@ def test_frozen_weights_stay_frozen():
 @pytest.mark.parametrize("n,batch", [(10, 4), (7, 7), (3, 8), (5, 1)])
 def test_shuffled_shows_every_example_once_a_pass(n, batch):
     draw = shuffled(n, batch, seed=3)
-    seen = [i for step in range(3 * n) for i in draw(step)]
+    seen = sum((draw(step) for step in range(3 * n)), [])
     assert all(len(draw(s)) == batch for s in range(5))
     for p in range(3 * batch):
         assert sorted(seen[p * n : (p + 1) * n]) == list(range(n))
@@ -534,7 +545,8 @@ class Echo(nn.Module):
 @pytest.fixture()
 def talk(tmp_path):
     "A data set of five clips in a folder."
-    from faces2voices.corpora import Clip, ClipDataset, Entry, save_clip, write_manifest
+    from faces2voices.manifests import Entry, write_manifest
+    from faces2voices.corpora import Clip, ClipDataset, save_clip
 
     for i in range(5):
         T, g = 30 + 5 * i, torch.Generator().manual_seed(i)
@@ -569,7 +581,7 @@ def stored(folder):
 
 
 def test_scenes_are_written_once_and_read_in_windows(talk, monkeypatch):
-    seen = scenes(Echo(), talk, batch=2, vary=0)
+    seen = precompute_mu(Echo(), talk, batch=2, vary=0)
     before = stored(talk.folder)
     assert len(seen) == len(before) == 10
     for i, clip in enumerate(talk):
@@ -581,7 +593,7 @@ def test_scenes_are_written_once_and_read_in_windows(talk, monkeypatch):
             .expand(80, -1)
         )
         same(seen[i].mu.float(), right, atol=2e-3)
-    a, b = (scene_batches(s, 4, seed=3)(5) for s in (seen, list(seen)))
+    a, b = (decoder_batches(s, 4, seed=3)(5) for s in (seen, list(seen)))
     assert (
         a.names == b.names
         and a.mu.shape == (4, 80, 128)
@@ -591,21 +603,22 @@ def test_scenes_are_written_once_and_read_in_windows(talk, monkeypatch):
     )
     lost = next(talk.folder.rglob("3.1.safetensors"))
     lost.unlink()
-    scenes(Echo(), talk, batch=2, vary=0)
+    precompute_mu(Echo(), talk, batch=2, vary=0)
     assert stored(talk.folder) == before
     monkeypatch.setattr(Echo, "forward", None)  # from now on nothing is computed
-    assert torch.equal(scenes(Echo(), talk, batch=2, vary=0)[7].mu, seen[7].mu)
+    assert torch.equal(precompute_mu(Echo(), talk, batch=2, vary=0)[7].mu, seen[7].mu)
 
 
 def test_scenes_of_other_weights_are_not_read(talk, tmp_path):
-    one, two = scenes(Echo(), talk, batch=5, views=1), scenes(Echo(2.0), talk, batch=5, views=1)
+    one = precompute_mu(Echo(), talk, batch=5, views=1)
+    two = precompute_mu(Echo(2.0), talk, batch=5, views=1)
     same(two[2].mu.float(), 2 * one[2].mu.float(), atol=4e-3)
     right = one[2].mu.clone()
     (tmp_path / "targets").rename(tmp_path / "old")
     (tmp_path / "targets").write_text("nothing can be written here")
-    same(scenes(Echo(), talk, tmp_path / "run", batch=5, views=1)[2].mu, right)
+    same(precompute_mu(Echo(), talk, tmp_path / "run", batch=5, views=1)[2].mu, right)
     assert len(stored(tmp_path / "run")) == 5
-    with pytest.raises(CorpusError, match="has lost the scene 2.0"):
+    with pytest.raises(CorpusError, match="has lost the example 2.0"):
         one[2]
 
 
@@ -613,11 +626,11 @@ def test_the_paper_size_is_counted_without_memory_for_it():
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    costs = {c.part: c for c in dry_run(PRESETS["paper"])}
+    counted = {c.part: c for c in dry_run(PRESETS["paper"])}
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
     )  # kB; the weights alone would be 1.5 GB
-    hierarchy = costs["hierarchy"]
+    hierarchy = counted["hierarchy"]
     assert hierarchy.weights - hierarchy.trained == pytest.approx(
         324.6, abs=0.5
     )  # AV-HuBERT Large is frozen (its input for sound left out)
@@ -626,7 +639,8 @@ def test_the_paper_size_is_counted_without_memory_for_it():
 
 
 def test_adapting_keeps_units_and_voices_and_moves_the_rest(tmp_path):
-    from faces2voices.corpora import prepare, read_manifest
+    from faces2voices.manifests import read_manifest
+    from faces2voices.preparing import prepare
     from faces2voices.synthesis import FacesToVoices
 
     talkers = FacesToVoices.from_pretrained("talkers", device="cpu")
@@ -634,7 +648,7 @@ def test_adapting_keeps_units_and_voices_and_moves_the_rest(tmp_path):
         e._replace(split="train")
         for e in read_manifest(Path(__file__).parents[1] / "data_samples" / "manifest.jsonl")[:2]
     ]
-    prepare(entries, tmp_path / "clips", talkers.eyes())
+    prepare(entries, tmp_path / "clips", talkers.face_backend)
     adapted = FacesToVoices.from_pretrained(
         adapt("talkers", tmp_path / "clips", tmp_path / "run", steps=1), device="cpu"
     )
@@ -684,7 +698,7 @@ def small(**kw):
 
 def test_a_first_model_hands_on_its_vocoder_as_it_is(tmp_path):
     first, model = small(), small()
-    train_the_vocoder(model, [], model.preset, tmp_path, first, 0)
+    train_model_vocoder(model, [], model.preset, tmp_path, first, 0)
     for a, b in zip(first.vocoder.parameters(), model.vocoder.parameters()):
         same(a, b)
 
@@ -713,9 +727,9 @@ def test_the_vocoder_hears_all_worlds_and_their_pitch(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train_vocoder", listen)
-        train_the_vocoder(model, worlds, model.preset, tmp_path, None, 0)
+        train_model_vocoder(model, worlds, model.preset, tmp_path, None, 0)
     assert len(heard) == 3 and all(c.shape == (2, len(w) // 320) for w, c in heard)
-    train_the_vocoder(model, worlds, model.preset, tmp_path, None, 0)
+    train_model_vocoder(model, worlds, model.preset, tmp_path, None, 0)
     assert (tmp_path / "vocoder-plain.ckpt").exists() and (
         tmp_path / "vocoder-critics.ckpt"
     ).exists()
@@ -724,14 +738,17 @@ def test_the_vocoder_hears_all_worlds_and_their_pitch(tmp_path):
 @pytest.fixture()
 def crowd(tmp_path):
     "A folder of 30 prepared clips of two people."
-    from faces2voices.corpora import Entry, save_clip, write_manifest
+    from faces2voices.manifests import Entry, write_manifest
+    from faces2voices.corpora import save_clip
 
     entries, folder = [], tmp_path / "crowd"
     for i in range(30):
         clip = made_clip(f"clip{i}", 26 + i, "ab"[i % 2], seed=i)
         save_clip(clip, folder / f"{clip.name}.npz", "eyes")
         facts = dict(frames=26 + i, sound=True, backend="eyes")
-        entries.append(Entry(clip.name, folder / "x.mp4", clip.speaker, extra=facts, split="train"))
+        entries.append(
+            Entry(clip.name, folder / "x.mp4", clip.speaker_id, extra=facts, split="train")
+        )
     write_manifest(entries, folder / "manifest.jsonl")
     return folder
 
@@ -752,10 +769,11 @@ def test_voices_and_vocoder_hold_no_more_than_the_cache(crowd, tmp_path, monkeyp
     monkeypatch.setattr(corpora, "with_targets", counted)
     few = dict(steps=dict.fromkeys(PARTS, 12), batch=dict.fromkeys(PARTS, 4))
     model, dataset = small(**few), corpora.ClipDataset(crowd)
-    dataset.heard = dataset.recent = corpora.Recent(1.2e6)  # six clips
+    dataset.cache = corpora.ClipCache(1.2e6)  # six clips
+    dataset.sound_cache = dataset.cache
     training.train_speaker(model, dataset, model.preset, None, 0)
-    train_the_vocoder(model, [dataset], model.preset, tmp_path / "run", None, 0, workers=0)
-    assert len(dataset.heard.clips) < most < 12
+    train_model_vocoder(model, [dataset], model.preset, tmp_path / "run", None, 0, workers=0)
+    assert len(dataset.sound_cache.clips) < most < 12
 
 
 def test_clips_that_are_read_one_by_one_give_the_same_weights(crowd, tmp_path):
@@ -767,9 +785,9 @@ def test_clips_that_are_read_one_by_one_give_the_same_weights(crowd, tmp_path):
     a, b, whole = small(**few), small(**few), list(ClipDataset(crowd))
     b.vocoder.load_state_dict(a.vocoder.state_dict())
     training.train_speaker(a, ClipDataset(crowd), a.preset, None, 3)
-    voices = [[c.mel for c in whole if c.speaker == who] for who in "ab"]
+    voices = [[c.mel for c in whole if c.speaker_id == who] for who in "ab"]
     encoder, _ = train_speaker_encoder(voices, 4, 8, a.preset.lr["speaker"], seed=3)
-    train_the_vocoder(a, [ClipDataset(crowd)], a.preset, tmp_path / "a", None, 3, workers=2)
+    train_model_vocoder(a, [ClipDataset(crowd)], a.preset, tmp_path / "a", None, 3, workers=2)
     wavs, tunes = [c.wav for c in whole], [torch.stack([c.log_f0, c.voiced]) for c in whole]
     train_vocoder(wavs, b.vocoder, b.preset, run_dir=tmp_path / "b", contours=tunes, seed=3)
     for one, other in ((a.speaker_encoder, encoder), (a.vocoder, b.vocoder)):
@@ -779,44 +797,43 @@ def test_clips_that_are_read_one_by_one_give_the_same_weights(crowd, tmp_path):
 
 def test_critics_judge_every_batch_of_a_step():
     "The loss over two batches of a step is the mean of what each gives alone."
-    from faces2voices.vocoder import Game, segment_batches, slim_critics
+    from faces2voices.vocoder import AdversarialLosses, segment_batches, slim_discriminators
 
     torch.manual_seed(0)
     model = small()
     draw = segment_batches(
         [0.1 * torch.randn(9000)] * 2, 2, model.vocoder.segment, contours=[torch.ones(2, 28)] * 2
     )
-    game, pair = Game(model.vocoder, slim_critics(), plain=True), [draw(0), draw(1)]
+    game = AdversarialLosses(model.vocoder, slim_discriminators(), keep_stft=True)
+    pair = [draw(0), draw(1)]
 
     def alone(b):
         game.generator_loss(b)
-        return game.critics_loss(b).item()
+        return game.discriminator_loss(b).item()
 
     apart = [alone(b) for b in pair]
     for b in pair:
         game.generator_loss(b)
-    assert [game.critics_loss(b).item() for b in pair] == pytest.approx(apart) and apart[
+    assert [game.discriminator_loss(b).item() for b in pair] == pytest.approx(apart) and apart[
         0
     ] != apart[1]
     assert not game.made
 
 
 def test_a_head_for_words_is_not_trained_on_nothing(tmp_path, monkeypatch):
-    from faces2voices import training
-    from faces2voices.errors import CorpusError
     from faces2voices.core import GRID
 
     class Wordless(list):
-        spoken = {"a": (), "b": ()}
+        word_times = {"a": (), "b": ()}
 
-    monkeypatch.setattr(training, "ClipDataset", lambda data, split: Wordless("ab"))
+    monkeypatch.setattr(runs, "ClipDataset", lambda data, split: Wordless("ab"))
     with pytest.raises(CorpusError, match="no word times"):
         training.train_system(GRID, tmp_path, "DATA")
     assert training.training_clips("DATA") == ["a", "b"]
 
 
 def test_eigenlips_are_fitted_once_and_only_where_they_are(monkeypatch):
-    from faces2voices.avhubert import EigenlipEncoder, SlimLipEncoder
+    from faces2voices.lipreading import EigenlipEncoder, SlimLipEncoder
 
     lips = torch.rand(4, 1, 20, 88, 88, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
@@ -876,7 +893,7 @@ def test_the_seed_decides_what_a_saved_model_does_not_hold(tmp_path):
     weights = []
     for before in (1, 2):
         torch.manual_seed(before)
-        model, _ = training.start(shrunk(), str(tmp_path), True, 0)
+        model, _ = training.build_seeded(shrunk(), str(tmp_path), True, 0)
         weights.append(model.hierarchy.content.masked.state_dict())
     for k in weights[0]:
         same(weights[0][k], weights[1][k])
@@ -901,7 +918,7 @@ def test_the_seed_decides_the_critics(tmp_path):
 
 
 def test_the_seed_decides_the_eigenlips(monkeypatch):
-    from faces2voices.avhubert import EigenlipEncoder
+    from faces2voices.lipreading import EigenlipEncoder
 
     lips = torch.rand(4, 1, 20, 88, 88, generator=torch.Generator().manual_seed(0))
     batch = SimpleNamespace(lips=lips, mask=torch.ones(4, 20, dtype=torch.bool))
@@ -930,7 +947,7 @@ def test_a_pass_is_shuffled_once(monkeypatch):
 
 
 def test_training_is_timed():
-    found = training.bench_train(shrunk(), "cpu", steps=2)
+    found = costs.bench_train(shrunk(), "cpu", steps=2)
     assert list(found["parts"]) == ["hierarchy", "decoder", "vocoder-plain", "vocoder-critics"]
     for part in found["parts"].values():
         assert part["steps_per_second"] > 0 and math.isfinite(part["loss"])
@@ -939,31 +956,29 @@ def test_training_is_timed():
 def test_the_first_steps_are_not_timed(monkeypatch):
     ticks = iter([100.0, 200.0, 300.0, 300.5, 301.0])  # WARM steps, and two that count
     clock = SimpleNamespace(perf_counter=lambda: next(ticks), time=time.time)
-    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(costs, "time", clock)
     model = nn.Linear(3, 1)
 
     def loss(x):
         return model(x).pow(2).mean()
 
-    assert training.time_steps(loss, model, torch.ones(2, 3), False, 2)["steps_per_second"] == 2.0
+    assert costs.time_steps(loss, model, torch.ones(2, 3), False, 2)["steps_per_second"] == 2.0
 
 
 def test_a_device_that_is_not_there_is_an_error():
     if torch.cuda.is_available():
         pytest.skip("it is there")
     with pytest.raises(F2VError, match="not on this machine"):
-        training.bench_train(shrunk(), "cuda")
+        costs.bench_train(shrunk(), "cuda")
 
 
 def test_hours_are_measured_or_left_out(tmp_path, monkeypatch):
     from faces2voices.core import TINY
 
-    monkeypatch.setattr(training, "SPEEDS", tmp_path)
+    monkeypatch.setattr(costs, "SPEEDS_DIR", tmp_path)
     preset = replace(TINY, steps=dict(hierarchy=3600, decoder=7200, vocoder=36000))
-    costs = [
-        training.Cost(part, 1.0, 1.0, 1.0, 1.0) for part in ("hierarchy", "decoder", "vocoder")
-    ]
-    table = training.show_costs(preset, costs)
+    counted = [costs.Cost(part, 1.0, 1.0, 1.0, 1.0) for part in ("hierarchy", "decoder", "vocoder")]
+    table = costs.show_costs(preset, counted)
     assert "not measured" in table and "| hours" not in table
 
     def speed(**kw):
@@ -973,20 +988,20 @@ def test_hours_are_measured_or_left_out(tmp_path, monkeypatch):
         )
 
     cpu = speed(hierarchy=2.0, decoder=4.0, vocoder_plain=9.0, vocoder_critics=0.5)
-    assert training.hours(preset, cpu) == pytest.approx(
+    assert costs.training_hours(preset, cpu) == pytest.approx(
         dict(hierarchy=0.5, decoder=0.5, vocoder=1.0 + 2.0)
     )
     gpu = speed(hierarchy=2.0, decoder=4.0, vocoder_critics=10.0)
-    assert training.hours(preset, gpu)["vocoder"] == pytest.approx(1.0)
+    assert costs.training_hours(preset, gpu)["vocoder"] == pytest.approx(1.0)
     (tmp_path / "train-speed.json").write_text(json.dumps(cpu))
-    table = training.show_costs(preset, costs)
+    table = costs.show_costs(preset, counted)
     assert "hours, an abacus" in table and "`count`" in table and "| 3 " in table
-    assert "not measured" in training.show_costs(replace(preset, name="grid"), costs)
+    assert "not measured" in costs.show_costs(replace(preset, name="grid"), counted)
 
 
 def test_voices_need_two_people_who_speak_twice(tmp_path):
     from faces2voices.errors import CorpusError
 
-    clips = [SimpleNamespace(speaker=s, mel=torch.zeros(80, 200)) for s in "aab"]
+    clips = [SimpleNamespace(speaker_id=s, mel=torch.zeros(80, 200)) for s in "aab"]
     with pytest.raises(CorpusError, match="CLIPS: has no two speakers"):
         training.train_speaker(small(), Clips(clips), shrunk(), None, 0)

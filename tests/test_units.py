@@ -16,9 +16,9 @@ from faces2voices.units import (
     make_quantizer,
     neighbours,
     phone_labels,
-    phone_reader,
+    fit_phone_classifier,
     purity,
-    read_phones,
+    predict_phones,
 )
 
 
@@ -89,16 +89,14 @@ def test_centroids_are_means_of_their_members(sounds):
 
 
 def test_different_sounds_get_different_units(quantizer, sounds):
-    units, labels = torch.cat([quantizer(w) for w, _ in sounds]), torch.cat([l for _, l in sounds])
-    inside = torch.cat(
-        [torch.tensor(([False] * 3 + [True] * 26 + [False] * 3) * 4) for _ in sounds]
-    )  # away from the boundaries
+    units = torch.cat([quantizer(w) for w, _ in sounds])
+    labels = torch.cat([label for _, label in sounds])
+    away = torch.tensor(([False] * 3 + [True] * 26 + [False] * 3) * 4)  # from the boundaries
+    inside = away.repeat(len(sounds))
     assert purity(units[inside], labels[inside]) > 0.97
-    held, true = four_sounds(99)
-    counts = contingency(units, labels)
-    assert (counts[quantizer(held)].argmax(1) == true)[
-        inside[:128]
-    ].float().mean() > 0.95  # and on a sound that was not seen
+    held, true = four_sounds(99)  # a sound that was not seen
+    named = contingency(units, labels)[quantizer(held)].argmax(1)
+    assert (named == true)[away].float().mean() > 0.95
 
 
 def test_loudness_and_channel_do_not_matter_much(quantizer, sounds):
@@ -116,14 +114,14 @@ def test_silence_and_a_constant_do_not_break(quantizer):
 
 
 def test_normalisation_makes_voices_share_units():
-    pairs = [four_sounds(seed, pitch) for pitch in (100.0, 230.0) for seed in range(6)]
-    who = torch.cat([torch.full((128,), i >= 6) for i in range(12)])
-    who = who.long()
-    leak = {
-        n: purity(torch.cat([q(w) for w, _ in pairs]), who)
-        for n in (True, False)
-        for q in [UnitQuantizer(8, partial(cepstra, normalise=n)).fit([w for w, _ in pairs])]
-    }
+    pairs = [four_sounds(seed, 100.0) for seed in range(6)]
+    pairs += [four_sounds(seed, 230.0) for seed in range(6)]
+    who = (torch.arange(12) >= 6).long().repeat_interleave(128)
+    wavs = [w for w, _ in pairs]
+    leak = {}
+    for normalise in (True, False):
+        q = UnitQuantizer(8, partial(cepstra, normalise=normalise)).fit(wavs)
+        leak[normalise] = purity(torch.cat([q(w) for w in wavs]), who)
     assert leak[True] <= leak[False] + 0.02
 
 
@@ -178,10 +176,10 @@ def test_a_phone_can_be_read_from_the_units_around_it():
     "The phone is the unit before: a reader of single units could not know it."
     units = [torch.randint(6, (40,), generator=torch.Generator().manual_seed(i)) for i in range(20)]
     phones = [torch.cat([torch.tensor([-1]), u[:-1]]) for u in units]
-    reader = phone_reader(units[:15], phones[:15])
+    reader = fit_phone_classifier(units[:15], phones[:15])
     for u, p in zip(units[15:], phones[15:]):
-        same(read_phones(reader, u)[1:], p[1:])
-    assert read_phones(reader, torch.tensor([99, 1])).shape == (2,)  # a unit that was never seen
+        same(predict_phones(reader, u)[1:], p[1:])
+    assert predict_phones(reader, torch.tensor([99, 1])).shape == (2,)  # a unit that was never seen
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 75])
@@ -189,10 +187,8 @@ def test_hubert_gives_two_features_a_frame(T):
     model = torchaudio.models.wav2vec2_model(
         "group_norm", None, False, 32, 0.0, 16, 4, 3, 2, 0.0, 64, 0.0, 0.0, False, 0.0, None
     ).eval()
-    one, two = (
-        hubert_features(noise(640 * T), model, 1),
-        hubert_features(noise(640 * T)[None].repeat(2, 1), model, 2),
-    )
+    one = hubert_features(noise(640 * T), model, 1)
+    two = hubert_features(noise(640 * T)[None].repeat(2, 1), model, 2)
     assert one.shape == (2 * T, 32) and two.shape == (2, 2 * T, 32)
     same(
         hubert_features(noise(640 * T), model, 2),
@@ -203,12 +199,12 @@ def test_hubert_gives_two_features_a_frame(T):
 
 def test_units_of_real_speech_follow_its_words(shared):
     "Frames of one GRID word share units far more than chance would have it."
-    from faces2voices.audio import fit_length, load_audio
-    from faces2voices.corpora import grid, grid_words
+    from faces2voices.soundfiles import fit_length, load_audio
+    from faces2voices.manifests import read_grid, grid_words
 
-    entries = grid(shared / "grid", "s4")[:20]
+    entries = read_grid(shared / "grid", "s4")[:20]
     wavs = [fit_length(load_audio(e.path), 48000) for e in entries]
-    names = ["sil", *sorted({w for e in entries for w in e.text.split()})]
+    names = ["sil", *sorted(set(" ".join(e.text for e in entries).split()))]
     labels = torch.zeros(20, 150, dtype=torch.long)
     for row, e in zip(labels, entries):
         for w in grid_words(e):
@@ -223,7 +219,7 @@ def test_units_of_real_speech_follow_its_words(shared):
 
 @pytest.fixture(scope="module")
 def hubert_file(tmp_path_factory):
-    "Random weights under the names of the published file, whose weight norm is that of older torch versions."
+    "Random weights under the names of the published file: its weight norm is of an older torch."
     torch.manual_seed(0)
     model = torchaudio.models.hubert_base().eval()
     old = {

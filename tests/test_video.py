@@ -1,6 +1,9 @@
 "Reading, writing, dubbing, tracking and cropping video: every claim against an oracle."
 
-import gc, subprocess, sys, weakref
+import gc
+import subprocess
+import sys
+import weakref
 from fractions import Fraction
 from itertools import islice
 import av
@@ -9,7 +12,8 @@ import pytest
 import torch
 from faces2voices.errors import F2VError, MediaError, NoFaceError, ToolMissingError
 from faces2voices.core import test_same
-from faces2voices import video as V
+from faces2voices.soundfiles import SYNTHETIC_TAG
+from faces2voices import media, tracking, video as V
 
 
 def encode(path, frames, times, rate=25, base=1000, codec="libx264", rotation=0, sound_at=None):
@@ -37,11 +41,9 @@ def encode(path, frames, times, rate=25, base=1000, codec="libx264", rotation=0,
                 f = av.AudioFrame.from_ndarray(
                     noise[:, k : k + 1024].copy(), format="fltp", layout="mono"
                 )
-                f.sample_rate, f.time_base, f.pts = (
-                    16000,
-                    Fraction(1, 16000),
-                    k + round(sound_at * 16000),
-                )
+                f.sample_rate = 16000
+                f.time_base = Fraction(1, 16000)
+                f.pts = k + round(sound_at * 16000)
                 out.mux(a.encode(f))
             out.mux(a.encode(None))
 
@@ -83,7 +85,7 @@ def test_timestamps_decide(tmp_path, times):
 
 @pytest.mark.parametrize("ending, late", [("avi", 2), ("h264", 0)])
 def test_times_that_do_not_rise_are_not_believed(tmp_path, ending, late):
-    "AVI tells wrong times of frames stored out of order, a bare stream tells none: still every frame, in its place or nearly."
+    "AVI and bare streams tell no true times: still every frame, in its place or nearly."
     encode(tmp_path / f"film.{ending}", clock(np.arange(50) / 25), np.arange(50) / 25, base=25)
     got = np.array(numbers(V.read_video(tmp_path / f"film.{ending}").frames))
     assert (
@@ -95,10 +97,8 @@ def test_times_that_do_not_rise_are_not_believed(tmp_path, ending, late):
 def test_part_of_a_film(tmp_path):
     times = np.arange(90) / 30
     encode(tmp_path / "film.mp4", clock(times), times, rate=30, base=30000, sound_at=0)
-    whole, part = (
-        V.read_video(tmp_path / "film.mp4"),
-        V.read_video(tmp_path / "film.mp4", start=0.8, max_seconds=1),
-    )
+    whole = V.read_video(tmp_path / "film.mp4")
+    part = V.read_video(tmp_path / "film.mp4", start=0.8, max_seconds=1)
     test_same(part.frames, whole.frames[20:45])
     test_same(part.wav, whole.wav[20 * 640 : 45 * 640])
     assert not part.note
@@ -136,13 +136,13 @@ def test_squeezed_pixels_are_stretched(tmp_path):
 
 
 def test_large_pictures_are_scaled(tmp_path):
-    V.write_video(tmp_path / "film.mp4", np.zeros((10, 200, 400, 3), np.uint8))
+    media.write_video(tmp_path / "film.mp4", np.zeros((10, 200, 400, 3), np.uint8))
     video = V.read_video(tmp_path / "film.mp4", max_side=160)
     assert video.frames.shape == (10, 80, 160, 3) and "scaled down from 400 × 200" in video.note
 
 
 def test_too_long_for_memory(tmp_path, monkeypatch):
-    V.write_video(tmp_path / "film.mp4", clock(np.arange(30) / 25))
+    media.write_video(tmp_path / "film.mp4", clock(np.arange(30) / 25))
     monkeypatch.setattr(V, "MAX_BYTES", 20 * 96 * 160 * 3)
     with pytest.raises(MediaError, match="in parts"):
         V.read_video(tmp_path / "film.mp4")
@@ -167,25 +167,23 @@ def test_odd_names_and_sizes(tmp_path, name, shape):
         np.random.default_rng(0).integers(0, 40, (12, *shape, 3)).astype(np.uint8)
         + np.arange(12, dtype=np.uint8)[:, None, None, None] * 15
     )
-    V.write_video(tmp_path / name, frames, crf=10)
+    media.write_video(tmp_path / name, frames, crf=10)
     got = V.read_video(tmp_path / name).frames
     assert got.shape == (12, shape[0] + shape[0] % 2, shape[1] + shape[1] % 2, 3)
     assert abs(got[:, : shape[0], : shape[1]].mean((1, 2, 3)) - frames.mean((1, 2, 3))).max() < 4
-    assert V.dub(tmp_path / name, torch.zeros(640 * 12), tmp_path / ("dubbed " + name)).copied
+    assert media.dub(tmp_path / name, torch.zeros(640 * 12), tmp_path / ("dubbed " + name)).copied
 
 
 def test_same_frames_same_bytes_and_no_overwriting(tmp_path):
-    film, wav = (
-        clock(np.arange(20) / 25),
-        torch.randn(20 * 640, generator=torch.Generator().manual_seed(0)) * 0.1,
-    )
+    film = clock(np.arange(20) / 25)
+    wav = torch.randn(20 * 640, generator=torch.Generator().manual_seed(0)) * 0.1
     for name in "ab":
-        V.write_video(tmp_path / f"{name}.mp4", film, wav)
+        media.write_video(tmp_path / f"{name}.mp4", film, wav)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     with pytest.raises(F2VError, match="already exists"):
-        V.write_video(tmp_path / "a.mp4", film)
+        media.write_video(tmp_path / "a.mp4", film)
     with pytest.raises(MediaError, match="cannot be written"):
-        V.write_video(tmp_path / "a.nonsense", film)
+        media.write_video(tmp_path / "a.nonsense", film)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
 
 
@@ -193,7 +191,7 @@ def test_same_frames_same_bytes_and_no_overwriting(tmp_path):
 
 
 def whole_and_part(path, T=60):
-    V.write_video(path, clock(np.arange(T) / 25), torch.zeros(640 * T))
+    media.write_video(path, clock(np.arange(T) / 25), torch.zeros(640 * T))
     return V.read_video(path).frames
 
 
@@ -217,7 +215,7 @@ def test_a_film_is_kept_only_if_it_is_short(tmp_path, monkeypatch, room, kept):
 
 
 class Passing:
-    "Frames that can be walked through again and again, and the largest number of them that was ever alive."
+    "Frames to walk through again and again, and the largest number that was ever alive."
 
     def __init__(self, T):
         self.T, self.alive, self.most = T, weakref.WeakSet(), 0
@@ -239,21 +237,23 @@ class Counted(np.ndarray):
         return self is other
 
 
-class Middle(V.FaceBackend):
+class Middle(tracking.FaceBackend):
     "A face in the middle of every frame."
 
     name = "middle"
 
     def detect(self, frame):
         return [
-            V.Face(np.array([50.0, 20, 110, 80]), np.array([50.0, 20]) + 60 * V.BOX_POINTS, 1.0)
+            tracking.Face(
+                np.array([50.0, 20, 110, 80]), np.array([50.0, 20]) + 60 * tracking.BOX_POINTS, 1.0
+            )
         ]
 
 
 def test_frames_come_and_go():
     "Tracking holds two frames, cropping a part and a few for the best face, whatever the length."
     film = Passing(200)
-    track = V.track_face(film, Middle())
+    track = tracking.track_face(film, Middle())
     assert len(track.points) == 200 and film.most <= 3
     film.most = 0
     for part in V.crop_in_parts(film, track.points, Middle(), seconds=0.8):
@@ -265,28 +265,22 @@ def test_frames_come_and_go():
 @pytest.mark.parametrize("seconds", [0.04, 0.4, 1.32, 60])
 def test_parts_joined_are_the_whole(tmp_path, seconds):
     whole_and_part(tmp_path / "film.mp4")
-    whole = V.look(tmp_path / "film.mp4", Middle()).crops
-    parts = list(V.look_in_parts(tmp_path / "film.mp4", Middle(), seconds=seconds))
+    whole = V.preprocess(tmp_path / "film.mp4", Middle()).crops
+    film = V.Film(tmp_path / "film.mp4")
+    points = tracking.track_face(film, Middle()).points
+    parts = list(V.crop_in_parts(film, points, Middle(), seconds=seconds))
     test_same(np.concatenate([p.lips for p in parts]), whole.lips)
     test_same(np.concatenate([p.expression for p in parts]), whole.expression)
     test_same(parts[-1].face, whole.face)
-    test_same(
-        whole.face,
-        V.best_face(
-            V.Film(tmp_path / "film.mp4"),
-            V.track_face(V.Film(tmp_path / "film.mp4"), Middle()).points,
-        ),
-    )
+    test_same(whole.face, V.best_face(V.Film(tmp_path / "film.mp4"), points))
     assert all(p.face is None and p.identity is None for p in parts[:-1])
     assert len(parts) == -(-60 // round(seconds * 25))
 
 
 def test_a_file_and_its_video_look_the_same(tmp_path):
     whole_and_part(tmp_path / "film.mp4")
-    a, b = (
-        V.look(tmp_path / "film.mp4", Middle()),
-        V.look(V.read_video(tmp_path / "film.mp4"), Middle()),
-    )
+    a = V.preprocess(tmp_path / "film.mp4", Middle())
+    b = V.preprocess(V.read_video(tmp_path / "film.mp4"), Middle())
     for x, y in zip(a.crops, b.crops):
         test_same(x, y)
     test_same(a.video.wav, b.video.wav)
@@ -304,14 +298,14 @@ def test_bounds(tmp_path, monkeypatch):
     "What a header promises is believed only so far."
     film = clock(np.arange(20) / 25)
     encode(tmp_path / "still.mkv", film, [*np.arange(12) / 25, *(3000 + np.arange(8) / 25)])
-    V.write_video(tmp_path / "dot.mp4", [f[:8, :40] for f in film])
-    V.write_video(tmp_path / "film.mp4", film)
+    media.write_video(tmp_path / "dot.mp4", [f[:8, :40] for f in film])
+    media.write_video(tmp_path / "film.mp4", film)
     with pytest.raises(MediaError, match="stands still for 3000 s"):
         V.read_video(tmp_path / "still.mkv")
     assert len(V.read_video(tmp_path / "still.mkv", max_seconds=0.44).frames) == 11
     with pytest.raises(MediaError, match="only 40 × 8 px"):
         V.read_video(tmp_path / "dot.mp4")
-    monkeypatch.setattr(V, "MAX_PIXELS", 96 * 160 - 1)
+    monkeypatch.setattr(media, "MAX_PIXELS", 96 * 160 - 1)
     with pytest.raises(MediaError, match="160 × 96 are too large"):
         V.read_video(tmp_path / "film.mp4")
 
@@ -331,13 +325,13 @@ def test_bad_files(tmp_path):
     import soundfile
 
     whole = tmp_path / "whole.mp4"
-    V.write_video(whole, clock(np.arange(75) / 25))
+    media.write_video(whole, clock(np.arange(75) / 25))
     (tmp_path / "text.mp4").write_text("hello\n" * 100)
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
     (tmp_path / "headless.mp4").write_bytes(whole.read_bytes()[2000:])
     (tmp_path / "header only.mp4").write_bytes(whole.read_bytes()[:400])
-    V.write_video(tmp_path / "short.mp4", clock(np.arange(9) / 25))
+    media.write_video(tmp_path / "short.mp4", clock(np.arange(9) / 25))
     soundfile.write(tmp_path / "sound.wav", np.zeros(16000), 16000)
     for name, reason in {
         "missing.mp4": "no such file",
@@ -354,7 +348,7 @@ def test_bad_files(tmp_path):
             V.read_video(tmp_path / name)
         assert reason in e.value.reason and e.value.cure and str(tmp_path) in str(e.value)
         with pytest.raises(MediaError):
-            V.dub(tmp_path / name, torch.zeros(640), tmp_path / "out.mp4")
+            media.dub(tmp_path / name, torch.zeros(640), tmp_path / "out.mp4")
             if name == "short.mp4":
                 raise MediaError(name, "short films may be dubbed")
         (tmp_path / "out.mp4").unlink(missing_ok=True)
@@ -363,7 +357,7 @@ def test_bad_files(tmp_path):
 
 def test_cut_off_file_gives_what_it_holds(tmp_path):
     times = np.arange(75) / 25
-    V.write_video(tmp_path / "whole.mp4", clock(times), torch.zeros(48000))
+    media.write_video(tmp_path / "whole.mp4", clock(times), torch.zeros(48000))
     data = (tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "half.mp4").write_bytes(data[: len(data) * 6 // 10])
     half = V.read_video(tmp_path / "half.mp4")
@@ -390,35 +384,35 @@ def test_dub_keeps_every_bit(tmp_path, rate, times):
     encode(tmp_path / "film.mp4", clock(times), times, rate=rate, base=30000, sound_at=0)
     T = len(V.read_video(tmp_path / "film.mp4").frames)
     wav = torch.randn(640 * T, generator=torch.Generator().manual_seed(0)) * 0.1
-    made = V.dub(tmp_path / "film.mp4", wav, tmp_path / "dubbed.mp4")
+    made = media.dub(tmp_path / "film.mp4", wav, tmp_path / "dubbed.mp4")
     assert made.copied
     test_same(decoded(tmp_path / "film.mp4"), decoded(made.path))
     assert numbers(V.read_video(made.path).frames) == numbers(
         V.read_video(tmp_path / "film.mp4").frames
     )
     (picture, sound), tags = durations(made.path)
-    assert abs(picture - sound) < 0.07 and V.TAG in (tags["title"], tags["comment"])
+    assert abs(picture - sound) < 0.07 and SYNTHETIC_TAG in (tags["title"], tags["comment"])
     heard = V.read_video(made.path).wav
     assert np.correlate(heard.numpy(), wav.numpy()[4000:9000], "valid").argmax() == 4000
     with pytest.raises(F2VError, match="already exists"):
-        V.dub(tmp_path / "film.mp4", wav, tmp_path / "film.mp4")
+        media.dub(tmp_path / "film.mp4", wav, tmp_path / "film.mp4")
 
 
 @pytest.mark.parametrize("cut", [1, 640, 1024, 5000, 10**6])
 def test_sound_in_stretches_is_the_sound(cut):
     wav = torch.randn(7000, generator=torch.Generator().manual_seed(0))
-    blocks = list(V.in_blocks(wav.split(cut)))
+    blocks = list(media.in_blocks(wav.split(cut)))
     assert [len(b) for b in blocks] == 6 * [1024] + [7000 - 6 * 1024]
     test_same(np.concatenate(blocks), wav.clamp(-1, 1).numpy())
-    for a, b in zip(blocks, V.in_blocks(wav.double().numpy()), strict=True):
+    for a, b in zip(blocks, media.in_blocks(wav.double().numpy()), strict=True):
         test_same(a, b)
 
 
 def test_dub_from_stretches_gives_the_same_bytes(tmp_path):
-    V.write_video(tmp_path / "film.mp4", clock(np.arange(50) / 25))
+    media.write_video(tmp_path / "film.mp4", clock(np.arange(50) / 25))
     wav = torch.randn(32000, generator=torch.Generator().manual_seed(0)) * 0.1
     for name, sound in dict(whole=wav, stretches=iter(wav.split(777)), array=wav.numpy()).items():
-        V.dub(tmp_path / "film.mp4", sound, tmp_path / f"{name}.mp4")
+        media.dub(tmp_path / "film.mp4", sound, tmp_path / f"{name}.mp4")
     assert (
         (tmp_path / "whole.mp4").read_bytes()
         == (tmp_path / "stretches.mp4").read_bytes()
@@ -427,22 +421,23 @@ def test_dub_from_stretches_gives_the_same_bytes(tmp_path):
 
 
 def test_a_sound_that_fails_half_way_leaves_nothing(tmp_path):
-    V.write_video(tmp_path / "film.mp4", clock(np.arange(50) / 25))
+    media.write_video(tmp_path / "film.mp4", clock(np.arange(50) / 25))
 
     def failing():
         yield torch.zeros(5000)
         raise NoFaceError("film.mp4", "lost")
 
     with pytest.raises(NoFaceError):
-        V.dub(tmp_path / "film.mp4", failing(), tmp_path / "dubbed.mp4")
+        media.dub(tmp_path / "film.mp4", failing(), tmp_path / "dubbed.mp4")
     assert [f.name for f in tmp_path.iterdir()] == ["film.mp4"]
 
 
 DUB = '''
 import resource, sys, torch
-from faces2voices import video as V
+from faces2voices.media import dub
 for minutes in (1, 1, 10):
-    V.dub(f"{sys.argv[1]}/{minutes}.mp4", (torch.zeros(16000) for _ in range(60*minutes)), f"{sys.argv[1]}/dubbed.mp4", overwrite=True)
+    sound = (torch.zeros(16000) for _ in range(60 * minutes))
+    dub(f"{sys.argv[1]}/{minutes}.mp4", sound, f"{sys.argv[1]}/dubbed.mp4", overwrite=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024)
 '''
 
@@ -451,7 +446,7 @@ def test_memory_does_not_grow_with_a_dubbed_film(tmp_path):
     "Ten minutes of sound alone would take 38 MB."
     from memory_of_long_video import repeat
 
-    V.write_video(tmp_path / "clip.mp4", clock(np.arange(75) / 25), crf=40)
+    media.write_video(tmp_path / "clip.mp4", clock(np.arange(75) / 25), crf=40)
     for minutes in (1, 10):
         repeat(tmp_path / "clip.mp4", tmp_path / f"{minutes}.mp4", 20 * minutes)
     out = subprocess.run(
@@ -465,7 +460,7 @@ def test_dub_keeps_rotation(tmp_path):
     frame = np.full((64, 96, 3), 30, np.uint8)
     frame[:16, :16] = 230
     encode(tmp_path / "film.mp4", [frame] * 12, np.arange(12) / 25, rotation=90)
-    V.dub(tmp_path / "film.mp4", torch.zeros(640 * 12), tmp_path / "dubbed.mp4")
+    media.dub(tmp_path / "film.mp4", torch.zeros(640 * 12), tmp_path / "dubbed.mp4")
     test_same(
         V.read_video(tmp_path / "film.mp4").frames.copy(),
         V.read_video(tmp_path / "dubbed.mp4").frames.copy(),
@@ -475,15 +470,15 @@ def test_dub_keeps_rotation(tmp_path):
 def test_dub_says_when_it_had_to_encode_again(tmp_path):
     times = np.arange(50) / 25
     encode(tmp_path / "film.webm", clock(times), times, codec="libvpx")
-    made = V.dub(tmp_path / "film.webm", torch.zeros(640 * 50), tmp_path / "dubbed.mp4")
+    made = media.dub(tmp_path / "film.webm", torch.zeros(640 * 50), tmp_path / "dubbed.mp4")
     assert not made.copied and numbers(V.read_video(made.path).frames) == list(range(50))
 
 
 # --- faces
 
 
-class Marks(V.FaceBackend):
-    "Finds bright squares and takes each for a face; `blind` frames (by brightness of the corner) show nothing."
+class Marks(tracking.FaceBackend):
+    "Finds bright squares and takes each for a face."
 
     name = "marks"
 
@@ -495,13 +490,15 @@ class Marks(V.FaceBackend):
             (s[1].start, s[0].start, s[1].stop, s[0].stop) for s in ndimage.find_objects(labels)
         ]
         return [
-            V.Face(np.array(b, float), np.array(b[:2]) + V.BOX_POINTS * (b[2] - b[0]), 1.0)
+            tracking.Face(
+                np.array(b, float), np.array(b[:2]) + tracking.BOX_POINTS * (b[2] - b[0]), 1.0
+            )
             for b in boxes
         ]
 
 
 def squares(T, *tracks, size=(120, 240)):
-    "Frames with one bright square for each track: functions of the frame giving (x, y, side) or None."
+    "Frames with a bright square for each track: a function of the frame to (x, y, side) or None."
     frames = np.zeros((T, *size, 3), np.uint8)
     for t in range(T):
         for track in tracks:
@@ -514,44 +511,58 @@ def squares(T, *tracks, size=(120, 240)):
 def test_the_same_one_of_two_is_followed():
     "The right face is larger at first and smaller later: it is followed all the same."
     frames = squares(60, lambda t: (20, 30, 30 + t // 2), lambda t: (150, 30, 50 - t // 3))
-    track = V.track_face(frames, Marks())
+    track = tracking.track_face(frames, Marks())
     assert track.found.all() and (track.points[:, 2, 0] > 140).all()
 
 
 def test_another_person_can_be_named():
-    "Counted from the left at first sight, and followed whoever grows larger; the count waits until there are so many."
-    tracks = lambda t: (20, 30, 30 + t // 2), lambda t: (150, 30, 50 - t // 3)
-    places = [V.track_face(squares(60, *tracks), Marks(), person=k).points[:, 2, 0] for k in (0, 1)]
+    """Counted from the left at first sight, and followed whoever grows larger.
+
+    The count waits until there are so many."""
+
+    def grows(t):
+        return 20, 30, 30 + t // 2
+
+    def shrinks(t):
+        return 150, 30, 50 - t // 3
+
+    tracks = grows, shrinks
+    places = [
+        tracking.track_face(squares(60, *tracks), Marks(), person=k).points[:, 2, 0] for k in (0, 1)
+    ]
     assert (places[0] < 80).all() and (places[1] > 140).all()
-    late = squares(60, tracks[0], lambda t: None if t < 12 else tracks[1](t))
-    assert (V.track_face(late, Marks(), person=1).points[:, 2, 0] > 140).all()
+    late = squares(60, grows, lambda t: None if t < 12 else shrinks(t))
+    assert (tracking.track_face(late, Marks(), person=1).points[:, 2, 0] > 140).all()
     for k in (2, -1):
         with pytest.raises(NoFaceError, match="no frame of 60"):
-            V.track_face(squares(60, *tracks), Marks(), person=k)
+            tracking.track_face(squares(60, *tracks), Marks(), person=k)
 
 
 def test_a_track_says_what_it_saw():
-    whole = V.track_face(squares(50, lambda t: (40, 30, 50)), Marks())
+    whole = tracking.track_face(squares(50, lambda t: (40, 30, 50)), Marks())
     assert repr(whole) == "face seen in 100% of 50 frames, longest gap 0.00 s, mean score 1.00"
-    holes = V.Track(whole.points, np.arange(50) % 25 < 15, 0.5)
+    holes = tracking.Track(whole.points, np.arange(50) % 25 < 15, 0.5)
     assert holes.gap == 0.4 and "60% of 50 frames, longest gap 0.40 s, mean score 0.50" in repr(
         holes
     )
 
 
 def test_gaps():
-    hole = lambda a, b: squares(75, lambda t: None if a <= t < b else (40 + t, 30, 50))
-    short = V.track_face(hole(31, 44), Marks())
+
+    def hole(a, b):
+        return squares(75, lambda t: None if a <= t < b else (40 + t, 30, 50))
+
+    short = tracking.track_face(hole(31, 44), Marks())
     x = short.points[:, 2, 0]
     assert (
         short.found.sum() < 75 and abs(np.diff(x)[2:-2] - 1).max() < 0.2
     )  # a straight line over the gap
     with pytest.raises(NoFaceError, match="holiday.mp4: the face is lost for 1"):
-        V.track_face(hole(16, 46), Marks(), path="holiday.mp4")
+        tracking.track_face(hole(16, 46), Marks(), path="holiday.mp4")
     with pytest.raises(NoFaceError, match="only"):
-        V.track_face(hole(0, 50), Marks())
+        tracking.track_face(hole(0, 50), Marks())
     with pytest.raises(NoFaceError, match="no face found"):
-        V.track_face(hole(0, 75), Marks())
+        tracking.track_face(hole(0, 75), Marks())
 
 
 def test_similarity_and_warp_agree_with_skimage():
@@ -559,10 +570,8 @@ def test_similarity_and_warp_agree_with_skimage():
 
     rng = np.random.default_rng(0)
     points = V.MEAN_FACE * 1.3 + 20 + rng.normal(0, 3, (4, 2))
-    ours, theirs = (
-        V.similarity(points[None], V.MEAN_FACE),
-        estimate_transform("similarity", points, V.MEAN_FACE).params,
-    )
+    ours = V.similarity(points[None], V.MEAN_FACE)
+    theirs = estimate_transform("similarity", points, V.MEAN_FACE).params
     test_same(
         np.array([ours[0][0].real, ours[0][0].imag, ours[1][0].real, ours[1][0].imag]),
         np.array([theirs[0, 0], theirs[1, 0], theirs[0, 2], theirs[1, 2]]),
@@ -578,7 +587,7 @@ def test_similarity_and_warp_agree_with_skimage():
 
 
 def test_a_face_seen_larger_gives_the_same_crop():
-    "Shrinking by blocks keeps the place: the crop of a 4 × enlarged picture is the crop of the picture."
+    "Shrinking by blocks keeps the place: a picture enlarged 4 times gives the same crop."
     from scipy import ndimage
 
     small = ndimage.gaussian_filter(
@@ -597,7 +606,7 @@ def test_a_face_seen_larger_gives_the_same_crop():
 
 def test_lips_are_centred_and_upright():
     "A dot at the mouth ends in the middle of the crop, whatever the head's tilt."
-    T, k = 40, np.arange(40)
+    T = 40
     z = (
         (V.MEAN_FACE @ [1, 1j] - 128 - 128j)[None]
         * np.exp(1j * np.linspace(-0.3, 0.3, T))[:, None]
@@ -613,7 +622,7 @@ def test_lips_are_centred_and_upright():
     lips = V.lip_crops(frames, points)
     from scipy import ndimage
 
-    middle = np.array([ndimage.center_of_mass(l) for l in lips[8:-8]])
+    middle = np.array([ndimage.center_of_mass(mouth) for mouth in lips[8:-8]])
     assert lips.shape == (T, 96, 96) and lips.dtype == np.uint8 and abs(middle - 47.5).max() < 1.2
     strip = V.brow_strip(frames, points)
     assert (
@@ -626,25 +635,25 @@ def test_lips_are_centred_and_upright():
 
 def test_backends_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(ToolMissingError, match="Unpack a pack"):
-        V.make_backend("insightface", tmp_path)
+        tracking.make_backend("insightface", tmp_path)
     with pytest.raises(ToolMissingError, match="drawn talkers"):
-        V.make_backend("locator")
+        tracking.make_backend("locator")
     with pytest.raises(ToolMissingError, match="Choose"):
-        V.make_backend("wizard")
+        tracking.make_backend("wizard")
     with pytest.raises(ToolMissingError, match="Unpack a pack"):
-        V.make_backend("auto", tmp_path)  # what is named must serve
+        tracking.make_backend("auto", tmp_path)  # what is named must serve
     for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert V.make_backend("auto").name == "cascade"
-    assert V.make_backend("cascade+cascade").name == "cascade+cascade"
+    assert tracking.make_backend("auto").name == "cascade"
+    assert tracking.make_backend("cascade+cascade").name == "cascade+cascade"
     pytest.importorskip("insightface")
     pack = tmp_path / "models" / "broken"
     pack.mkdir(parents=True)
     for name in ("a.onnx", "b.onnx"):
         (pack / name).write_bytes(b"nothing of use")
     with pytest.raises(ToolMissingError, match="can be loaded"):
-        V.make_backend("insightface", tmp_path)
+        tracking.make_backend("insightface", tmp_path)
 
 
 def test_the_second_of_two_backends_tells_the_expression():
@@ -654,10 +663,10 @@ def test_the_second_of_two_backends_tells_the_expression():
         def expression(self, frames, points, start=0):
             return np.full((len(frames), 3), start, np.float32)
 
-    both = V.Both(Marks(), Teller())
+    both = tracking.CombinedBackend(Marks(), Teller())
     crops = V.crop(
         squares(140, lambda t: (40, 30, 50)),
-        V.track_face(squares(140, lambda t: (40, 30, 50)), both).points,
+        tracking.track_face(squares(140, lambda t: (40, 30, 50)), both).points,
         both,
     )
     assert (
@@ -672,8 +681,8 @@ def test_the_second_of_two_backends_tells_the_expression():
     [(("insightface", "mediapipe"), "insightface"), (("mediapipe",), "mediapipe"), ((), "cascade")],
 )
 def test_auto_takes_the_first_at_hand(tmp_path, monkeypatch, there, chosen):
-    monkeypatch.setattr(V, "find_spec", lambda name: name in there or None)
-    monkeypatch.setattr(V, "_mediapipe_model", lambda: tmp_path / "face.task")
+    monkeypatch.setattr(tracking, "find_spec", lambda name: name in there or None)
+    monkeypatch.setattr(tracking, "_mediapipe_model", lambda: tmp_path / "face.task")
     for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -681,13 +690,13 @@ def test_auto_takes_the_first_at_hand(tmp_path, monkeypatch, there, chosen):
     pack.mkdir(parents=True)
     for file in (pack / "a.onnx", pack / "b.onnx", tmp_path / "face.task"):
         file.touch()
-    assert V._at_hand() == chosen
+    assert tracking._at_hand() == chosen
 
 
 def test_the_cut_around_a_face_stays_inside():
-    frame, five = np.zeros((60, 80, 3), np.uint8), 10 * V.BOX_POINTS
+    frame, five = np.zeros((60, 80, 3), np.uint8), 10 * tracking.BOX_POINTS
     for corner in [(0, 0), (70, 50), (-40, -40), (200, 200), (30, 20)]:
-        cut = V._around(frame, five + corner)
+        cut = tracking._around(frame, five + corner)
         assert cut.ndim == 3 and cut.shape[0] <= 60 and cut.shape[1] <= 80
 
 
@@ -697,12 +706,12 @@ def test_the_cut_around_a_face_stays_inside():
 @pytest.fixture(scope="module")
 def insight(shared):
     pytest.importorskip("insightface")
-    return V.make_backend("auto", shared / "insightface")
+    return tracking.make_backend("auto", shared / "insightface")
 
 
 def test_real_clip(shared, insight, capfd):
     assert insight.name == "insightface"
-    looked = V.look(sorted((shared / "grid/s1").glob("*.mp4"))[0], insight)
+    looked = V.preprocess(sorted((shared / "grid/s1").glob("*.mp4"))[0], insight)
     video, track, crops = V.read_video(looked.video.path), looked.track, looked.crops
     test_same(video.wav, looked.video.wav)
     assert video.frames.shape == (75, 288, 360, 3) and video.wav.shape == (48000,)
@@ -721,9 +730,12 @@ def test_real_clip(shared, insight, capfd):
 
 
 def test_identity_tells_people_apart(shared, insight):
-    clips = [sorted((shared / "grid" / s).glob("*.mp4"))[i] for s in ("s1", "s4") for i in (0, 1)]
+    one, other = [sorted((shared / "grid" / s).glob("*.mp4"))[:2] for s in ("s1", "s4")]
     who = np.stack(
-        [V.look(V.read_video(p, max_seconds=0.6), insight).crops.identity for p in clips]
+        [
+            V.preprocess(V.read_video(p, max_seconds=0.6), insight).crops.identity
+            for p in one + other
+        ]
     )
     alike = who @ who.T
     assert alike[0, 1] > 0.7 and alike[2, 3] > 0.7 and abs(alike[:2, 2:]).max() < 0.5
@@ -731,10 +743,12 @@ def test_identity_tells_people_apart(shared, insight):
 
 def test_cascade_agrees_roughly(shared, insight):
     frames = V.read_video(sorted((shared / "grid/s1").glob("*.mp4"))[1], max_seconds=0.8).frames
-    good, rough = (V.track_face(frames, b).points for b in (insight, V.CascadeBackend()))
+    good, rough = (
+        tracking.track_face(frames, b).points for b in (insight, tracking.CascadeBackend())
+    )
     eyes = np.linalg.norm(good[:, 1] - good[:, 0], axis=-1).mean()
     assert np.linalg.norm(good - rough, axis=-1).mean() < 0.25 * eyes
-    assert V.CascadeBackend().identity(np.zeros((112, 112, 3), np.uint8)).shape == (0,)
+    assert tracking.CascadeBackend().identity(np.zeros((112, 112, 3), np.uint8)).shape == (0,)
 
 
 def test_two_real_faces(shared, insight):
@@ -744,12 +758,14 @@ def test_two_real_faces(shared, insight):
     )
     sides = np.concatenate([a[:20], b[:20]], 2)
     areas = [max(np.prod(f.box[2:] - f.box[:2]) for f in insight.detect(x[0])) for x in (a, b)]
-    x = V.track_face(sides, insight).points[:, 2, 0]
+    x = tracking.track_face(sides, insight).points[:, 2, 0]
     assert ((x > 360) == (areas[1] > areas[0])).all()
 
 
 def test_the_same_person_is_followed(shared, insight):
-    "Two speakers side by side, one of them shown ever smaller: the face at the end is still that of the person at the start."
+    """Two speakers side by side, one of them shown ever smaller.
+
+    The face at the end is still that of the person at the start."""
     from skimage.transform import resize
 
     a, b = (
@@ -764,9 +780,9 @@ def test_the_same_person_is_followed(shared, insight):
         return out
 
     sides = np.stack([np.concatenate([smaller(x, t), y], 1) for t, (x, y) in enumerate(zip(a, b))])
-    alone = [V.look(V.Video(x, None, "alone"), insight).crops.identity for x in (a, b)]
+    alone = [V.preprocess(V.Video(x, None, "alone"), insight).crops.identity for x in (a, b)]
     for person in (0, 1):
-        track = V.track_face(sides, insight, person=person)
+        track = tracking.track_face(sides, insight, person=person)
         last = insight.identity(V.align_face(sides[-1], track.points[-1]))
         assert track.found.all() and last @ alone[person] > last @ alone[1 - person] + 0.2
 
@@ -777,7 +793,7 @@ def test_the_same_person_is_followed(shared, insight):
 @pytest.fixture(scope="module")
 def mesh(shared):
     pytest.importorskip("mediapipe")
-    backend = V.MediaPipeBackend(shared / "mediapipe" / "face_landmarker.task")
+    backend = tracking.MediaPipeBackend(shared / "mediapipe" / "face_landmarker.task")
     yield backend
     backend.close()
 
@@ -787,16 +803,18 @@ def test_mediapipe_points_agree(shared, insight, mesh):
         frames = V.read_video(
             sorted((shared / "grid" / speaker).glob("*.mp4"))[0], max_seconds=0.6
         ).frames
-        ours, theirs = (V.track_face(frames, b).points for b in (mesh, insight))
+        ours, theirs = (tracking.track_face(frames, b).points for b in (mesh, insight))
         eyes = np.linalg.norm(theirs[:, 1] - theirs[:, 0], axis=-1).mean()
         assert np.linalg.norm(ours - theirs, axis=-1).mean() < 0.1 * eyes
         assert [f.score for f in mesh.detect(frames[0])] == [1.0]
 
 
 def test_mediapipe_tells_an_expression(shared, insight, mesh):
-    "52 numbers in [0, 1] a frame, the same in parts; the jaw opens when the mouth is seen to; nobody in view gives a face at rest."
-    both = V.Both(insight, mesh)
-    _, track, crops = V.look(sorted((shared / "grid/s1").glob("*.mp4"))[0], both)
+    """52 numbers in [0, 1] a frame, the same in parts; nobody in view gives a face at rest.
+
+    The jaw opens when the mouth is seen to open."""
+    both = tracking.CombinedBackend(insight, mesh)
+    _, track, crops = V.preprocess(sorted((shared / "grid/s1").glob("*.mp4"))[0], both)
     assert (
         both.name == "insightface+mediapipe"
         and crops.expression.shape == (75, 52)
@@ -817,24 +835,24 @@ def test_mediapipe_tells_an_expression(shared, insight, mesh):
 
 def test_mediapipe_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path / "face_landmarker.task"))
-    monkeypatch.setattr(V, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(ToolMissingError, match="not installed"):
-        V.make_backend("mediapipe")
+        tracking.make_backend("mediapipe")
 
 
 def test_mediapipe_without_its_model(tmp_path, monkeypatch):
     pytest.importorskip("mediapipe", reason="mediapipe is not installed (extra `expression`)")
     monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path / "face_landmarker.task"))
     with pytest.raises(ToolMissingError, match="face_landmarker.task"):
-        V.make_backend("mediapipe")
+        tracking.make_backend("mediapipe")
     (tmp_path / "face_landmarker.task").write_text("not a model")
     with pytest.raises(ToolMissingError, match="can be loaded"):
-        V.make_backend("mediapipe")
+        tracking.make_backend("mediapipe")
 
 
 def test_dub_mpeg1(shared, tmp_path):
     src = sorted((shared / "grid/original/s1").glob("*.mpg"))[0]
-    made = V.dub(src, torch.zeros(48000), tmp_path / "dubbed.mp4")
+    made = media.dub(src, torch.zeros(48000), tmp_path / "dubbed.mp4")
     assert made.copied
     test_same(decoded(src), decoded(made.path))
     (picture, sound), _ = durations(made.path)

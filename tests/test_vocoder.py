@@ -1,46 +1,46 @@
-"The vocoder: shapes, the published layout, weight norm, losses with known values, and a training run that learns."
+"The vocoder: shapes, published layout, weight norm, known losses, and a run that learns."
 
 import math
 from dataclasses import replace
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
-from torch import nn
 from faces2voices.errors import CheckpointError
 from faces2voices.core import PAPER, TINY, seed_everything, test_same as same
 from faces2voices.audio import MEL, pitch, vowel
 from faces2voices.statistics import paired_difference
 from faces2voices.vocoder import (
-    BINS,
+    FFT_BINS,
     HIFIGAN,
     Generator,
     Source,
     SourceFilter,
     copy_synthesis,
-    critic_loss,
+    discriminator_loss,
     excitation,
     fold,
-    full_critics,
+    full_discriminators,
     hifigan,
-    in_pieces,
+    stream_with_context,
     load_hifigan,
     make_vocoder,
     mel_loss,
     n_weights,
-    noise,
-    period_critic,
-    reach,
-    scale_critic,
+    noise_stream,
+    period_discriminator,
+    context_columns,
+    scale_discriminator,
     segment_batches,
-    sing,
-    slim_critics,
-    soften,
-    sounded,
-    spectrum,
+    vocode_stream,
+    slim_discriminators,
+    degrade_mel,
+    istft,
+    stft,
     stft_loss,
-    tract,
+    spectral_envelope,
 )
 from faces2voices.training import train_vocoder
-from faces2voices.studies import COPIED, compare_copies, copy_study
+from faces2voices.studies import COPY_MEASURES, compare_copies, copy_study
 
 SMALL = replace(
     PAPER,
@@ -119,17 +119,14 @@ def test_published_layout_loads_strictly(tmp_path, preset):
 
 
 def test_the_third_size_loads_from_its_own_names(tmp_path):
-    "V3 has `convs` where V1 and V2 have `convs1` and `convs2`; its file holds weight_g and weight_v."
+    "V3 has `convs` where V1 and V2 have `convs1` and `convs2`; a file has weight_g and weight_v."
     g = hifigan("V3").eval()
-    old = {
-        k.replace("parametrizations.weight.original0", "weight_g").replace(
-            "parametrizations.weight.original1", "weight_v"
-        ): v
-        for k, v in g.state_dict().items()
-    }
-    assert {"resblocks.0.convs.1.weight_g", "ups.4.weight_v", "conv_post.bias"} <= set(old) and len(
-        old
-    ) == 3 * (2 + 5 + 15 * 2)
+    old = {}
+    for name, weight in g.state_dict().items():
+        name = name.replace("parametrizations.weight.original0", "weight_g")
+        old[name.replace("parametrizations.weight.original1", "weight_v")] = weight
+    assert {"resblocks.0.convs.1.weight_g", "ups.4.weight_v", "conv_post.bias"} <= set(old)
+    assert len(old) == 3 * (2 + 5 + 15 * 2)
     torch.save({"generator": old}, tmp_path / "g")
     mel, loaded = torch.randn(1, 80, 9), load_hifigan(tmp_path / "g", "V3")
     with torch.inference_mode():
@@ -146,7 +143,10 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", HIFIGAN)
 def test_published_sizes(name):
-    "Table 1 of HiFi-GAN: 13.92, 0.92 and 1.46 M weights; at hop 160 still of that order, and 160 samples a column."
+    """Table 1 of HiFi-GAN: 13.92, 0.92 and 1.46 M weights.
+
+    At hop 160 they are still of that order, and make 160 samples of a column.
+    """
     assert abs(n_weights(hifigan(name, published=True)) / 1e6 - HIFIGAN[name].published) < 0.01
     assert 0.8 < n_weights(hifigan(name)) / 1e6 / HIFIGAN[name].published < 1
     assert hifigan("V3")(torch.randn(1, 80, 3)).shape == (1, 480)
@@ -156,10 +156,13 @@ def test_first_size_is_exact():
     assert n_weights(hifigan("V1", published=True)) == 13_926_017
 
 
-def test_full_critics_have_the_published_sizes():
+def test_full_discriminators_have_the_published_sizes():
     "HiFi-GAN's MPD has 41.1 M and its MSD 29.6 M weights, as anyone's count of them shows."
-    count = lambda make, keys: sum(n_weights(make(k)) for k in keys)
-    assert count(period_critic, (2, 3, 5, 7, 11)) == 5 * (
+
+    def count(make, keys):
+        return sum(n_weights(make(k)) for k in keys)
+
+    assert count(period_discriminator, (2, 3, 5, 7, 11)) == 5 * (
         32 * 5
         + 32
         + 128 * 32 * 5
@@ -191,21 +194,21 @@ def test_full_critics_have_the_published_sizes():
         + 1024 * 3
         + 1
     )
-    assert count(scale_critic, (0, 1, 2)) == 3 * scale
+    assert count(scale_discriminator, (0, 1, 2)) == 3 * scale
 
 
-def test_critics_score_every_size_of_sound():
-    for critics in (full_critics(), slim_critics()):
-        layers = critics(torch.randn(2, 4001))
-        assert len(layers) == 8 and all(l[-1].shape[:2] == (2, 1) for l in layers)
+def test_discriminators_score_every_size_of_sound():
+    for discriminators in (full_discriminators(), slim_discriminators()):
+        seen = discriminators(torch.randn(2, 4001))
+        assert len(seen) == 8 and all(layers[-1].shape[:2] == (2, 1) for layers in seen)
 
 
 def test_fold_keeps_order_and_reflects_the_rest():
     same(fold(torch.arange(7.0)[None], 3)[0, 0], torch.tensor([[0.0, 1, 2], [3, 4, 5], [6, 5, 4]]))
 
 
-def test_reach_is_local(generator):
-    r, mel = reach(generator), torch.randn(1, 80, 100)
+def test_the_context_is_local(generator):
+    r, mel = context_columns(generator), torch.randn(1, 80, 100)
     other = mel.clone()
     other[..., 60:] += 1
     with torch.inference_mode():
@@ -215,7 +218,7 @@ def test_reach_is_local(generator):
 
 
 def test_pieces_join_without_a_seam(generator):
-    r, mel = reach(generator), torch.randn(1, 80, 100)
+    r, mel = context_columns(generator), torch.randn(1, 80, 100)
     with torch.inference_mode():
         whole, piece = generator(mel), generator(mel[..., 40 - r : 60 + r])
     same(piece[:, r * 160 : -r * 160], whole[:, 40 * 160 : 60 * 160], atol=1e-5)
@@ -228,7 +231,7 @@ def test_losses_with_known_values():
     same(mel_loss(x / 10, x), torch.tensor(math.log(10)), atol=0.02)
     same(stft_loss(x / 10, x), torch.tensor(0.9 + math.log(10)), atol=0.02)
     ones, zeros = [[torch.ones(3, 1)]] * 8, [[torch.zeros(3, 1)]] * 8
-    assert critic_loss(ones, zeros) == 0 and critic_loss(zeros, ones) == 16
+    assert discriminator_loss(ones, zeros) == 0 and discriminator_loss(zeros, ones) == 16
 
 
 def test_stft_loss_has_a_gradient_in_silence():
@@ -247,15 +250,14 @@ def test_segments_belong_together():
     assert (b.wav - draw(4).wav).abs().max() > 0
 
 
-def test_soften_leaves_about_half_alone():
+def test_degrading_leaves_about_half_alone():
     mel = torch.randn(400, 80, 12)
-    out = soften(mel, torch.Generator().manual_seed(0))
+    out = degrade_mel(mel, torch.Generator().manual_seed(0))
     same_ones = (out == mel).flatten(1).all(1).float().mean()
     assert 0.4 < same_ones < 0.6 and out.isfinite().all()
     flat = torch.full((40, 80, 12), -3.0)
-    assert (
-        soften(flat, torch.Generator().manual_seed(1)).mean() + 3
-    ).abs() < 0.05  # a kernel of weight 1
+    out = degrade_mel(flat, torch.Generator().manual_seed(1))
+    assert (out.mean() + 3).abs() < 0.05  # a kernel of weight 1
 
 
 def sounds():
@@ -265,9 +267,8 @@ def sounds():
 def test_training_resumes_and_learns_in_both_phases(tmp_path):
     a, b = Generator(SMALL), Generator(SMALL)
     log = train_vocoder(sounds(), a, SMALL, run_dir=tmp_path, plain_share=0.5)
-    assert {"mel", "stft"} <= set(log[0]) and {"feature", "adversarial", "critics_total"} <= set(
-        log[-1]
-    )
+    assert {"mel", "stft"} <= set(log[0])
+    assert {"feature", "adversarial", "discriminators_total"} <= set(log[-1])
     train_vocoder(sounds(), b, SMALL, run_dir=tmp_path, plain_share=0.5)  # finished: only loads
     same(a.conv_pre.weight, b.conv_pre.weight)
 
@@ -286,11 +287,8 @@ def glide():
 
 
 def glided():
-    return vowel(
-        torch.nn.functional.interpolate(
-            glide()[None, None].double(), scale_factor=320, mode="linear"
-        )[0, 0].exp()
-    )
+    fine = F.interpolate(glide()[None, None].double(), scale_factor=320, mode="linear")
+    return vowel(fine[0, 0].exp())
 
 
 @pytest.fixture
@@ -311,7 +309,7 @@ def test_a_driven_vocoder_keeps_the_length(shaper, L):
 def test_an_untrained_network_is_the_filter_alone():
     wav = glided()
     mel, e = MEL(wav)[None], excitation(glide(), torch.ones(50))[None]
-    alone = sounded(spectrum(e.sum(1)) * tract(mel, e.sum(1)).exp())
+    alone = istft(stft(e.sum(1)) * spectral_envelope(mel, e.sum(1)).exp())
     with torch.inference_mode():
         same(SourceFilter(DRIVEN)(mel, e), alone, atol=1e-5)
 
@@ -323,13 +321,11 @@ def test_a_clip_does_not_hear_its_neighbour_in_the_batch(shaper):
 
 
 def test_gains_are_those_of_channel_and_bin(shaper):
-    "A bias of ln 2 on the tones doubles the tones, and leaves the hiss; a turn of π turns it upside down."
-    mel, e = (
-        torch.full((1, 80, 30), -5.0),
-        torch.randn(1, 2, 4800, generator=torch.Generator().manual_seed(0)) * 0.1,
-    )
+    "A bias of ln 2 doubles the tones, and leaves the hiss; a turn of π turns it upside down."
+    mel = torch.full((1, 80, 30), -5.0)
+    e = torch.randn(1, 2, 4800, generator=torch.Generator().manual_seed(0)) * 0.1
     torch.nn.init.zeros_(shaper.gains.weight)
-    a_tones, a_hiss, turn_tones, turn_hiss = shaper.gains.bias.data.unflatten(0, (4, BINS))
+    a_tones, a_hiss, turn_tones, turn_hiss = shaper.gains.bias.data.unflatten(0, (4, FFT_BINS))
     with torch.inference_mode():
         a_tones.fill_(-99.0)
         hiss = shaper(mel, e)
@@ -345,11 +341,8 @@ def test_gains_are_those_of_channel_and_bin(shaper):
 @pytest.mark.parametrize("kind", ["generator", "shaper"])
 def test_half_precision_inside_is_float_outside(kind, request):
     "Losses on spectrograms cannot be taken in bfloat16."
-    g, mel, e = (
-        request.getfixturevalue(kind),
-        torch.randn(1, 80, 20) - 5,
-        torch.randn(1, 2, 3200) * 0.1,
-    )
+    g = request.getfixturevalue(kind)
+    mel, e = torch.randn(1, 80, 20) - 5, torch.randn(1, 2, 3200) * 0.1
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         half = g(mel, e)
     with torch.inference_mode():
@@ -357,9 +350,8 @@ def test_half_precision_inside_is_float_outside(kind, request):
 
 
 def test_a_preset_decides_which_vocoder():
-    assert isinstance(make_vocoder(SMALL), Generator) and isinstance(
-        make_vocoder(DRIVEN), SourceFilter
-    )
+    assert isinstance(make_vocoder(SMALL), Generator)
+    assert isinstance(make_vocoder(DRIVEN), SourceFilter)
     assert n_weights(make_vocoder(TINY)) * 2 < 8e6, "shipped in half precision"
 
 
@@ -380,7 +372,7 @@ def test_the_unvoiced_source_is_noise():
 
 def coloured(mel, log_f0):
     e = excitation(log_f0, torch.ones(len(log_f0))).sum(0)[None]
-    return sounded(spectrum(e) * tract(mel[None], e).exp())[0]
+    return istft(stft(e) * spectral_envelope(mel[None], e).exp())[0]
 
 
 def test_the_filter_is_near_the_mel_and_on_pitch():
@@ -442,37 +434,31 @@ def test_a_driven_vocoder_is_ahead_of_a_plain_one():
 
 
 def test_noise_does_not_depend_on_who_asks():
-    whole = noise(0, 5000, 100, 3, seed=7)
-    same(noise(1990, 4100, 100, 3, seed=7), whole[1990:4100])
-    assert (
-        abs(whole.mean()) < 0.02
-        and abs(whole.std() - 1) < 0.02
-        and (whole[:2000] - whole[2000:4000]).abs().max() > 1
-    )
-    same(
-        noise(0, 64, 16000, seed=2)[:, 0],
-        torch.randn(64, generator=torch.Generator().manual_seed(2)),
-    )
+    whole = noise_stream(0, 5000, 100, 3, seed=7)
+    same(noise_stream(1990, 4100, 100, 3, seed=7), whole[1990:4100])
+    assert abs(whole.mean()) < 0.02 and abs(whole.std() - 1) < 0.02
+    assert (whole[:2000] - whole[2000:4000]).abs().max() > 1
+    first = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    same(noise_stream(0, 64, 16000, seed=2)[:, 0], first)
 
 
 def test_a_source_goes_on_where_it_was():
     log_f0, voiced = 5 + 0.3 * torch.randn(200).cumsum(0) / 10, (torch.arange(200) % 50 > 9).float()
     source = Source(log_f0, voiced, seed=4)
-    same(
-        torch.cat([source.take(n) for n in (1, 2, 97, 60, 40)], 1),
-        excitation(log_f0, voiced, seed=4),
-        atol=1e-6,
-    )
+    blocks = [source.read_block(n) for n in (1, 2, 97, 60, 40)]
+    same(torch.cat(blocks, 1), excitation(log_f0, voiced, seed=4), atol=1e-6)
 
 
-def test_in_pieces_hands_out_every_column_once():
+def test_a_stream_with_context_hands_out_every_column_once():
     "With a speaker that repeats its columns, and whatever the sizes of the pieces."
     x = torch.arange(100.0)[None]
+
+    def repeat(held):
+        return held[0].repeat_interleave(160)
+
     for sizes in ([100], [1] * 100, [3, 40, 2, 55], [99, 1]):
         for context in (0, 4, 13):
-            columns, wavs = zip(
-                *in_pieces(lambda held: held[0].repeat_interleave(160), x.split(sizes, 1), context)
-            )
+            columns, wavs = zip(*stream_with_context(repeat, x.split(sizes, 1), context))
             same(torch.cat(columns, 1), x)
             same(torch.cat(wavs), x[0].repeat_interleave(160))
 
@@ -480,23 +466,22 @@ def test_in_pieces_hands_out_every_column_once():
 @pytest.mark.parametrize("kind", ["generator", "shaper"])
 def test_sound_of_pieces_is_the_sound_of_the_whole(kind, request):
     g, L = request.getfixturevalue(kind), 240
-    mel, log_f0, voiced = (
-        torch.randn(80, L, generator=torch.Generator().manual_seed(1)) - 5,
-        torch.linspace(4.6, 5.4, L // 2),
-        (torch.arange(L // 2) % 40 > 9).float(),
-    )
+    mel = torch.randn(80, L, generator=torch.Generator().manual_seed(1)) - 5
+    log_f0 = torch.linspace(4.6, 5.4, L // 2)
+    voiced = (torch.arange(L // 2) % 40 > 9).float()
     with torch.inference_mode():
         whole = g(mel[None], excitation(log_f0, voiced, 3)[None])[0]
-        mels, wavs = zip(*sing(g, mel.split([4, 100, 80, 56], 1), log_f0, voiced, 3))
-        short = torch.cat([w for _, w in sing(g, mel.split(60, 1), log_f0, voiced, 3, context=0)])
+        mels, wavs = zip(*vocode_stream(g, mel.split([4, 100, 80, 56], 1), log_f0, voiced, 3))
+        cut = vocode_stream(g, mel.split(60, 1), log_f0, voiced, 3, context=0)
+        short = torch.cat([wav for _, wav in cut])
     assert len(wavs) > 2 and all(m.shape[1] * 160 == len(w) for m, w in zip(mels, wavs))
     same(torch.cat(wavs), whole, atol=1e-6)
     same(torch.cat(mels, 1), mel)
     assert (short - whole).abs().max() > 1e-4, "without neighbours there must be seams"
 
 
-def test_reach_leaves_no_gradients(generator):
-    reach(generator)
+def test_measuring_the_context_leaves_no_gradients(generator):
+    context_columns(generator)
     assert all(p.grad is None for p in generator.parameters())
 
 
@@ -505,11 +490,12 @@ def test_copies_are_compared_on_the_same_clips():
 
     def row(shift):
         return {
-            k: [x + shift + (0.01 if i % 2 else -0.01) for i, x in enumerate(hard)] for k in COPIED
+            k: [x + shift + (0.01 if i % 2 else -0.01) for i, x in enumerate(hard)]
+            for k in COPY_MEASURES
         }
 
     rows = {"original": row(0.5), "filter alone": row(-0.3), "Griffin-Lim, 32": row(0)}
-    rows["our vocoder"] = {k: hard for k in COPIED}
+    rows["our vocoder"] = {k: hard for k in COPY_MEASURES}
     faint = [
         x - 0.024 + (0.03 if i % 2 else -0.03) for i, x in enumerate(hard)
     ]  # holds alone, and not among nine
@@ -530,7 +516,7 @@ def test_copies_are_compared_on_the_same_clips():
 def test_a_study_of_copies_between_its_bounds(monkeypatch):
     pytest.importorskip("pystoi")
     pytest.importorskip("pesq")
-    from faces2voices import evaluation, synthesis
+    from faces2voices import studies
     from faces2voices.corpora import Clip
 
     wav, none = glided(), torch.zeros(0)
@@ -549,9 +535,9 @@ def test_a_study_of_copies_between_its_bounds(monkeypatch):
             none,
         )
     ]
-    monkeypatch.setattr("faces2voices.corpora.ClipDataset", lambda folder, split: clips * 2)
-    monkeypatch.setattr(evaluation, "dnsmos", lambda wav: dict(ovrl_mos=3.0))
-    monkeypatch.setattr(evaluation, "pesq", lambda wav, ref: 4.6 - float((wav - ref).abs().mean()))
+    monkeypatch.setattr(studies, "ClipDataset", lambda folder, split: clips * 2)
+    monkeypatch.setattr(studies, "dnsmos", lambda wav: dict(ovrl_mos=3.0))
+    monkeypatch.setattr(studies, "pesq", lambda wav, ref: 4.6 - float((wav - ref).abs().mean()))
     found = copy_study("anywhere/drawn", n=2, model="talkers")
     rows = found["rows"]["drawn"]
     assert list(rows) == ["original", "filter alone", "our vocoder", "Griffin-Lim, 32"]

@@ -1,14 +1,16 @@
-"""AV-HuBERT out of fairseq 0.12.2's own parts, saved by fairseq's trainer, with what every layer answers.
+"""AV-HuBERT out of fairseq 0.12.2's own parts, saved by its trainer, with what every layer answers.
 
     .venv-fairseq/bin/python tests/fairseq/official.py FOLDER [small] [base] [large]
 
-writes, for each size, a pre-trained checkpoint and one .npz of inputs and answers, and for the small size the two
-fine-tuned layouts in circulation (by CTC, and to a sequence). From fairseq: the masked-prediction model (normalisation,
-projection, positional convolution, every transformer block, training heads), the fine-tuning wrappers, task, dictionary,
-tokenizer, configuration, trainer. From python_speech_features: the filter banks. In neither, therefore written here
-in plain arithmetic: the picture network and the fusion.
+writes, for each size, a pre-trained checkpoint and one .npz of inputs and answers, and for the
+small size the two fine-tuned layouts in circulation (by CTC, and to a sequence). From fairseq: the
+masked-prediction model (normalisation, projection, positional convolution, every transformer block,
+training heads), the fine-tuning wrappers, task, dictionary, tokenizer, configuration, trainer. From
+python_speech_features: the filter banks. In neither, therefore written here in plain arithmetic:
+the picture network and the fusion.
 
-`make test-fairseq` builds the environment (Python 3.10), runs this and compares. The recording beside this file:
+`make test-fairseq` builds the environment (Python 3.10), runs this and compares. The recording
+beside this file:
 
     .venv-fairseq/bin/python tests/fairseq/official.py runs/fairseq small
     (cd runs/fairseq && tar -cJf ../../tests/fairseq/recorded.tar.xz *.pt *.npz)
@@ -55,7 +57,10 @@ def norm(x, bn):
     "Normalise x (N, C, H, W) by the running statistics; in training mode, take them from x first."
     if bn.training:
         bn.running_mean, bn.running_var = x.mean((0, 2, 3)), x.var((0, 2, 3))
-    wide = lambda v: v[:, None, None]
+
+    def wide(v):
+        return v[:, None, None]
+
     return (x - wide(bn.running_mean)) / wide(bn.running_var + 1e-5).sqrt() * wide(
         bn.weight
     ) + wide(bn.bias)
@@ -66,7 +71,9 @@ def prelu(x, slope):
 
 
 def block(c_in, c, shrink):
-    conv = lambda a, k: nn.Conv2d(a, c, k, bias=False)
+    def conv(a, k):
+        return nn.Conv2d(a, c, k, bias=False)
+
     parts = dict(
         conv1=conv(c_in, 3),
         bn1=nn.BatchNorm2d(c),
@@ -184,12 +191,12 @@ class Task(HubertPretrainingTask):
 
 
 def randomise(model, width=None):
-    """Seeded weights, a draw for each name. With `width` every tensor is a window on the same few numbers, a matrix's
-    rows `width` apart: all rows differ, and a whole model is a small file, since a shared storage is saved once."""
-    noise, gains = (
-        0.1 * np.random.RandomState(0).randn(21_000),
-        np.random.RandomState(1).rand(8_000) + 0.5,
-    )
+    """Seeded weights, a draw for each name.
+
+    With `width` every tensor is a window on the same few numbers, a matrix's rows `width` apart:
+    all rows differ, and a model is a small file, since a shared storage is saved once."""
+    noise = 0.1 * np.random.RandomState(0).randn(21_000)
+    gains = np.random.RandomState(1).rand(8_000) + 0.5
     noise, gains = (
         torch.from_numpy(x.astype(np.float16)).float() for x in (noise, gains)
     )  # short mantissas compress
@@ -210,16 +217,16 @@ def randomise(model, width=None):
 
 
 def make_inputs(n=7, short=5):
-    "Two clips, the second shorter: pictures of 8 × 8 blocks, which compress well, and audio features; a wave with its filter banks."
+    """Two clips, the second shorter: pictures and audio features; a wave with its filter banks.
+
+    The pictures are blocks of 8 × 8, which compress well."""
     rng = np.random.RandomState(2)
     lips = (
         rng.randn(2, 1, n, 11, 11).astype(np.float16).repeat(8, -1).repeat(8, -2).astype(np.float32)
     )
     mask = np.arange(n) < np.array([[n], [short]])
-    audio, wave = (
-        rng.randn(2, n, 104).astype(np.float32),
-        (3000 * rng.randn(640 * n)).astype(np.int16),
-    )
+    audio = rng.randn(2, n, 104).astype(np.float32)
+    wave = (3000 * rng.randn(640 * n)).astype(np.int16)
     return dict(
         lips=lips * mask[:, None, :, None, None],
         audio=audio,
@@ -231,9 +238,14 @@ def make_inputs(n=7, short=5):
 
 @torch.no_grad()
 def answers(model, lips, audio, mask):
-    "What fairseq gives before the first block, at every `output_layer` and at its end: (n_layers + 2, B, T, D)."
+    """What fairseq gives before the first block, at every `output_layer` and at its end.
+
+    The shape is (n_layers + 2, B, T, D)."""
     source, padding = dict(video=torch.from_numpy(lips), audio=audio), torch.from_numpy(~mask)
-    ask = lambda **kw: model.extract_features(source, padding, **kw)[0]
+
+    def ask(**kw):
+        return model.extract_features(source, padding, **kw)[0]
+
     return torch.stack(
         [
             ask(ret_conv=True),
@@ -286,25 +298,14 @@ def pretrain(size, folder, data, width=None):
         "--conv-feature-layers",
         f"[({2 * d},1,1)]",
     ]
-    parts, inputs = (
-        build(
-            data,
-            "--arch",
-            "av_hubert",
-            "--criterion",
-            "hubert",
-            "--labels",
-            "['km']",
-            *map(str, shape),
-        ),
-        make_inputs(),
+    parts = build(
+        data, "--arch", "av_hubert", "--criterion", "hubert", "--labels", "['km']", *map(str, shape)
     )
-    model, lips, audio, mask = (
-        parts[2],
-        inputs["lips"],
-        torch.from_numpy(inputs["audio"]),
-        inputs["mask"],
-    )
+    inputs = make_inputs()
+    model = parts[2]
+    lips = inputs["lips"]
+    audio = torch.from_numpy(inputs["audio"])
+    mask = inputs["mask"]
     randomise(model, width)
     model.train().forward_features(
         dict(video=torch.from_numpy(lips), audio=audio)
@@ -317,17 +318,15 @@ def pretrain(size, folder, data, width=None):
 
 
 def finetune(size, folder, data, width=None):
-    "Two fine-tuned checkpoints on top of it: fairseq's CTC model and one with a decoder and a tokenizer."
-    said, tune = (
-        np.load(folder / f"{size}.npz"),
-        [
-            "--fine-tuning",
-            "--labels",
-            "['wrd']",
-            "--w2v-path",
-            str(folder / f"{size}-pretrained.pt"),
-        ],
-    )
+    "Two fine-tuned checkpoints: fairseq's CTC model and one with a decoder and a tokenizer."
+    said = np.load(folder / f"{size}.npz")
+    tune = [
+        "--fine-tuning",
+        "--labels",
+        "['wrd']",
+        "--w2v-path",
+        str(folder / f"{size}-pretrained.pt"),
+    ]
     ctc = build(data, *tune, "--arch", "hubert_ctc", "--criterion", "ctc")
     seq2seq = build(
         data,

@@ -1,15 +1,19 @@
-"""What Matcha-TTS's own decoder says, for weights and inputs that numpy's frozen generator draws from a seed.
+"""What Matcha-TTS's own decoder says, for weights and inputs drawn by numpy's frozen generator.
 
-    pip install --no-deps matcha-tts einops diffusers conformer      # in an environment apart, with torch
-    python tests/matcha/official.py                                  # writes recorded.safetensors beside this file
+In an environment apart, with torch; it writes recorded.safetensors beside this file:
 
-Only the answers are stored: weights and inputs are drawn again by whoever compares (tests/test_decoder.py).
+    pip install --no-deps matcha-tts einops diffusers conformer
+    python tests/matcha/official.py
+
+Only the answers are stored. Weights and inputs are drawn again by whoever compares
+(tests/test_decoder.py, nbs/engine/14_matcha.ipynb).
 """
 
-import json, sys
+import json
 from importlib.metadata import version
 from pathlib import Path
-import numpy as np, torch
+import numpy as np
+import torch
 
 FILE = Path(__file__).with_name("recorded.safetensors")
 SIZES = dict(
