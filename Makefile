@@ -78,11 +78,13 @@ prepare: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/python tests/make_sidebar.py
 	$(MAKE) readme
 
-# Run every lesson again and store what it shows (the site is made from stored outputs).
+# Run every engine room and lesson again and store what it shows (the site is made from stored outputs).
 outputs: $(VENV)/.dev
-	for nb in nbs/*.ipynb nbs/engine/*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$nb || exit 1; done
+	$(BIN)/nbdev_export
+	for nb in nbs/engine/*.ipynb nbs/*.ipynb; do $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$nb || exit 1; done
 	$(MAKE) prepare
 
 clean:
