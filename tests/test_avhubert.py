@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lips import batch
 from faces2voices.avhubert import (
     AVHUBERT_SIZES,
     AVHubert,
@@ -31,13 +32,6 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def _seed():
     seed_everything(0)
-
-
-def batch(T=9, short=5):
-    "Two clips of lips, the second shorter, with rubbish in its padding."
-    lips, mask = torch.randn(2, 1, T, 88, 88), torch.arange(T)[None] < torch.tensor([[T], [short]])
-    lips[1, :, short:] = 50.0
-    return lips, mask
 
 
 def small(**kw):

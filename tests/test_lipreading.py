@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from lips import batch
 from faces2voices.core import EIGENLIPS, PAPER, TINY, seed_everything, test_same
 from faces2voices.layers import influence
 from faces2voices.lipreading import (
@@ -18,13 +19,6 @@ from faces2voices.lipreading import (
 @pytest.fixture(autouse=True)
 def _seed():
     seed_everything(0)
-
-
-def batch(T=9, short=5):
-    "Two clips of lips, the second shorter, with rubbish in its padding."
-    lips, mask = torch.randn(2, 1, T, 88, 88), torch.arange(T)[None] < torch.tensor([[T], [short]])
-    lips[1, :, short:] = 50.0
-    return lips, mask
 
 
 # --- slim encoder
