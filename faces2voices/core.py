@@ -148,11 +148,13 @@ class InputConfig:
     face_backend: str = "locator"  # `locator` (drawn faces), `insightface`, `cascade`
     identity_dim: int = 0  # size of the identity vector; 0: learn one from the face crop
     expression_dim: int = 1152  # E; 1152 is a 24 × 48 strip of brows and eyes
-    lip_encoder: str = "slim"  # `slim`, `eigenlips`, `avhubert-base`, `avhubert-large`
+    # `slim`, `eigenlips`, `landmarks`, `avhubert-base` or `avhubert-large`
+    lip_encoder: str = "slim"
     lip_width: int = 16  # channels of the slim encoder's stem
     eigenlips: int = 96  # principal pictures, where the encoder is made of them
-    lip_memory: int = 192  # units of each direction of that encoder's GRU
-    lip_scale: int = 2  # both shrink the 88 × 88 lips by this factor first
+    # units of each direction of that encoder's GRU, or channels of a reader of landmarks
+    lip_memory: int = 192
+    lip_scale: int = 2  # `slim` and `eigenlips` shrink the 88 × 88 lips by this factor first
 
 # %% ../nbs/00_core.ipynb #9f7b9558
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def _tuples(v):
 
 # %% ../nbs/00_core.ipynb #36584f08
 _CHOICES = dict(
-    lip_encoder=("slim", "eigenlips", "avhubert-base", "avhubert-large"),
+    lip_encoder=("slim", "eigenlips", "landmarks", "avhubert-base", "avhubert-large"),
     unit_features=("mfcc", "hubert"),
 )
 _BACKENDS = "locator", "insightface", "mediapipe", "cascade"

@@ -397,6 +397,8 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (B, T) bool
     # (B, 2T) long, 0 between words, −100 where they are not known
     words: torch.Tensor | None = None
+    # (B, T, 9, 2) px, NaN where unknown; (B, T, 0, 2) without a mesh
+    mouth: torch.Tensor | None = None
 
     def to(self, device):
         "The batch on another device."
@@ -476,10 +478,11 @@ def _splice(a: Clip, b: Clip, rng) -> Clip:
     "The beginning of one clip and the end of another, as long as the shorter of them."
     T = min(len(a.lips), len(b.lips))
     cut = T // 4 + _random_below(max(1, T // 2), rng)
-    joined = dict(
-        lips=torch.cat([a.lips[:cut], b.lips[cut:T]]),
-        expression=torch.cat([a.expression[:cut], b.expression[cut:T]]),
-    )
+    joined = {}
+    for name in ("lips", "expression", "mouth"):
+        x, y = getattr(a, name), getattr(b, name)
+        if x is not None:
+            joined[name] = torch.cat([x[:cut], y[cut:T]])
     for name, n in _RATES.items():
         x, y = getattr(a, name), getattr(b, name)
         if x is not None:
@@ -533,6 +536,7 @@ def collate(
         energy=_pad([c.energy for c in clips]),
         mask=mask,
         words=_pad([_labels(c, c.words) for c in clips], -100),
+        mouth=_pad([_mouth(c) for c in clips], torch.nan),
     )
 
 
@@ -546,6 +550,11 @@ def _labels(clip: Clip, labels) -> torch.Tensor:  # (2T,)
     if labels is None:
         return torch.full((UNITS_PER_FRAME * len(clip.lips),), -100)
     return labels
+
+
+def _mouth(clip: Clip) -> torch.Tensor:  # (T, 9, 2), or (T, 0, 2)
+    "The points of the mouth, or none of them."
+    return torch.zeros(len(clip.lips), 0, 2) if clip.mouth is None else clip.mouth
 
 # %% ../nbs/04_corpora.ipynb #d3124c40
 class BucketSampler:
