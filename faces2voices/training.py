@@ -6,7 +6,7 @@
 __all__ = ['SEGMENT_COLUMNS', 'PREPARED_SHARE', 'PLAIN_SHARE', 'shuffled', 'schedule', 'EMA', 'loss_terms', 'average_gradients',
            'broadcast_weights', 'batch_number', 'TrainConfig', 'Learner', 'fit', 'Trainer', 'StepDataset',
            'show_history', 'DecoderExample', 'DecoderExamples', 'precompute_mu', 'decoder_batches', 'reader_corpora',
-           'pretrain_reader', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_vocoder',
+           'pretrain_reader', 'load_lip_encoder', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_vocoder',
            'train_model_vocoder', 'decoder_loss', 'train_decoder', 'train_model_locator', 'train_units', 'make_world',
            'build_seeded', 'train_system', 'adapt']
 
@@ -550,7 +550,7 @@ def show_history(
 from .manifests import read_manifest
 from .corpora import ClipDataset, SoundList, batches, collate
 from .preparing import TensorStore, fingerprint, prepare, write_targets
-from .lipreading import EigenlipEncoder, LipReader
+from .lipreading import EigenlipEncoder, LipReader, make_lip_encoder
 from .mouths import mouth_batches, prepared_mouths, read_landmarks
 from .core import seeded
 from .timbre import train_speaker_encoder
@@ -751,6 +751,34 @@ def pretrain_reader(
     with atomic_path(run / "reader.safetensors", overwrite=True) as tmp:
         save_file({k: v.half().contiguous() for k, v in reader.state_dict().items()}, tmp)
     return run / "reader.safetensors"
+
+# %% ../nbs/16_training.ipynb #15944b1a
+def load_lip_encoder(
+    model,  # whose hierarchy gets it
+    lips=None,  # file of a pre-trained lip encoder: a reader, or an AV-HuBERT checkpoint
+    first=None,  # a model whose lip encoder serves where no file is given
+):
+    """Put a pre-trained lip encoder in its place, where the preset has one.
+
+    CheckpointError where a preset needs one and none is given, or takes none."""
+    preset = model.preset
+    frozen = preset.lip_encoder in ("landmarks", "avhubert-base", "avhubert-large")
+    if lips is not None and not frozen:
+        raise CheckpointError(
+            lips,
+            f"is not needed: the preset `{preset.name}` trains its own lip encoder",
+            "Leave it out",
+        )
+    if lips is not None:
+        model.hierarchy.lips = make_lip_encoder(preset, lips).to(model.device)
+    elif frozen and first is not None and first.preset.lip_encoder == preset.lip_encoder:
+        model.hierarchy.lips.load_state_dict(first.hierarchy.lips.state_dict())
+    elif frozen:
+        raise CheckpointError(
+            "--lips",
+            f"is needed: the preset `{preset.name}` takes a pre-trained lip encoder",
+            "Give what `faces2voices pretrain` wrote, or an AV-HuBERT checkpoint",
+        )
 
 # %% ../nbs/16_training.ipynb #de387811
 def fit_eigenlips(hierarchy, dataset, limit: int = 300, seed: int = 0):
@@ -990,6 +1018,7 @@ def train_system(
     out,  # folder of the run
     data=None,  # prepared clips; None: `tiny` makes its world first
     init: str | None = None,  # a model whose speaker encoder and vocoder are kept
+    lips=None,  # file of a pre-trained lip encoder; see `load_lip_encoder`
     voices=None,  # more prepared clips, for the vocoder alone
     adapt: bool = False,  # go on from `init` altogether
     only: list | None = None,  # parts that may be trained now; None: all
@@ -1002,7 +1031,10 @@ def train_system(
     run = Path(out)
     seed = whole_seed(seed)
     model, first = build_seeded(preset, init, adapt, seed)
-    on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed))
+    if not adapt:
+        load_lip_encoder(model, lips, first)
+    reader = fingerprint(model.hierarchy.lips) if lips else None
+    on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed, reader))
     writer = open_board(run) if board and make_accelerator().is_main_process else None
 
     def step(name, module, train, *args):
