@@ -804,7 +804,7 @@ def train_hierarchy(model, dataset, preset, run, seed, board=None, workers=0):
     fit(
         model.hierarchy.loss,
         model.hierarchy,
-        batches(dataset, preset.batch["hierarchy"], seed, preset.vary),
+        batches(dataset, preset.batch["hierarchy"], seed, preset.vary, preset.balance),
         preset.steps["hierarchy"],
         preset.lr["hierarchy"],
         name="hierarchy",
