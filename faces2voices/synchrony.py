@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from .errors import CorpusError
+from .errors import CorpusError, F2VError
 from .figures import markdown_table
 from .statistics import shrink_values
 from .core import FPS, GRID_WORDS, MELS_PER_FRAME, seeded, whole_seed
@@ -64,7 +64,7 @@ def best_offset(
 # %% ../nbs/engine/06_synchrony.ipynb #e928c158
 def _between_frames(
     beliefs,  # (T, 1 + V)
-) -> torch.Tensor:  # (4 (T − 1), 1 + V), at 15, 25, 35 … ms
+) -> torch.Tensor:  # (4 (T − 1), 1 + V), at 25, 35, 45 … ms
     "Values in the middle of every 10 ms, on straight lines between the frames."
     weights = (torch.arange(4, device=beliefs.device) + 0.5)[:, None] / 4
     return torch.lerp(beliefs[:-1, None], beliefs[1:, None], weights).flatten(0, 1)
@@ -79,7 +79,7 @@ def _words_every_step(
     labels = torch.zeros(length + 2 * _REACH, dtype=torch.long)
 
     def at(seconds):
-        return max(0, round(seconds / OFFSET_STEP) - 1 + _REACH)
+        return max(0, round(seconds / OFFSET_STEP) - 2 + _REACH)
 
     for start, end, text in word_times:
         known = text in vocabulary
@@ -99,7 +99,7 @@ def clip_offset(
     laid = heard.unfold(0, len(seen), 1).flip(0)
     scores = torch.gather(seen, 1, laid.T.clamp(min=0)).T.masked_fill(laid < 0, 0.0)
     middles = torch.tensor([(start + end) / 2 for start, end, _ in word_times])
-    times = OFFSET_STEP * (torch.arange(len(seen)) + 1.5)
+    times = OFFSET_STEP * (torch.arange(len(seen)) + 2.5)
     piece = torch.bucketize(times, middles)
     pieces = torch.zeros(len(middles) + 1, len(scores)).index_add_(0, piece, scores.T)
     return best_offset(pieces)
@@ -114,6 +114,8 @@ class CorpusOffsets(NamedTuple):
 
 def _missing(clip) -> str:
     "What a clip lacks for its offset to be found; nothing where all is there."
+    if not len(clip.wav):
+        return "no sound"
     if not clip.word_times:
         return "no word times"
     if clip.mouth is None or not clip.mouth.numel():
@@ -122,6 +124,19 @@ def _missing(clip) -> str:
 
 
 @torch.no_grad()
+def _beliefs(reader, mouth) -> torch.Tensor:  # (T, 1 + V)
+    "What a reader of GRID's words makes of one clip; F2VError where it reads other words."
+    mask = torch.ones(1, len(mouth), dtype=torch.bool)
+    beliefs = reader.head(reader(mouth[None], mask)).log_softmax(-1)[0]
+    if beliefs.shape[1] != 1 + len(GRID_WORDS):
+        raise F2VError(
+            "the reader",
+            f"reads {beliefs.shape[1] - 1} words, and GRID has {len(GRID_WORDS)}",
+            "Train one on GRID: `faces2voices pretrain`",
+        )
+    return beliefs
+
+
 def corpus_offsets(
     reader,  # a LipReader, in eval mode
     data,  # folder of prepared clips
@@ -129,16 +144,14 @@ def corpus_offsets(
     progress: bool = True,
 ) -> CorpusOffsets:
     "How late the lips of each clip are, by its word times and what a reader of lips believes."
-    dataset = ClipDataset(data, split=split)
+    dataset = ClipDataset(data, split=split, sound=False)
     found = CorpusOffsets({}, {})
     for name in tqdm(dataset.names, desc="offsets", unit="clip", disable=not progress):
         clip = dataset.load(name, lips=False)
         if why := _missing(clip):
             found.without[name] = why
             continue
-        mask = torch.ones(1, len(clip.mouth), dtype=torch.bool)
-        beliefs = reader.head(reader(clip.mouth[None], mask)).log_softmax(-1)[0]
-        found.offsets[name] = clip_offset(beliefs, clip.word_times)
+        found.offsets[name] = clip_offset(_beliefs(reader, clip.mouth), clip.word_times)
     return found
 
 # %% ../nbs/engine/06_synchrony.ipynb #01069f77
