@@ -998,6 +998,7 @@ def sync_study(
 ) -> dict:  # what JSON can hold
     "Train on pairs as they are and on synchronised ones, the same recipe; judge on held-out clips."
     out, seeds = Path(out), [whole_seed(s) for s in seeds]
+    known = sound_shifts(data)  # no offsets, no study
     shared = clips_with_targets(data, out, 0)
     preset = shared.preset
     if reader is not None:
@@ -1007,7 +1008,7 @@ def sync_study(
     setting = dict(steps=steps, most=most, preset=preset.to_json())
     claim(run, **setting, data=clips_identity(data, offsets=True), reader=_weights_of(reader))
     train, held = (
-        [_clips_of_study(data, shared, part, n, moved, out) for moved in (False, True)]
+        [_clips_of_study(data, shared, known, part, n, moved, out) for moved in (False, True)]
         for part, n in (("train", most), (split, limit))
     )
     vocoder = FacesToVoices.from_pretrained(model, device="cpu").vocoder
@@ -1029,9 +1030,8 @@ def _weights_of(reader) -> str | None:
     return None if reader is None else fingerprint(load_reader(reader))
 
 
-def _clips_of_study(data, shared, split: str, most: int, moved: bool, out) -> ClipDataset:
+def _clips_of_study(data, shared, known, split, most: int, moved: bool, out) -> ClipDataset:
     "At most so many clips that have an offset, spread evenly, with their targets."
-    known = sound_shifts(data)
     names = [name for name in ClipDataset(data, split=split).names if name in known]
     if not names:
         raise CorpusError(
