@@ -208,12 +208,12 @@ def show_offsets(
         milliseconds = 1000 * np.array(
             [seconds.mean(), seconds.std(), shrink_values(seconds, errors).sd, np.median(errors)]
         )
-        far = np.mean(np.abs(seconds) > 0.02)
+        far = np.mean(np.abs(seconds - seconds.mean()) > 0.02)
         people = len({e.speaker_id for e in chosen})
         cells = [split or "none", people, len(chosen), *(f"{x:.1f}" for x in milliseconds)]
         rows.append([*cells, f"{far:.0%}"])
     head = "split", "people", "clips", "mean, ms", "sd", "sd without errors", "median error"
-    return markdown_table([*head, "beyond 20 ms"], rows)
+    return markdown_table([*head, "beyond 20 ms of the mean"], rows)
 
 # %% ../nbs/engine/06_synchrony.ipynb #0cdcea1a
 _BANDS = 10  # of the mel, each a mean of eight
