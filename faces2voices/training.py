@@ -548,7 +548,7 @@ def show_history(
 
 # %% ../nbs/16_training.ipynb #c7d1f3a8
 from .manifests import read_manifest
-from .corpora import ClipDataset, SoundList, batches, collate
+from .corpora import ClipDataset, SoundList, batches, collate, person_chances
 from .preparing import TensorStore, fingerprint, prepare, write_targets
 from .lipreading import EigenlipEncoder, LipReader, make_lip_encoder
 from .mouths import mouth_batches, prepared_mouths, read_landmarks
@@ -674,15 +674,21 @@ def decoder_batches(
     batch: int,
     columns: int = SEGMENT_COLUMNS,
     seed: int = 0,
+    chances=None,  # of each example to be drawn; None: all come equally often
 ):
     "step → batch of random segments out of random examples."
     seed = whole_seed(seed)
     draw = shuffled(len(examples), batch, seed)
+    if chances is not None:
+        chances = torch.as_tensor(chances)
 
     def at(step):
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = []
-        for i in draw(step):
+        numbers = draw(step)
+        if chances is not None:
+            numbers = torch.multinomial(chances, batch, True, generator=g).tolist()
+        for i in numbers:
             example = examples[i]
             last = max(example.mu.shape[1] - columns, 0)
             start = int(torch.randint(last + 1, (), generator=g))
@@ -929,6 +935,10 @@ def decoder_loss(model):
 def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
     "OT-CFM on the μ of the frozen hierarchy."
     examples = precompute_mu(model.hierarchy, dataset, run, vary=preset.vary, seed=seed)
+    chances = None
+    if preset.balance:
+        people = dataset.people * (len(examples) // len(dataset))
+        chances = person_chances(people, preset.balance)
     b = sample_batch(dataset.folder).to(model.device)
     with torch.no_grad():
         out = model.hierarchy(*model.hierarchy.inputs(b))
@@ -940,7 +950,7 @@ def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
     fit(
         decoder_loss(model),
         model.decoder,
-        decoder_batches(examples, preset.batch["decoder"], seed=seed),
+        decoder_batches(examples, preset.batch["decoder"], seed=seed, chances=chances),
         preset.steps["decoder"],
         preset.lr["decoder"],
         name="decoder",
