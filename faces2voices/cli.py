@@ -914,6 +914,22 @@ def _study_slots(
 
     _record_and_print(ctx, slot_study(model, data, split, limit), 0, [data], ("pocketsphinx",), out)
 
+# %% ../nbs/20_cli.ipynb #0daec043
+@study_app.command("confidence")
+def _study_confidence(
+    ctx: typer.Context,
+    data: GridDataArgument,
+    model: ModelOption = "grid",
+    split: OneSplitOption = "val",
+    out: OutOption = None,
+):
+    """From which confidence on the words that a model reads are to be believed (lesson 18).
+
+    Chosen on one split, and tried on all others but `train`."""
+    from faces2voices.studies import confidence_study
+
+    _record_and_print(ctx, confidence_study(model, data, split), 0, [data], out=out)
+
 # %% ../nbs/20_cli.ipynb #c14f5144
 @study_app.command("adaptation")
 def _study_adaptation(

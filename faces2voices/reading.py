@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from .core import UNIT_RATE
-from .figures import BLUE, ORANGE, open_axes
+from .figures import PALETTE, open_axes
 from .content import WORD_SMOOTHING
 
 # %% ../nbs/engine/15_reading.ipynb #44bb0537
@@ -156,7 +156,7 @@ def plot_calibration(
 
     fig, ax = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
     ax.plot([0, 1], [0, 1], color="0.7", lw=1, ls="--")
-    for (name, bins), color, marker in zip(curves.items(), (BLUE, ORANGE), "os"):
+    for (name, bins), color, marker in zip(curves.items(), PALETTE, "os^Dvx"):
         x, y, _ = zip(*bins)
         ax.plot(x, y, marker=marker, color=color, label=f"{name} ({sum(b[2] for b in bins)} words)")
     ax.set(xlim=(0, 1.02), ylim=(0, 1.04), xlabel="confidence", ylabel="share of words right")

@@ -67,7 +67,7 @@ def draw_words(
             word.confidence,
             word.end - word.start,
             align="edge",
-            color=SKY if word.confidence >= SURE else "#DDDDDD",
+            color=SKY if word.confidence >= SURE else "#BBBBBB",
             edgecolor="white",
         )
         middle = (word.start + word.end) / 2
