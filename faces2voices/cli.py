@@ -559,6 +559,16 @@ def _train(
             )
         ),
     ] = None,
+    lips: Annotated[
+        Optional[Path],
+        typer.Option(
+            help=(
+                "Pre-trained lip encoder, for presets that do not train their own: what "
+                "`pretrain` wrote (`grid`), or an AV-HuBERT checkpoint (`paper`)."
+            ),
+            show_default=False,
+        ),
+    ] = None,
     voices: Annotated[
         Optional[Path],
         typer.Option(
@@ -614,6 +624,7 @@ def _train(
         make_folder(out),
         data,
         init=init,
+        lips=lips,
         voices=voices,
         only=parts,
         workers=workers,

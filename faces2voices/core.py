@@ -205,6 +205,7 @@ class Preset(InputConfig, HierarchyConfig, DecoderConfig):
 
     name: str = "tiny"
     vary: int = 1  # how much training clips are varied: see `collate`
+    balance: float = 0.0  # 0: all training clips are drawn alike, 1: all people
     # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
     steps: dict = field(default_factory=_STEPS.copy)
     batch: dict = field(default_factory=_BATCH.copy)
@@ -257,6 +258,7 @@ _RANGES = dict(  # name → smallest and largest value; whole numbers where both
     vocoder_channels=(1, 2**13),
     vocoder_blocks=(0, 64),
     vary=(0, 2),
+    balance=(0.0, 1.0),
     masked_weight=(0.0, 1e6),
     word_weight=(0.0, 1e6),
     prior_weight=(0.0, 1e6),

@@ -6,7 +6,7 @@
 __all__ = ['SEGMENT_COLUMNS', 'PREPARED_SHARE', 'PLAIN_SHARE', 'shuffled', 'schedule', 'EMA', 'loss_terms', 'average_gradients',
            'broadcast_weights', 'batch_number', 'TrainConfig', 'Learner', 'fit', 'Trainer', 'StepDataset',
            'show_history', 'DecoderExample', 'DecoderExamples', 'precompute_mu', 'decoder_batches', 'reader_corpora',
-           'pretrain_reader', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_vocoder',
+           'pretrain_reader', 'load_lip_encoder', 'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_vocoder',
            'train_model_vocoder', 'decoder_loss', 'train_decoder', 'train_model_locator', 'train_units', 'make_world',
            'build_seeded', 'train_system', 'adapt']
 
@@ -548,9 +548,9 @@ def show_history(
 
 # %% ../nbs/16_training.ipynb #c7d1f3a8
 from .manifests import read_manifest
-from .corpora import ClipDataset, SoundList, batches, collate
+from .corpora import ClipDataset, SoundList, batches, collate, person_chances
 from .preparing import TensorStore, fingerprint, prepare, write_targets
-from .lipreading import EigenlipEncoder, LipReader
+from .lipreading import EigenlipEncoder, LipReader, make_lip_encoder
 from .mouths import mouth_batches, prepared_mouths, read_landmarks
 from .core import seeded
 from .timbre import train_speaker_encoder
@@ -674,15 +674,21 @@ def decoder_batches(
     batch: int,
     columns: int = SEGMENT_COLUMNS,
     seed: int = 0,
+    chances=None,  # of each example to be drawn; None: all come equally often
 ):
     "step → batch of random segments out of random examples."
     seed = whole_seed(seed)
     draw = shuffled(len(examples), batch, seed)
+    if chances is not None:
+        chances = torch.as_tensor(chances)
 
     def at(step):
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = []
-        for i in draw(step):
+        numbers = draw(step)
+        if chances is not None:
+            numbers = torch.multinomial(chances, batch, True, generator=g).tolist()
+        for i in numbers:
             example = examples[i]
             last = max(example.mu.shape[1] - columns, 0)
             start = int(torch.randint(last + 1, (), generator=g))
@@ -752,6 +758,34 @@ def pretrain_reader(
         save_file({k: v.half().contiguous() for k, v in reader.state_dict().items()}, tmp)
     return run / "reader.safetensors"
 
+# %% ../nbs/16_training.ipynb #15944b1a
+def load_lip_encoder(
+    model,  # whose hierarchy gets it
+    lips=None,  # file of a pre-trained lip encoder: a reader, or an AV-HuBERT checkpoint
+    first=None,  # a model whose lip encoder serves where no file is given
+):
+    """Put a pre-trained lip encoder in its place, where the preset has one.
+
+    CheckpointError where a preset needs one and none is given, or takes none."""
+    preset = model.preset
+    frozen = preset.lip_encoder in ("landmarks", "avhubert-base", "avhubert-large")
+    if lips is not None and not frozen:
+        raise CheckpointError(
+            lips,
+            f"is not needed: the preset `{preset.name}` trains its own lip encoder",
+            "Leave it out",
+        )
+    if lips is not None:
+        model.hierarchy.lips = make_lip_encoder(preset, lips).to(model.device)
+    elif frozen and first is not None and first.preset.lip_encoder == preset.lip_encoder:
+        model.hierarchy.lips.load_state_dict(first.hierarchy.lips.state_dict())
+    elif frozen:
+        raise CheckpointError(
+            "--lips",
+            f"is needed: the preset `{preset.name}` takes a pre-trained lip encoder",
+            "Give what `faces2voices pretrain` wrote, or an AV-HuBERT checkpoint",
+        )
+
 # %% ../nbs/16_training.ipynb #de387811
 def fit_eigenlips(hierarchy, dataset, limit: int = 300, seed: int = 0):
     "The principal pictures of some training clips, for a hierarchy that has eigenlips, none yet."
@@ -776,7 +810,7 @@ def train_hierarchy(model, dataset, preset, run, seed, board=None, workers=0):
     fit(
         model.hierarchy.loss,
         model.hierarchy,
-        batches(dataset, preset.batch["hierarchy"], seed, preset.vary),
+        batches(dataset, preset.batch["hierarchy"], seed, preset.vary, preset.balance),
         preset.steps["hierarchy"],
         preset.lr["hierarchy"],
         name="hierarchy",
@@ -901,6 +935,10 @@ def decoder_loss(model):
 def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
     "OT-CFM on the μ of the frozen hierarchy."
     examples = precompute_mu(model.hierarchy, dataset, run, vary=preset.vary, seed=seed)
+    chances = None
+    if preset.balance:
+        people = dataset.people * (len(examples) // len(dataset))
+        chances = person_chances(people, preset.balance)
     b = sample_batch(dataset.folder).to(model.device)
     with torch.no_grad():
         out = model.hierarchy(*model.hierarchy.inputs(b))
@@ -912,7 +950,7 @@ def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
     fit(
         decoder_loss(model),
         model.decoder,
-        decoder_batches(examples, preset.batch["decoder"], seed=seed),
+        decoder_batches(examples, preset.batch["decoder"], seed=seed, chances=chances),
         preset.steps["decoder"],
         preset.lr["decoder"],
         name="decoder",
@@ -990,6 +1028,7 @@ def train_system(
     out,  # folder of the run
     data=None,  # prepared clips; None: `tiny` makes its world first
     init: str | None = None,  # a model whose speaker encoder and vocoder are kept
+    lips=None,  # file of a pre-trained lip encoder; see `load_lip_encoder`
     voices=None,  # more prepared clips, for the vocoder alone
     adapt: bool = False,  # go on from `init` altogether
     only: list | None = None,  # parts that may be trained now; None: all
@@ -1002,7 +1041,10 @@ def train_system(
     run = Path(out)
     seed = whole_seed(seed)
     model, first = build_seeded(preset, init, adapt, seed)
-    on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed))
+    if not adapt:
+        load_lip_encoder(model, lips, first)
+    reader = fingerprint(model.hierarchy.lips) if lips else None
+    on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed, reader))
     writer = open_board(run) if board and make_accelerator().is_main_process else None
 
     def step(name, module, train, *args):
