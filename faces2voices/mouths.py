@@ -45,8 +45,8 @@ def _check_landmarks(names, points, words):
     n, frames = words.shape
     if points.shape != (n, frames, 9, 2) or points.dtype != np.int16 or len(names) != n:
         raise ValueError(f"points {points.shape} {points.dtype} for {n} clips of {frames} frames")
-    if words.min() < 0 or words.max() > len(_FILE_WORDS):
-        raise ValueError(f"words from {words.min()} to {words.max()}")
+    if words.dtype.kind not in "iu" or words.min() < 0 or words.max() > len(_FILE_WORDS):
+        raise ValueError(f"words from {words.min()} to {words.max()}, {words.dtype}")
 
 
 def read_landmarks(
@@ -58,6 +58,7 @@ def read_landmarks(
         with np.load(path, allow_pickle=False) as file:
             names, points, words = (file[key] for key in ("names", "points", "words"))
         _check_landmarks(names, points, words)
+        texts = [grid_text(str(name)) for name in names]
     except Exception as e:
         raise CorpusError(
             path,
@@ -69,8 +70,8 @@ def read_landmarks(
     mouths = torch.from_numpy(points).float() / _STEPS_A_PIXEL
     mouths[torch.from_numpy(points) == _UNKNOWN] = torch.nan
     return [
-        MouthClip(f"{path.stem}_{name}", path.stem, grid_text(str(name)), mouth, label)
-        for name, mouth, label in zip(names, mouths, labels)
+        MouthClip(f"{path.stem}_{name}", path.stem, text, mouth, label)
+        for name, text, mouth, label in zip(names, texts, mouths, labels)
     ]
 
 # %% ../nbs/engine/06_mouths.ipynb #f98dddd9
@@ -88,7 +89,10 @@ def prepared_mouths(
 ) -> list[MouthClip]:
     "The mouths of prepared clips. CorpusError where their face backend told no mesh."
     dataset = ClipDataset(data, split=split)
-    clips = [mouth_clip(dataset.sound(i)) for i in range(len(dataset))]
+    clips = []
+    for i, name in enumerate(dataset.names):
+        times = dataset.word_times[name]
+        clips.append(mouth_clip(dataset.sound(i)._replace(word_times=times)))
     if clips and not all(len(clip.mouth[0]) for clip in clips):
         raise CorpusError(
             data,

@@ -94,8 +94,7 @@ def run_reader(
     chosen = [choose_clips(corpora[0], run), corpora[1] if run.prepared else []]
     claim(
         folder,
-        run=run._asdict(),
-        reader=dict(steps=steps, batch=batch, lr=READER_RATE),
+        reader=run._asdict() | dict(steps=steps, batch=batch, lr=READER_RATE),
         clips=[_digest(clips) for clips in chosen],
     )
     path = folder / "reader.safetensors"
