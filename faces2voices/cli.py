@@ -526,6 +526,51 @@ def _prepare(
         _targets(targets, out, workers, scheduler)
     raise typer.Exit(int(done.failed > 0))
 
+# %% ../nbs/20_cli.ipynb #7dd54145
+@app.command("pretrain")
+def _pretrain(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help=(
+                "Files of lip landmarks (s1.npz: one speaker), folders of them, and folders of "
+                "prepared clips, in any order."
+            ),
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder of the run: checkpoint, log, the reader.")
+    ] = Path("runs/reader"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 4000,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that draw batches ahead; 0: this one does it all.")
+    ] = 2,
+    seed: SeedOption = 0,
+):
+    """Train a reader of lips, before everything else: which word is said, from nine points of a
+    mouth (lesson 6).
+
+    It needs no sound, so it may learn from more people than the rest of the system ever hears.
+    Clips that a prepared folder keeps for validation or tests are left out, in the landmarks too.
+    A quarter of each batch is from prepared clips, where both are given. Stopped, it goes on where
+    it was when the same command is given again.
+
+    Example: `faces2voices pretrain landmarks prepared/grid -o runs/reader`"""
+    from faces2voices.mouths import reader_sources
+    from faces2voices.training import pretrain_reader, reader_errors
+
+    landmarks, prepared = reader_sources(sources)
+    run = make_folder(out)
+    reader = pretrain_reader(landmarks, prepared, run, steps, workers=workers, seed=seed)
+    wrong = reader_errors(reader, prepared)
+    found = f"{wrong.mean():.1%} of the words of {len(wrong)} validation clips wrong; "
+    given = prepared[0] if prepared else "PREPARED"
+    console.print(
+        f"reader in {_plain(reader)}; {found if len(wrong) else ''}next: "
+        f"[bold]faces2voices train {_plain(given)} --preset grid --lips {_plain(reader)}[/]"
+    )
+
 # %% ../nbs/20_cli.ipynb #d0689706
 @app.command("train")
 def _train(
@@ -897,6 +942,47 @@ def _record_and_print(ctx, found, seed, folders, tools=(), out=None):
 
     kept = _record(ctx, found, seed, folders, tools, out)
     console.print(f"written to {out}" if out else json.dumps(kept, indent=1), markup=False)
+
+# %% ../nbs/20_cli.ipynb #d4d8a798
+@study_app.command("reader")
+def _study_reader(
+    ctx: typer.Context,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help=(
+                "Lip landmarks (files, or folders of them) and one folder of prepared clips with "
+                "the splits train, test and unseen, in any order."
+            ),
+            show_default=False,
+        ),
+    ],
+    run: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/reader-study"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each reader.")] = 1500,
+    seeds: Annotated[
+        str,
+        typer.Option(help="Train each reader from each of these; a seed chooses the people, too."),
+    ] = "0",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw batches ahead.")] = 2,
+    out: OutOption = None,
+):
+    """What more people and more clips are worth to a reader of lips, and what it confuses
+    (lesson 6).
+
+    1 to 20 people, 10 to 1000 clips of each, and landmarks, prepared clips or both: 11 readers for
+    each seed. Stopped, it goes on where it was when the same command is given again."""
+    from faces2voices.mouths import reader_sources
+    from faces2voices.readers import reader_study
+
+    landmarks, prepared = reader_sources(sources)
+    if len(prepared) != 1:
+        said = f"one folder of prepared clips is needed, and {len(prepared)} are given"
+        raise typer.BadParameter(said, param_hint="SOURCES")
+    chosen = parse_seeds(seeds)
+    made = reader_study(
+        landmarks, prepared[0], make_folder(run), steps=steps, seeds=chosen, workers=workers
+    )
+    _record_and_print(ctx, made, chosen, sources, out=out)
 
 # %% ../nbs/20_cli.ipynb #a3fe0ca7
 @study_app.command("teacher")

@@ -45,7 +45,7 @@ from faces2voices.errors import (
     atomic_path,
 )
 from faces2voices.core import TINY, pick_device, seed_everything, test_same as same, whole_seed
-from faces2voices.lipreading import Eigenlips
+from faces2voices.eigenlips import Eigenlips
 from faces2voices.manifests import read_manifest, write_manifest
 from faces2voices.corpora import load_clip, save_clip
 from faces2voices.preparing import prepare
