@@ -898,7 +898,7 @@ def confidence_study(
     if not known[split]:
         reason = f"has no clip of split {split!r} with word times"
         raise CorpusError(data, reason, "GRID has them: see `faces2voices prepare --help`")
-    threshold = choose_threshold([r for readings in known.values() for r in readings])
+    threshold = choose_threshold([*known[split], *known[f"{split}, frames held"]])
     splits = {e.split for e in read_manifest(Path(data) / "manifest.jsonl")}
     others = {other: judged(other) for other in sorted(splits - {"train", split, ""})}
     sets = {k: v for k, v in (known | others).items() if any(r.confidences for r in v)}

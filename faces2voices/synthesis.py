@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, chain, pairwise, product
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 import numpy as np
@@ -160,10 +160,12 @@ def join(cls: Speech, parts: list) -> Speech:
         names.append("entropy")
     along = {name: torch.cat([getattr(p, name) for p in parts], -1) for name in names}
     begins = accumulate((p.duration for p in parts), initial=0.0)
-    words = [w for p, begin in zip(parts, begins) for w in shift_words(p.words, begin)]
+    words = [shift_words(p.words, begin) for p, begin in zip(parts, begins)]
     true_mel = first.true_mel if len(parts) == 1 else None
     seconds = sum(p.seconds for p in parts)
-    return replace(first, **along, words=words, true_mel=true_mel, seconds=seconds)
+    return replace(
+        first, **along, words=list(chain.from_iterable(words)), true_mel=true_mel, seconds=seconds
+    )
 
 # %% ../nbs/15_synthesis.ipynb #5d400e0c
 class FacesToVoices(
