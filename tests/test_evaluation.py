@@ -229,7 +229,7 @@ def test_pocketsphinx_hears_the_world_and_remembers_nothing():
 
 def test_the_error_of_a_mean_on_a_card_is_its_standard_error():
     v = np.random.default_rng(1).normal(size=(400, 1))
-    rows, errors = ev.pool_values(
+    rows, errors, intervals = ev.pool_values(
         {
             ("original", "STOI"): dict(enumerate(v)),
             ("original", "ESTOI"): {"c": np.array([0.5])},
@@ -241,6 +241,9 @@ def test_the_error_of_a_mean_on_a_card_is_its_standard_error():
         abs(errors["original"]["STOI"] - 0.05) < 0.005
         and errors["original"]["ESTOI"] is errors["original"]["MCD, dB"] is None
     )
+    low, high = intervals["original"]["STOI"]
+    assert abs(high - low - 2 * 1.96 * 0.05) < 0.025 and low < v.mean() < high
+    assert intervals["original"]["ESTOI"] is intervals["original"]["MCD, dB"] is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -618,25 +621,29 @@ def test_beginnings_that_were_trained_on_are_told_apart():
     )
 
 
-def test_speakers_with_enough_clips_get_numbers_of_their_own():
+def test_every_speaker_gets_numbers_and_from_ten_clips_on_their_errors():
+    people = dict(many=10, few=3, one=1)
     clips = [
-        Clip(f"c{i}", "many" if i < 5 else "few", "bin blue at f two now", *[None] * 8)
-        for i in range(7)
+        Clip(f"{who}{i}", who, "bin blue at f two now", *[None] * 8)
+        for who, n in people.items()
+        for i in range(n)
     ]
     values = {
-        ("synthesised", "WER"): {c.name: np.array([i, 6]) for i, c in enumerate(clips)},
-        ("original", "ESTOI"): {"c6": np.array([1.0])},
+        ("synthesised", "WER"): {c.name: np.array([i % 4, 6]) for i, c in enumerate(clips)},
+        ("original", "ESTOI"): {"few2": np.array([1.0])},
     }
     found = json.loads(json.dumps(ev.by_speaker(values, clips)))
+    assert {who: of["clips"] for who, of in found.items()} == people
+    assert found["many"]["rows"] == {"synthesised": {"WER": round(13 / 60, 5)}}
+    low, high = found["many"]["intervals"]["synthesised"]["WER"]
+    assert low < 13 / 60 < high and found["many"]["errors"]["synthesised"]["WER"] > 0
+    assert all(found[who]["errors"] == found[who]["intervals"] == {} for who in ("few", "one"))
+    lines = ev.speakers_table(dict(by_speaker=found)).strip().splitlines()
+    assert "WER ↓" in lines[0] and "ESTOI" not in lines[0] and len(lines) == 2 + len(people)
+    of = {line.split("|")[1].strip(): line for line in lines}
+    assert "21.7 ± " in of["many"] and "±" not in of["few"] + of["one"] and "| 3 " in of["few"]
     assert (
-        found.keys() == {"many"}
-        and found["many"]["clips"] == 5
-        and found["many"]["rows"] == {"synthesised": {"WER": round(10 / 30, 5)}}
-    )
-    table = ev.speakers_table(dict(by_speaker=found))
-    assert "many, 5 clips" in table and "33.3 ±" in table and "ESTOI" not in table
-    assert (
-        ev.by_speaker(values, clips[:5]) == {}
+        ev.by_speaker(values, clips[:10]) == {}
         and ev.speakers_table({}) == ev.speakers_table(dict(by_speaker={})) == ""
     )
 
@@ -985,7 +992,7 @@ def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
     rows = {r[0]: r for r in ex.ledger()}
     assert (
         rows["WER"][3:] == ("", "25.0 % (original 10.0 %)")
-        and rows["ESTOI"][4] == "0.50"
+        and rows["ESTOI"][4] == "0.500"
         and rows["UTMOS"][4] == ""
     )
     assert all(
