@@ -54,6 +54,8 @@ class Clip(NamedTuple):
     units: torch.Tensor | None = None  # (2T,)
     words: torch.Tensor | None = None  # (2T,) see `word_labels`
     voice: torch.Tensor | None = None  # (256,) speaker embedding
+    # (T, 9, 2) px, NaN where no mesh was found; (T, 0, 2) without a mesh
+    mouth: torch.Tensor | None = None
 
 # %% ../nbs/04_corpora.ipynb #04946ccf
 def clip_of(
@@ -64,12 +66,12 @@ def clip_of(
 ) -> Clip:
     "The clip of what was seen and heard, its sound cut or padded to exactly 640 samples a frame."
     crops, wav = preprocessed.crops, preprocessed.video.wav
-    seen = [torch.as_tensor(x) for x in crops]
+    *seen, mouth = (torch.as_tensor(x) for x in crops)
     if wav is None:
-        silence = torch.zeros(0)
-        return Clip(name, speaker_id, text, *seen, silence, silence, silence, silence)
+        silence = [torch.zeros(0)] * 4
+        return Clip(name, speaker_id, text, *seen, *silence, mouth=mouth)
     wav = fit_length(torch.as_tensor(wav), SAMPLES_PER_FRAME * len(crops.lips)).clamp(-1, 1)
-    return Clip(name, speaker_id, text, *seen, wav, *pitch(wav), energy(wav))
+    return Clip(name, speaker_id, text, *seen, wav, *pitch(wav), energy(wav), mouth=mouth)
 
 # %% ../nbs/04_corpora.ipynb #20dd88de
 def encode_lips(
@@ -141,14 +143,18 @@ def _read_clip(path, lips: bool) -> tuple:  # list of str, name → array
     with np.load(path, allow_pickle=False) as file:
         strings = [file[k] for k in _STRINGS]
         arrays = {k: file[k] for k in _ARRAYS if lips or k != "lips"}
+        no_mesh = np.zeros((len(arrays["expression"]), 0, 2), np.float32)
+        arrays["mouth"] = file["mouth"] if "mouth" in file else no_mesh
     if not lips:
         arrays["lips"] = np.zeros((len(arrays["expression"]), 0, 0), np.uint8)
     elif arrays["lips"].ndim == 1:
         arrays["lips"] = decode_lips(arrays["lips"])
     if len(arrays["lips"]) != len(arrays["expression"]):
         raise ValueError("its lips and its expression differ in length")
+    if arrays["mouth"].shape[0::2] != (len(arrays["expression"]), 2):
+        raise ValueError("its mouth and its expression differ in length")
     for k, v in arrays.items():
-        if v.dtype.kind == "f" and not np.isfinite(v).all():
+        if v.dtype.kind == "f" and not (np.isfinite(v) | (k == "mouth") & np.isnan(v)).all():
             raise ValueError(f"its {k} is not all numbers")
     return [str(s) for s in strings], arrays
 

@@ -230,7 +230,7 @@ def __getitem__(
     size = self.dtype.itemsize * int(np.prod(self.shape))
     self.file.seek(start * size)
     data = bytearray(self.file.read((stop - start) * size))
-    return torch.from_numpy(np.frombuffer(data, self.dtype).reshape(-1, *self.shape))
+    return torch.from_numpy(np.frombuffer(data, self.dtype).reshape(stop - start, *self.shape))
 
 # %% ../nbs/engine/15_storage.ipynb #86960b17
 def _to_eight_bits(picture):

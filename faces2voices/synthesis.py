@@ -52,7 +52,6 @@ from faces2voices.tracking import (
 )
 from .media import dub as dub_video
 from faces2voices.video import (
-    Crops,
     Film,
     Preprocessed,
     Video,
@@ -336,10 +335,11 @@ def silent_clip(
     face,  # (112, 112, 3) uint8
     expression,  # (T, E)
     identity,  # (D,)
+    mouth=None,  # (T, 9, 2) px, where a mesh was laid over the face
 ) -> Clip:
     "A clip without its sound."
-    silence = torch.zeros(0)
-    return Clip(name, "", "", lips, face, expression, identity, silence, silence, silence, silence)
+    silence = [torch.zeros(0)] * 4
+    return Clip(name, "", "", lips, face, expression, identity, *silence, mouth=mouth)
 
 # %% ../nbs/15_synthesis.ipynb #28c5d8fd
 def _progress_bar(items, title: str, unit: str, shown: bool):
@@ -364,15 +364,18 @@ def preprocess(
     n = min(WINDOW_FRAMES, T)
     lips = DiskBackedTensor()
     expression = DiskBackedTensor()
+    mouth = DiskBackedTensor()
     parts = crop_in_parts(film, track.points, self.face_backend)
     for part in _progress_bar(parts, "look", "× 5 s", progress and T > n):
         lips.append(part.lips)
         expression.append(part.expression)
+        mouth.append(part.mouth)
     face, identity = torch.as_tensor(part.face), torch.as_tensor(part.identity)
-    clip = silent_clip(Path(path).stem, lips, face, expression, identity)
+    clip = silent_clip(Path(path).stem, lips, face, expression, identity, mouth)
     wav, note = sound_and_note(path, T) if T == n else (None, "")
     video = Video(film, wav, Path(path), note)
-    crops = Crops(lips[:n].numpy(), part.face, expression[:n].numpy(), part.identity)
+    first = dict(lips=lips, expression=expression, mouth=mouth)
+    crops = part._replace(**{name: rows[:n].numpy() for name, rows in first.items()})
     return clip, Preprocessed(video, Track(track.points[:n], track.found[:n], track.score), crops)
 
 # %% ../nbs/15_synthesis.ipynb #a174ee58
@@ -457,7 +460,8 @@ def entropy(
 def _window_batch(self: FacesToVoices, clip: Clip, w: Window):
     "One window of a clip as a batch; MediaError where it holds values that are not numbers."
     span = slice(w.start, w.stop)
-    part = silent_clip("", clip.lips[span], clip.face, clip.expression[span], clip.identity)
+    mouth = None if clip.mouth is None else clip.mouth[span]
+    part = silent_clip("", clip.lips[span], clip.face, clip.expression[span], clip.identity, mouth)
     b = collate([part]).to(self.device)
     if not all(torch.isfinite(x).all() for x in (b.lips, b.face, b.identity, b.expression)):
         raise MediaError(clip.name, "holds values that are not numbers", "Prepare it again")

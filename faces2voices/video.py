@@ -19,7 +19,7 @@ from .errors import MediaError
 from .figures import AMBER, show
 from .core import FPS
 from .media import film_sound, open_media, rgb_frames, timed_frames
-from .tracking import FaceBackend, Track, side_by_side, track_face
+from .tracking import FaceBackend, Motion, Track, side_by_side, track_face
 
 # %% ../nbs/02_video.ipynb #60ef70f1
 def clock_frame(
@@ -355,6 +355,7 @@ class Crops(NamedTuple):
     face: np.ndarray  # (112, 112, 3) uint8; None while a film's frames are still coming
     expression: np.ndarray  # (T, E) float32
     identity: np.ndarray  # (D,) float32 of unit norm, or (0,); None with the face
+    mouth: np.ndarray  # (T, 9, 2) px: see `Motion`; (T, 0, 2) without a mesh
 
 # %% ../nbs/02_video.ipynb #ef8905d5
 def crop_in_parts(
@@ -373,20 +374,22 @@ def crop_in_parts(
             if start <= t < start + len(part):
                 faces[t] = align_face(part[t - start], points[t])
         lips = lip_crops(part, points, start)
-        expression = _expression(part, points, start, backend)
+        expression, mouth = _motion(part, points, start, backend)
         start += len(part)
         del part  # before the next is read
         if start < len(points):
-            yield Crops(lips, None, expression, None)
+            yield Crops(lips, None, expression, None, mouth)
         else:
             face = sharpest([faces[t] for t in chosen])
-            yield Crops(lips, face, expression, backend.identity(face))
+            yield Crops(lips, face, expression, backend.identity(face), mouth)
 
 
-def _expression(frames, points, start, backend) -> np.ndarray:  # (n, E) float32
-    "What the backend tells of the expression; the pixels of brows and eyes where it cannot tell."
-    told = backend.expression(frames, points, start)
-    return told if told.shape[1] else brow_strip(frames, points, start)
+def _motion(frames, points, start, backend) -> Motion:
+    "What the backend tells; for an expression the pixels of brows and eyes where it cannot tell."
+    told = backend.motion(frames, points, start)
+    if told.expression.shape[1]:
+        return told
+    return told._replace(expression=brow_strip(frames, points, start))
 
 # %% ../nbs/02_video.ipynb #68051da5
 def crop(
@@ -395,8 +398,12 @@ def crop(
     backend: FaceBackend,
 ) -> Crops:
     "Cut lips, face and expression out of a tracked video."
-    lips, faces, expression, identities = zip(*crop_in_parts(frames, points, backend))
-    return Crops(np.concatenate(lips), faces[-1], np.concatenate(expression), identities[-1])
+    parts = list(crop_in_parts(frames, points, backend))
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in ("lips", "expression", "mouth")
+    }
+    return parts[-1]._replace(**joined)
 
 # %% ../nbs/02_video.ipynb #91f3fc85
 class Preprocessed(NamedTuple):

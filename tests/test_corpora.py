@@ -1023,6 +1023,23 @@ def test_a_clip_comes_back_from_its_file(tmp_path):
     same(back.expression, clip.expression, atol=5e-4)
 
 
+def test_a_mouth_comes_back_with_its_gaps_and_an_older_file_has_none(tmp_path):
+    clip = made_clip()
+    mouth = torch.randn(10, 9, 2)
+    mouth[3] = torch.nan
+    for name, clip_mouth in dict(
+        mesh=mouth, none=None, infinite=mouth / 0, short=mouth[:5]
+    ).items():
+        save_clip(clip._replace(mouth=clip_mouth), tmp_path / f"{name}.npz")
+    back = load_clip(tmp_path / "mesh.npz").mouth
+    assert back[3].isnan().all()
+    same(torch.nan_to_num(back), torch.nan_to_num(mouth))
+    assert load_clip(tmp_path / "none.npz").mouth.shape == (10, 0, 2)
+    for name in ("infinite", "short"):
+        with pytest.raises(CorpusError, match="its mouth"):
+            load_clip(tmp_path / f"{name}.npz")
+
+
 @pytest.mark.parametrize(
     "lips",
     [

@@ -656,24 +656,28 @@ def test_backends_that_are_not_there(tmp_path, monkeypatch):
         tracking.make_backend("insightface", tmp_path)
 
 
-def test_the_second_of_two_backends_tells_the_expression():
+def test_the_second_of_two_backends_tells_the_motion():
     class Teller(Marks):
         name = "teller"
 
-        def expression(self, frames, points, start=0):
-            return np.full((len(frames), 3), start, np.float32)
+        def motion(self, frames, points, start=0):
+            n = len(frames)
+            mouth = points[start : start + n, :1].repeat(9, 1)
+            return tracking.Motion(np.full((n, 3), start, np.float32), mouth)
 
     both = tracking.CombinedBackend(Marks(), Teller())
-    crops = V.crop(
-        squares(140, lambda t: (40, 30, 50)),
-        tracking.track_face(squares(140, lambda t: (40, 30, 50)), both).points,
-        both,
-    )
-    assert (
-        both.name == "marks+teller"
-        and crops.expression.shape == (140, 3)
-        and crops.expression[:, 0].tolist() == [0] * 125 + [125] * 15
-    )
+    film = squares(140, lambda t: (40 + t, 30, 50))
+    points = tracking.track_face(film, both).points
+    crops = V.crop(film, points, both)
+    assert both.name == "marks+teller" and crops.expression.shape == (140, 3)
+    assert crops.expression[:, 0].tolist() == [0] * 125 + [125] * 15
+    test_same(crops.mouth[:, 4], points[:, 0])
+
+
+def test_without_a_mesh_brows_are_pixels_and_the_mouth_has_no_points():
+    film = squares(30, lambda t: (40, 30, 50))
+    crops = V.crop(film, tracking.track_face(film, Marks()).points, Marks())
+    assert crops.expression.shape == (30, 1152) and crops.mouth.shape == (30, 0, 2)
 
 
 @pytest.mark.parametrize(
