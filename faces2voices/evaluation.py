@@ -573,11 +573,14 @@ def wrong_lips(clip: Clip, clips: list) -> Clip | None:
 
 def with_lips(
     clip: Clip,
-    lips: torch.Tensor,  # (any, 96, 96)
+    other: Clip,  # of any length
 ) -> Clip:
-    "The clip with other lips, cut, or lengthened by repeating the last frame."
-    at = torch.arange(len(clip.lips)).clamp(max=len(lips) - 1)
-    return clip._replace(lips=lips[at])
+    """The clip with another's lips, as pixels and as points.
+
+    They are cut, or lengthened by repeating the last frame."""
+    at = torch.arange(len(clip.lips)).clamp(max=len(other.lips) - 1)
+    mouth = None if other.mouth is None else other.mouth[at]
+    return clip._replace(lips=other.lips[at], mouth=mouth)
 
 # %% ../nbs/17_evaluation.ipynb #eacfba01
 LATE = 320  # samples: 20 ms
@@ -622,7 +625,7 @@ def conditions(
         changed = clip._replace(face=other_face.face, identity=other_face.identity)
         yield "wrong face", spoken(changed, face=face)
     if other_lips:
-        yield "wrong lips", spoken(with_lips(clip, other_lips.lips), lips=lips)
+        yield "wrong lips", spoken(with_lips(clip, other_lips), lips=lips)
 
 # %% ../nbs/17_evaluation.ipynb #37312392
 _SLOW_TOOLS = "speechmos", "distillmos", "UTMOS22", "faster_whisper"

@@ -496,6 +496,7 @@ def made_clip(i, voice, text):
         wav,
         *pitch(wav),
         energy(wav),
+        mouth=torch.rand(T, 9, 2, generator=g),
     )
 
 
@@ -528,10 +529,13 @@ def test_borrowed_faces_and_lips(clips):
     assert (
         ev.wrong_lips(clips[0], clips).name == "c1" and ev.wrong_lips(clips[0], clips[:1]) is None
     )
-    longer, shorter = ev.with_lips(clips[3], clips[0].lips), ev.with_lips(clips[0], clips[3].lips)
+    longer, shorter = ev.with_lips(clips[3], clips[0]), ev.with_lips(clips[0], clips[3])
     assert len(longer.lips) == len(clips[3].lips) and len(shorter.lips) == len(clips[0].lips)
     same(longer.lips[-1], clips[0].lips[-1])
     same(shorter.lips, clips[3].lips[:24])
+    same(shorter.mouth, clips[3].mouth[:24])  # who reads points must not see the clip's own
+    same(longer.mouth[:24], clips[0].mouth)
+    same(shorter.expression, clips[0].expression)
 
 
 def test_the_rows_of_a_score(clips, model, monkeypatch):
