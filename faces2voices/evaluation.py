@@ -11,13 +11,14 @@ __all__ = ['VOICE_BOUNDARY', 'LATEST', 'COARSE', 'FINE', 'METRICS', 'TIMED', 'LA
            'wrong_face', 'wrong_lips', 'with_lips', 'conditions', 'selected_metrics', 'unavailable_metrics',
            'find_recognisers', 'measure_clips', 'Pooled', 'pool_values', 'score', 'unseen_clips', 'beginning',
            'by_beginning', 'by_speaker', 'test_clips', 'metric_card', 'command_text', 'score_text', 'interval_text',
-           'show_card', 'speakers_table', 'beginnings_text', 'plot_scores', 'listening_sounds', 'paired_claims',
-           'claims']
+           'show_card', 'speakers_table', 'beginnings_text', 'plot_scores', 'listening_sounds', 'measure_shifts',
+           'paired_claims', 'claims']
 
 # %% ../nbs/17_evaluation.ipynb #c737fe82
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Callable, NamedTuple
 import numpy as np
@@ -1164,6 +1165,29 @@ def listening_sounds(
             if condition == "synthesised":
                 break  # the conditions after it are not asked about
     return found
+
+# %% ../nbs/17_evaluation.ipynb #465bab20
+def measure_shifts(
+    sounds: dict,  # name → (its samples at 16 kHz, its text)
+    recognise: Callable,  # (N,) sound → words
+    milliseconds: tuple = (0, 5, 10, 20, 30, 40),
+) -> dict:  # {(milliseconds, metric): {name: values}}, as `measure_clips` gives them
+    """Sounds against themselves, later by a little: what each measure makes of time alone.
+
+    A measure that is not installed is left out."""
+    asked = {"WER", *TIMED, *(f"{name}, aligned" for name in TIMED)}
+    values = {}
+    for (name, (wav, text)), ms in product(sounds.items(), milliseconds):
+        late = Sound(shift_sound(wav, ms * SAMPLE_RATE // 1000))
+        x = MetricInput(late, Sound(wav), text, None, {"WER": recognise})
+        for m in METRICS:
+            if m.name in asked:
+                try:
+                    value = np.atleast_1d(m.measure(x))
+                except ToolMissingError:
+                    continue
+                values.setdefault((ms, m.name), {})[name] = value
+    return values
 
 # %% ../nbs/17_evaluation.ipynb #8a3c517f
 CLAIMS = [  # claim, (condition, metric) that should be better, and the one that should be worse
