@@ -1168,7 +1168,7 @@ def listening_sounds(
 
 # %% ../nbs/17_evaluation.ipynb #465bab20
 def measure_shifts(
-    sounds: dict,  # name → (its samples at 16 kHz, its text)
+    sounds: dict,  # name → (its samples at 16 kHz, whole frames; its text)
     recognise: Callable,  # (N,) sound → words
     milliseconds: tuple = (0, 5, 10, 20, 30, 40),
 ) -> dict:  # {(milliseconds, metric): {name: values}}, as `measure_clips` gives them
