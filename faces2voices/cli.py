@@ -423,6 +423,8 @@ def _entries(corpus: Path, grid, layout) -> list:  # of Entry
     from itertools import chain
     from faces2voices import manifests
 
+    if grid and grid.endswith(".tsv"):
+        return manifests.read_grid_table(grid, corpus)
     if grid:
         speakers = grid.split(",")
         return list(
@@ -460,7 +462,10 @@ def _prepare(
     grid: Annotated[
         Optional[str],
         typer.Option(
-            help="Read CORPUS as GRID and take these speakers, for example `s1,s4`.",
+            help=(
+                "Read CORPUS as GRID and take these speakers, for example `s1,s4`, or the clips "
+                "that a table lists (many.tsv: speaker, name, split, folder)."
+            ),
             show_default=False,
         ),
     ] = None,
@@ -554,6 +559,16 @@ def _train(
             )
         ),
     ] = None,
+    lips: Annotated[
+        Optional[Path],
+        typer.Option(
+            help=(
+                "Pre-trained lip encoder, for presets that do not train their own: what "
+                "`pretrain` wrote (`grid`), or an AV-HuBERT checkpoint (`paper`)."
+            ),
+            show_default=False,
+        ),
+    ] = None,
     voices: Annotated[
         Optional[Path],
         typer.Option(
@@ -609,6 +624,7 @@ def _train(
         make_folder(out),
         data,
         init=init,
+        lips=lips,
         voices=voices,
         only=parts,
         workers=workers,

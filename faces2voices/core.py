@@ -148,11 +148,13 @@ class InputConfig:
     face_backend: str = "locator"  # `locator` (drawn faces), `insightface`, `cascade`
     identity_dim: int = 0  # size of the identity vector; 0: learn one from the face crop
     expression_dim: int = 1152  # E; 1152 is a 24 × 48 strip of brows and eyes
-    lip_encoder: str = "slim"  # `slim`, `eigenlips`, `avhubert-base`, `avhubert-large`
+    # `slim`, `eigenlips`, `landmarks`, `avhubert-base` or `avhubert-large`
+    lip_encoder: str = "slim"
     lip_width: int = 16  # channels of the slim encoder's stem
     eigenlips: int = 96  # principal pictures, where the encoder is made of them
-    lip_memory: int = 192  # units of each direction of that encoder's GRU
-    lip_scale: int = 2  # both shrink the 88 × 88 lips by this factor first
+    # units of each direction of that encoder's GRU, or channels of a reader of landmarks
+    lip_memory: int = 192
+    lip_scale: int = 2  # `slim` and `eigenlips` shrink the 88 × 88 lips by this factor first
 
 # %% ../nbs/00_core.ipynb #9f7b9558
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class Preset(InputConfig, HierarchyConfig, DecoderConfig):
 
     name: str = "tiny"
     vary: int = 1  # how much training clips are varied: see `collate`
+    balance: float = 0.0  # 0: all training clips are drawn alike, 1: all people
     # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
     steps: dict = field(default_factory=_STEPS.copy)
     batch: dict = field(default_factory=_BATCH.copy)
@@ -234,7 +237,7 @@ def _tuples(v):
 
 # %% ../nbs/00_core.ipynb #36584f08
 _CHOICES = dict(
-    lip_encoder=("slim", "eigenlips", "avhubert-base", "avhubert-large"),
+    lip_encoder=("slim", "eigenlips", "landmarks", "avhubert-base", "avhubert-large"),
     unit_features=("mfcc", "hubert"),
 )
 _BACKENDS = "locator", "insightface", "mediapipe", "cascade"
@@ -255,6 +258,7 @@ _RANGES = dict(  # name → smallest and largest value; whole numbers where both
     vocoder_channels=(1, 2**13),
     vocoder_blocks=(0, 64),
     vary=(0, 2),
+    balance=(0.0, 1.0),
     masked_weight=(0.0, 1e6),
     word_weight=(0.0, 1e6),
     prior_weight=(0.0, 1e6),

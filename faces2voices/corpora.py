@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SOUND_CACHE_BYTES', 'Clip', 'clip_of', 'encode_lips', 'decode_lips', 'save_clip', 'load_clip', 'word_labels',
            'with_targets', 'ClipDataset', 'ClipCache', 'SoundList', 'Batch', 'upsample_mask', 'collate',
-           'BucketSampler', 'batches']
+           'BucketSampler', 'person_chances', 'batches']
 
 # %% ../nbs/04_corpora.ipynb #3479f7cd
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -230,11 +230,13 @@ class ClipDataset(torch.utils.data.Dataset):
             self.clips = [with_targets(c) for c in clips if wanted(c.name, len(c.wav) > 0)]
             self.names = [clip.name for clip in self.clips]
             self.lengths = [len(clip.lips) for clip in self.clips]
+            self.people = [clip.speaker_id for clip in self.clips]
         else:
             found = _prepared_entries(self.folder, split)
             found = [entry for entry in found if wanted(entry.name, entry.extra["sound"])]
             self.names = [entry.name for entry in found]
             self.lengths = [entry.extra["frames"] for entry in found]
+            self.people = [entry.speaker_id for entry in found]
             self.word_times = {entry.name: entry.extra["words"] for entry in found}
 
     def __len__(self):
@@ -397,6 +399,8 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (B, T) bool
     # (B, 2T) long, 0 between words, −100 where they are not known
     words: torch.Tensor | None = None
+    # (B, T, 9, 2) px, NaN where unknown; (B, T, 0, 2) without a mesh
+    mouth: torch.Tensor | None = None
 
     def to(self, device):
         "The batch on another device."
@@ -476,10 +480,11 @@ def _splice(a: Clip, b: Clip, rng) -> Clip:
     "The beginning of one clip and the end of another, as long as the shorter of them."
     T = min(len(a.lips), len(b.lips))
     cut = T // 4 + _random_below(max(1, T // 2), rng)
-    joined = dict(
-        lips=torch.cat([a.lips[:cut], b.lips[cut:T]]),
-        expression=torch.cat([a.expression[:cut], b.expression[cut:T]]),
-    )
+    joined = {}
+    for name in ("lips", "expression", "mouth"):
+        x, y = getattr(a, name), getattr(b, name)
+        if x is not None:
+            joined[name] = torch.cat([x[:cut], y[cut:T]])
     for name, n in _RATES.items():
         x, y = getattr(a, name), getattr(b, name)
         if x is not None:
@@ -533,6 +538,7 @@ def collate(
         energy=_pad([c.energy for c in clips]),
         mask=mask,
         words=_pad([_labels(c, c.words) for c in clips], -100),
+        mouth=_pad([_mouth(c) for c in clips], torch.nan),
     )
 
 
@@ -547,6 +553,11 @@ def _labels(clip: Clip, labels) -> torch.Tensor:  # (2T,)
         return torch.full((UNITS_PER_FRAME * len(clip.lips),), -100)
     return labels
 
+
+def _mouth(clip: Clip) -> torch.Tensor:  # (T, 9, 2), or (T, 0, 2)
+    "The points of the mouth, or none of them."
+    return torch.zeros(len(clip.lips), 0, 2) if clip.mouth is None else clip.mouth
+
 # %% ../nbs/04_corpora.ipynb #d3124c40
 class BucketSampler:
     """Batches of clips of about one length, in another seeded order every epoch.
@@ -556,7 +567,14 @@ class BucketSampler:
 
     drop_last = True
 
-    def __init__(self, lengths: list, batch_size: int, seed: int = 0):
+    def __init__(
+        self,
+        lengths: list,
+        batch_size: int,
+        seed: int = 0,
+        chances=None,  # (n,) of each clip to be drawn; None: every clip comes once an epoch
+    ):
+        self.chances = chances
         self.lengths = np.asarray(lengths)
         self.batch_size = min(batch_size, len(lengths))
         self.seed = whole_seed(seed)
@@ -573,12 +591,18 @@ class BucketSampler:
         """
         rng = np.random.default_rng((self.seed, epoch))
         B = self.batch_size
-        order = rng.permutation(len(self.lengths))[: len(self) * B]
+        order = self._order(rng, len(self) * B)
         parts = [
             part[np.argsort(self.lengths[part], kind="stable")]
             for part in np.split(order, range(20 * B, len(order), 20 * B))
         ]
         return rng.permutation(np.concatenate(parts).reshape(-1, B)).tolist()
+
+    def _order(self, rng, n: int) -> np.ndarray:
+        "The clips of an epoch."
+        if self.chances is None:
+            return rng.permutation(len(self.lengths))[:n]
+        return rng.choice(len(self.lengths), n, p=self.chances)
 
     def __iter__(self):
         self.epoch += 1
@@ -587,16 +611,28 @@ class BucketSampler:
     def set_epoch(self, epoch: int):
         self.epoch = epoch
 
+# %% ../nbs/04_corpora.ipynb #d2c09bc6
+def person_chances(
+    people: list,  # of each clip
+    balance: float,  # β: 0 all clips alike, 1 all people alike
+) -> np.ndarray:  # (n,), adding up to 1
+    "How often each clip is drawn."
+    clips_of = Counter(people)
+    chances = np.array([clips_of[person] ** -balance for person in people])
+    return chances / chances.sum()
+
 # %% ../nbs/04_corpora.ipynb #e81fce33
 def batches(
     dataset: ClipDataset,
     batch_size: int,
     seed: int = 0,
     augment: int = 1,  # how much to vary the clips, see `collate`
+    balance: float = 0.0,  # of people, see `person_chances`
 ):  # a function: step number → Batch
     "A seeded, endless supply of batches."
     seed = whole_seed(seed)
-    sampler = BucketSampler(dataset.lengths, batch_size, seed)
+    chances = person_chances(dataset.people, balance) if balance else None
+    sampler = BucketSampler(dataset.lengths, batch_size, seed, chances)
     plan = lru_cache(2)(sampler.plan)
 
     def batch(step: int) -> Batch:

@@ -25,7 +25,7 @@ from .core import EULER_STEPS, seed_everything, whole_seed
 from .soundfiles import save_wav
 from .audio import MEL
 from .corpora import ClipDataset, batches, collate
-from .hierarchy import Hierarchy, visual_inputs
+from .hierarchy import Hierarchy
 from .vocoder import excitation
 from .storage import WEIGHTS_DIR
 from .synthesis import FacesToVoices
@@ -151,7 +151,7 @@ def ablation_sounds(
         kept = torch.load(path, weights_only=True, map_location="cpu")
         hierarchy = Hierarchy(shared.preset, without).eval()
         hierarchy.load_state_dict(kept["learners"][0]["ema"])
-        predicted = hierarchy(*visual_inputs(collate([chosen])))
+        predicted = hierarchy(*hierarchy.inputs(collate([chosen])))
         wavs[name] = vocode(vocoder, predicted.mu[0], predicted.prosody)
     files = {name: out / f"ablation-{name}.wav" for name in wavs}
     for name, file in files.items():

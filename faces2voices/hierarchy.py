@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'LOSS_WEIGHTS', 'MuHead', 'prior_loss', 'third_octaves', 'envelope_match', 'envelope_loss', 'PlainContent',
-           'FlatEncoder', 'Mu', 'Hierarchy', 'visual_inputs', 'loss_weights', 'HierarchyLoss']
+           'FlatEncoder', 'Mu', 'Hierarchy', 'loss_weights', 'HierarchyLoss']
 
 # %% ../nbs/10_hierarchy.ipynb #9d7dd5ce
 import math
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from .audio import MEL
+from .errors import CorpusError
 from .corpora import Batch
 from .lipreading import make_lip_encoder
 from .content import Content, ContentEncoder, content_loss, word_loss
@@ -295,7 +296,7 @@ def add_prosody(
 @patch
 def forward(
     self: Hierarchy,
-    lips,  # (B, 1, T, 88, 88)
+    lips,  # see `lip_input`
     face,  # (B, 3, 112, 112)
     identity,  # (B, D)
     expression,  # (B, T, E)
@@ -320,9 +321,26 @@ def _flat(self: Hierarchy, lips, face, identity, expression, mask) -> Mu:
     return Mu(self.to_mu(hidden, mask), nobody, None, None)
 
 # %% ../nbs/10_hierarchy.ipynb #9577658a
-def visual_inputs(batch: Batch) -> tuple:  # lips, face, identity, expression, mask
+@patch
+def lip_input(
+    self: Hierarchy, batch: Batch
+) -> torch.Tensor:  # (B, 1, T, 88, 88), or (B, T, 9, 2) for a reader of landmarks
+    "What the lip encoder takes. CorpusError where that are points, and the clips hold none."
+    if self.preset.lip_encoder != "landmarks":
+        return batch.lips
+    if batch.mouth is None or not batch.mouth.numel():
+        raise CorpusError(
+            batch.names[0],
+            "holds no points of the mouth",
+            "Prepare it with a face mesh: --backend mediapipe+insightface",
+        )
+    return batch.mouth
+
+
+@patch
+def inputs(self: Hierarchy, batch: Batch) -> tuple:  # lips, face, identity, expression, mask
     "All of a batch that a camera gives, in the order of `forward`."
-    return batch.lips, batch.face, batch.identity, batch.expression, batch.mask
+    return self.lip_input(batch), batch.face, batch.identity, batch.expression, batch.mask
 
 # %% ../nbs/10_hierarchy.ipynb #365fc244
 # The weights of the losses that no preset sets.
@@ -382,7 +400,7 @@ def loss(
     if teacher_forcing is None:
         share = self.preset.teacher_forcing
         teacher_forcing = share == 1 or torch.rand(()) < share
-    out = self(*visual_inputs(batch), batch if teacher_forcing else None)
+    out = self(*self.inputs(batch), batch if teacher_forcing else None)
     terms = {name: out.mu.new_zeros(()) for name in HierarchyLoss._fields[1:]}
     mask4 = batch.mask.repeat_interleave(4, 1)
     terms["prior"] = prior_loss(out.mu, batch.mel, mask4)

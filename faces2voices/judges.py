@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GRAMMARS', 'HISS', 'import_tool', 'pesq', 'dnsmos', 'utmos', 'grammar_of', 'guess_wer', 'word_errors',
-           'pocketsphinx_recogniser', 'Recogniser', 'collapse', 'slot_states', 'best_sentence', 'augment_speech_mel',
-           'CTCBatch', 'ctc_batch', 'ctc_loss', 'flat_start_alignment', 'flat_start_loss', 'spell', 'grid_sentence',
-           'ctc_recogniser', 'train_recogniser', 'grid_recogniser', 'plain_words', 'whisper_recogniser']
+           'pocketsphinx_recogniser', 'Recogniser', 'augment_speech_mel', 'CTCBatch', 'ctc_batch', 'ctc_loss',
+           'flat_start_alignment', 'flat_start_loss', 'ctc_recogniser', 'train_recogniser', 'grid_recogniser',
+           'plain_words', 'whisper_recogniser']
 
 # %% ../nbs/engine/17_judges.ipynb #215fa10a
 import os
@@ -39,6 +39,7 @@ from .corpora import ClipDataset
 from .content import ConvBlock
 from .storage import WEIGHTS_DIR
 from .training import fit, shuffled
+from .sentences import collapse, grid_sentence, spell
 
 # %% ../nbs/engine/17_judges.ipynb #23ea94b7
 def import_tool(
@@ -207,60 +208,6 @@ class Recogniser(nn.Module):
             x = block(x, mask)
         return self.head(x).mT.log_softmax(-1)
 
-# %% ../nbs/engine/17_judges.ipynb #a33d46a7
-def collapse(
-    path,  # of symbols, one a frame
-) -> list:  # of symbols
-    "What a path says: repetitions merged, then blanks dropped."
-    path = [int(s) for s in path]
-    return [s for s, before in zip(path, [0, *path]) if s != before and s != 0]
-
-# %% ../nbs/engine/17_judges.ipynb #8a4b7d7a
-def slot_states(
-    sizes: list,  # words in each slot
-) -> tuple:  # symbol and place of each state, each (S,)
-    """The states of a sentence with one word of each slot.
-
-    Places 0, 2, 4 … are blanks, 1, 3, 5 … the slots."""
-    symbols = [0]
-    places = [0]
-    for k, n in enumerate(sizes):
-        symbols += [*range(1 + sum(sizes[:k]), 1 + sum(sizes[: k + 1])), 0]
-        places += [2 * k + 1] * n + [2 * k + 2]
-    return torch.tensor(symbols), torch.tensor(places)
-
-
-def best_sentence(
-    scores,  # (T, 1 + words) log probabilities
-    sizes: list,  # words in each slot
-) -> list:  # one symbol of each slot; nothing where there are fewer frames than slots
-    "What the best path under the grammar says (Viterbi)."
-    if len(scores) < len(sizes):
-        return []
-    symbols, places = slot_states(sizes)
-    cost = _transition_costs(places)
-    best = scores[0, symbols].masked_fill(places > 1, -torch.inf)
-    origins = []
-    for frame in scores[1:]:
-        best, origin = (best[:, None] + cost).max(0)
-        best = best + frame[symbols]
-        origins.append(origin)
-    last_slot = 2 * len(sizes) - 1
-    path = [int(best.masked_fill(places < last_slot, -torch.inf).argmax())]
-    for origin in reversed(origins):
-        path.append(int(origin[path[-1]]))
-    return collapse(symbols[path[::-1]])
-
-# %% ../nbs/engine/17_judges.ipynb #87255061
-def _transition_costs(
-    places,  # (S,)
-):  # (S, S), from a state to a state: 0, or −∞ where the grammar forbids it
-    "A path stays, goes to the next place, or jumps from slot to slot over the blank."
-    step = places - places[:, None]
-    stay = torch.eye(len(places), dtype=torch.bool)
-    jump = (step == 2) & (places % 2 == 1)
-    return torch.zeros(step.shape).masked_fill(~(stay | (step == 1) | jump), -torch.inf)
-
 # %% ../nbs/engine/17_judges.ipynb #3d9d9087
 def augment_speech_mel(
     mel,  # (B, 80, L) normalised
@@ -370,18 +317,6 @@ def flat_start_alignment(
 def flat_start_loss(model: Recogniser, b: CTCBatch) -> torch.Tensor:  # scalar, nats a frame
     "Cross entropy against the flat start."
     return F.nll_loss(model(b.mel, b.mask).mT, flat_start_alignment(b.mel, b.words))
-
-# %% ../nbs/engine/17_judges.ipynb #76ff885d
-def spell(symbols) -> str:
-    "Symbols as words."
-    return " ".join(GRID_WORDS[s - 1] for s in symbols)
-
-
-def grid_sentence(
-    scores,  # (T, 1 + words) log probabilities, on the CPU
-) -> str:
-    "The likeliest sentence of GRID's grammar."
-    return spell(best_sentence(scores, [len(words) for words in GRID_GRAMMAR.values()]))
 
 # %% ../nbs/engine/17_judges.ipynb #1ec3d077
 def ctc_recogniser(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GRID_GRAMMAR', 'VIDEO_SUFFIXES', 'GRID_RECORD', 'Entry', 'check_names', 'read_manifest', 'write_manifest',
-           'grid_text', 'grid_jsgf', 'read_grid', 'Word', 'grid_words', 'download', 'download_grid', 'read_lrs3',
-           'read_voxmm', 'read_lrs2', 'read_folder']
+           'grid_text', 'grid_jsgf', 'read_grid', 'Word', 'grid_words', 'read_grid_table', 'download', 'download_grid',
+           'read_lrs3', 'read_voxmm', 'read_lrs2', 'read_folder']
 
 # %% ../nbs/engine/04_manifests.ipynb #e0c3889f
+import csv
 import hashlib
 import json
 import re
@@ -194,10 +195,12 @@ class Word(NamedTuple):
 
 
 def _align(entry: Entry) -> Path | None:
-    "The file of a GRID clip's word times, if it is there."
+    "The file of a GRID clip's word times, if it is there: beside its folder, or one further up."
     path = Path(entry.path)
-    folders = [path.parents[1] / name / entry.speaker_id for name in ("align", "alignments")]
-    places = [folder / f"{path.stem}.align" for folder in (*folders, path.parent)]
+    folders = [path.parent]
+    for parent in path.parents[1:3]:
+        folders += [parent / name / entry.speaker_id for name in ("align", "alignments")]
+    places = [folder / f"{path.stem}.align" for folder in folders]
     return next((place for place in places if place.is_file()), None)
 
 
@@ -220,6 +223,35 @@ def grid_words(entry: Entry) -> list[Word]:
             found, "is not a list of word times", "A line looks like `14250 19750 bin`"
         ) from e
     return words
+
+# %% ../nbs/engine/04_manifests.ipynb #17c9a4ed
+def read_grid_table(
+    table,  # a file with tabs, and the columns speaker, name, split, folder
+    root,  # what its folders are relative to
+) -> list[Entry]:
+    "The clips of GRID that a table lists. CorpusError for a column or a clip that is not there."
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    columns = {"speaker", "name", "split", "folder"}
+    if not rows or not columns <= rows[0].keys():
+        raise CorpusError(
+            table, "is no table of clips", f"Its first line names {', '.join(sorted(columns))}"
+        )
+    entries = []
+    for row in rows:
+        places = [Path(root) / row["folder"] / f"{row['name']}{s}" for s in VIDEO_SUFFIXES]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise CorpusError(
+                places[0].with_suffix(""),
+                f"is in {Path(table).name} and not there",
+                "Looked for a video of that name",
+            )
+        name = f"{row['speaker']}_{row['name']}"
+        entry = Entry(name, path, row["speaker"], grid_text(row["name"]), row["split"])
+        words = dict(words=grid_words(entry)) if _align(entry) else {}
+        entries.append(entry._replace(extra=words))
+    return entries
 
 # %% ../nbs/engine/04_manifests.ipynb #e262d1a1
 GRID_RECORD = "https://zenodo.org/api/records/3625687"

@@ -43,7 +43,7 @@ def stage_features(
     batch,  # Batch
 ) -> dict:  # name → (B, 2T, D)
     "The features after each stage, and μ, all at 50 Hz."
-    lips = hierarchy.lips(batch.lips, batch.mask)
+    lips = hierarchy.lips(hierarchy.lip_input(batch), batch.mask)
     _, content = hierarchy.add_content(lips, batch.mask)
     _, speaker, timbre = hierarchy.add_timbre(content, batch.face, batch.identity)
     _, prosody = hierarchy.add_prosody(timbre, speaker, batch.expression, batch.mask)

@@ -243,9 +243,15 @@ def _check_sizes(dataset, preset: Preset):
                 f"Prepare it with --backend {preset.face_backend}, "
                 "or choose another model or preset",
             )
+    if preset.lip_encoder == "landmarks" and (clip.mouth is None or not clip.mouth.numel()):
+        raise CorpusError(
+            dataset.folder,
+            "was prepared without points of the mouth",
+            f"Prepare it with --backend {preset.face_backend}",
+        )
 
 # %% ../nbs/engine/16_runs.ipynb #cdb5fc2e
-def claim_run(run, preset: Preset, data, init, voices, adapt, seed):
+def claim_run(run, preset: Preset, data, init, voices, adapt, seed, lips=None):
     "As `claim`, by the arguments of `train_system`; data that cannot serve claim no folder."
     if data is not None:
         _check_sizes(training_clips(data, needs_words=preset.words and not adapt), preset)
@@ -257,6 +263,7 @@ def claim_run(run, preset: Preset, data, init, voices, adapt, seed):
         init=init and str(init),
         voices=clips_identity(voices),
         adapt=adapt,
+        lips=lips,
     )
 
 # %% ../nbs/engine/16_runs.ipynb #b2c760c8

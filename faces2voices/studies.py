@@ -55,17 +55,17 @@ from faces2voices.retrieval import (
 )
 from .timbre import train_speaker_encoder, train_timbre
 from .probes import stage_features, linear_probe
-from .hierarchy import Hierarchy, Mu, prior_loss, visual_inputs
+from .hierarchy import Hierarchy, Mu, prior_loss
 from .vocoder import copy_synthesis, make_vocoder, mel_loss
 from .storage import WEIGHTS_DIR
 from .synthesis import FacesToVoices
 from .runs import claim, clips_identity, load_or_train
 from .training import fit, fit_eigenlips, shuffled, train_speaker
+from .sentences import grid_sentence
 from faces2voices.judges import (
     dnsmos,
     grammar_of,
     grid_recogniser,
-    grid_sentence,
     pesq,
     pocketsphinx_recogniser,
 )
@@ -105,7 +105,7 @@ def evaluate_mu(hierarchy, clip: Clip, speaker_encoder) -> dict:  # name → num
     "What μ of one clip is worth; the clip carries its targets."
     b = collate([clip])
     frames = speech_frames(clip.energy)
-    out = hierarchy(*visual_inputs(b))
+    out = hierarchy(*hierarchy.inputs(b))
     mu, mel = MEL.denormalize(out.mu[0]), MEL.denormalize(b.mel[0])
     speech = frames.repeat_interleave(2)
     row = {
@@ -241,7 +241,9 @@ def lip_features_and_units(
     for name in names:
         clip = load_clip(Path(data) / f"{name}.npz")
         b = collate([clip], model.units).to(model.device)
-        found.append((model.hierarchy.lips(b.lips, b.mask)[0].cpu(), b.units[0].cpu()))
+        found.append(
+            (model.hierarchy.lips(model.hierarchy.lip_input(b), b.mask)[0].cpu(), b.units[0].cpu())
+        )
     return found
 
 # %% ../nbs/engine/18_studies.ipynb #86dad82e
@@ -671,7 +673,9 @@ def stage_study(
         batch, phones = load_labelled_clip(model, data, e, names)
         speaker = speakers.index(e.speaker_id)
         repetition = sum(c.speaker == speaker for c in clips)
-        scores.append(clip_scores(model.hierarchy(*visual_inputs(batch)), batch, phones, reader))
+        scores.append(
+            clip_scores(model.hierarchy(*model.hierarchy.inputs(batch)), batch, phones, reader)
+        )
         clips.append(collect_probe_data(model.hierarchy, batch, phones, speaker, repetition))
     found = clip_metrics(torch.stack(scores))
     return dict(
@@ -751,7 +755,7 @@ def error_given_truth(
     truths: tuple,  # names of targets
 ) -> float:  # mean squared error of normalised mel
     "The error of μ when some truths stand in for the hierarchy's own predictions."
-    own = hierarchy(*visual_inputs(batch))
+    own = hierarchy(*hierarchy.inputs(batch))
     predicted = batch._replace(
         speaker=own.speaker,
         log_f0=own.prosody.log_f0,
@@ -760,7 +764,7 @@ def error_given_truth(
     )
     given = predicted._replace(**{k: getattr(batch, k) for k in truths if k != "words"})
     with given_true_words(hierarchy, batch) if "words" in truths else nullcontext():
-        out = hierarchy(*visual_inputs(batch), given)
+        out = hierarchy(*hierarchy.inputs(batch), given)
     return (out.mu - batch.mel).square().mean().item()
 
 
@@ -819,7 +823,9 @@ def lip_read(
     clip: Clip,
 ) -> str:
     "The likeliest sentence of GRID's grammar, from the lips alone."
-    beliefs = model.hierarchy(*visual_inputs(collate([clip]).to(model.device))).content.word_logits
+    beliefs = model.hierarchy(
+        *model.hierarchy.inputs(collate([clip]).to(model.device))
+    ).content.word_logits
     return grid_sentence(beliefs[0].log_softmax(-1).cpu())
 
 # %% ../nbs/engine/18_studies.ipynb #57fa15ef

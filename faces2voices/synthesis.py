@@ -480,7 +480,7 @@ def encode_window(
     "The stages, in one window."
     b = self._window_batch(clip, w)
     h = self.hierarchy
-    content = h.content(h.lips(b.lips, b.mask), b.mask)
+    content = h.content(h.lips(h.lip_input(b), b.mask), b.mask)
     hidden = h.film(h.from_content(content), speaker[None])
     contours = _scale_expression(h.prosody, hidden, b.expression - rest, b.mask, expression)
     beliefs = content.logits if content.word_logits is None else content.word_logits

@@ -191,7 +191,7 @@ def test_forward_loss_and_sampling_ask_for_one_device(preset, fake):
         model.hierarchy.train()
         assert all(x.device.type == "cuda" for x in model.hierarchy.loss(b))
         with torch.no_grad():
-            m = model.hierarchy.eval()(*hierarchy.visual_inputs(b))
+            m = model.hierarchy.eval()(*model.hierarchy.inputs(b))
         mask = b.mask.repeat_interleave(4, 1)[:, None]
         assert model.decoder.loss(b.mel, mask, m.mu, m.speaker).device.type == "cuda"
         for guidance in (1.0, 2.0):

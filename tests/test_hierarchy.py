@@ -39,7 +39,8 @@ def seeded():
 
 @pytest.mark.parametrize("preset", [SMALL, replace(SMALL, identity_dim=16, expression_dim=52)])
 def test_shapes(preset):
-    out = Hierarchy(preset).eval()(*visual_inputs(toy_batch(preset, 2, 6)))
+    model = Hierarchy(preset).eval()
+    out = model(*model.inputs(toy_batch(preset, 2, 6)))
     assert out.mu.shape == (2, 80, 24)
     assert out.content.logits.shape == (2, 12, 8) and out.prosody.log_f0.shape == (2, 12)
     same(out.speaker.detach().norm(dim=-1), torch.ones(2), atol=1e-5)
@@ -116,7 +117,7 @@ def test_its_weight_puts_it_into_the_total():
     batch, preset = toy_batch(SMALL, 2, 8), replace(SMALL, envelope_weight=2.0)
     model = Hierarchy(preset).eval()
     with torch.no_grad():
-        loss, mu = model.loss(batch), model(*visual_inputs(batch), batch).mu
+        loss, mu = model.loss(batch), model(*model.inputs(batch), batch).mu
     same(loss.envelope, envelope_loss(mu, batch.mel, batch.mask.repeat_interleave(4, 1)), atol=1e-6)
     same(loss.total, sum(w * getattr(loss, k) for k, w in loss_weights(preset).items()), atol=1e-5)
     assert Hierarchy(SMALL).eval().loss(batch).envelope == 0
@@ -137,7 +138,7 @@ def test_padding_never_reaches_a_real_frame(without, preset):
     mask = torch.arange(14) < torch.tensor([[14], [9]])
     with torch.no_grad():
         together = model(lips, face, identity, expression, mask)
-        first, alone = model(*visual_inputs(long)), model(*visual_inputs(short))
+        first, alone = model(*model.inputs(long)), model(*model.inputs(short))
     same(together.mu[1:, :, :36], alone.mu, atol=1e-4)
     same(together.mu[:1], first.mu, atol=1e-4)
     assert together.mu[1, :, 36:].abs().max() == 0
@@ -183,7 +184,7 @@ def test_words_are_learned_where_they_are_known(without):
     assert loss.words > 0
     loss.total.backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
-    out = model.eval()(*visual_inputs(batch))
+    out = model.eval()(*model.inputs(batch))
     assert out.content.word_logits.shape == (4, 12, 4)
 
 
@@ -194,7 +195,7 @@ def test_what_is_believed_of_words_reaches_mu():
     def mu(word):
         model.content.word_head.bias.data = 20 * F.one_hot(torch.tensor(word), 4).float().repeat(2)
         with torch.no_grad():
-            return model(*visual_inputs(batch)).mu
+            return model(*model.inputs(batch)).mu
 
     assert (mu(1) - mu(2)).abs().max() > 1e-3 and (mu(1) == mu(1)).all()
 
@@ -255,7 +256,7 @@ def test_another_face_changes_the_voice_and_not_the_words(learned):
     model, batch, _ = learned
     turned = batch._replace(face=batch.face.roll(1, 0))
     with torch.no_grad():
-        own, other = model(*visual_inputs(batch)), model(*visual_inputs(turned))
+        own, other = model(*model.inputs(batch)), model(*model.inputs(turned))
     same(own.content.logits, other.content.logits)
     same(other.speaker, own.speaker.roll(1, 0), atol=1e-5)
     assert (own.mu - other.mu).abs().max() > 0.05
@@ -265,7 +266,7 @@ def test_another_expression_changes_the_prosody_only(learned):
     model, batch, _ = learned
     backwards = batch._replace(expression=batch.expression.flip(1))
     with torch.no_grad():
-        own, other = model(*visual_inputs(batch)), model(*visual_inputs(backwards))
+        own, other = model(*model.inputs(batch)), model(*model.inputs(backwards))
     same(own.content.logits, other.content.logits)
     same(own.speaker, other.speaker)
     assert (own.prosody.log_f0 - other.prosody.log_f0).abs().max() > 1e-3
@@ -303,7 +304,7 @@ def test_a_probe_that_holds_out_groups_cannot_learn_them_by_heart():
 @torch.no_grad()
 def test_what_each_stage_leaves_adds_up_to_mu():
     model, batch = Hierarchy(SMALL).eval(), toy_batch(SMALL, 2, 7)
-    left, out = stage_features(model, batch), model(*visual_inputs(batch))
+    left, out = stage_features(model, batch), model(*model.inputs(batch))
     assert list(left) == ["lips", "content", "timbre", "prosody", "μ"]
     assert all(h.shape[:2] == (2, 14) for h in left.values())
     same(left["μ"], (out.mu[..., ::2] + out.mu[..., 1::2]).transpose(1, 2) / 2, atol=1e-6)

@@ -19,7 +19,6 @@ from faces2voices.figures import players
 from faces2voices.errors import F2VError, MediaError, NoFaceError
 from faces2voices.core import TEMPERATURE, TINY, test_same as same
 from faces2voices.corpora import collate
-from faces2voices.hierarchy import visual_inputs
 from faces2voices.media import write_video
 from faces2voices.video import read_video
 from faces2voices.vocoder import excitation, vocode_stream
@@ -71,7 +70,7 @@ def test_rows_come_back(dtype):
 def test_one_window_is_the_whole_clip(f2v, clip):
     "What the windows add to the hierarchy, the decoder's sampler and the vocoder: nothing."
     b = collate([clip])
-    out = f2v.hierarchy(*visual_inputs(b))
+    out = f2v.hierarchy(*f2v.hierarchy.inputs(b))
     x = f2v.decoder.sample(
         out.mu, speaker=out.speaker, temperature=TEMPERATURE, steps=3, guidance=1.5, seed=9
     )
@@ -102,7 +101,7 @@ def test_what_is_believed_of_words_is_spoken(clip):
         ).to_json()
     ).eval()
     torch.nn.init.normal_(wordy.hierarchy.from_words.weight)
-    mu = wordy.hierarchy(*visual_inputs(collate([clip]))).mu
+    mu = wordy.hierarchy(*wordy.hierarchy.inputs(collate([clip]))).mu
     same(
         wordy.synthesize_clip(clip, steps=0).mel,
         MEL.denormalize(mu)[0].clamp(min=float(np.log(MEL.floor)), max=3.0),
