@@ -62,13 +62,7 @@ from .synthesis import FacesToVoices
 from .runs import claim, clips_identity, load_or_train
 from .training import fit, fit_eigenlips, shuffled, train_speaker
 from .sentences import grid_sentence
-from faces2voices.judges import (
-    dnsmos,
-    grammar_of,
-    grid_recogniser,
-    pesq,
-    pocketsphinx_recogniser,
-)
+from .judges import dnsmos, grammar_of, grid_recogniser, pesq, pocketsphinx_recogniser
 from faces2voices.evaluation import (
     correlation,
     mean_f0,

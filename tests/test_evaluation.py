@@ -388,40 +388,13 @@ def test_an_absent_package_says_how_to_get_it():
         ju.import_tool("no_such_metric")
 
 
-def test_whisper_and_utmos_come_from_folders_that_the_user_names(tmp_path, monkeypatch):
-    for name in ("F2V_WHISPER", "F2V_UTMOS"):
-        monkeypatch.delenv(name, raising=False)
-    ju.whisper_recogniser.cache_clear()
+def test_what_has_no_package_says_where_it_comes_from(monkeypatch):
+    monkeypatch.delenv("F2V_UTMOS", raising=False)
     ju._utmos_model.cache_clear()
-    with pytest.raises(ToolMissingError, match="F2V_WHISPER"):
-        ju.whisper_recogniser()
     with pytest.raises(ToolMissingError, match="F2V_UTMOS"):
         ju.utmos(torch.zeros(16000))
     with pytest.raises(ToolMissingError, match="coloured face crops"):
         ev.no_syncnet(None)
-
-    # stand-ins with the interfaces of the real ones
-    class WhisperModel:
-        def __init__(self, folder, device, local_files_only):
-            assert folder == str(tmp_path) and local_files_only
-
-        def transcribe(self, wav, language):
-            assert wav.dtype == np.float32
-            return iter(
-                [
-                    types.SimpleNamespace(text=" Bin blue at F2,"),
-                    types.SimpleNamespace(text=" now."),
-                ]
-            ), None
-
-    monkeypatch.setitem(
-        sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=WhisperModel)
-    )
-    monkeypatch.setenv("F2V_WHISPER", str(tmp_path))
-    assert (
-        ju.whisper_recogniser()(torch.zeros(16000, dtype=torch.float64)) == "bin blue at f two now"
-    )
-    ju.whisper_recogniser.cache_clear()
 
 
 def test_a_clone_named_like_the_package_of_dnsmos_leaves_it_alone(tmp_path, monkeypatch):
