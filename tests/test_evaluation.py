@@ -540,7 +540,7 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
     ]
     assert "2 speakers" in reasons["mean F0, r"] and "mean F0, r" not in first
     late = rows["original, shifted 20 ms"]
-    assert late["MCD, dB"] > 0.5 > 0.1 > late["MCD, dB, aligned"] and late["shift, ms"] == 20
+    assert late["MCD, dB"] > 2 * late["MCD, dB, aligned"] and late["shift, ms"] == 20
     assert first["shift, ms"] == 0 and first["F0 error, cents, aligned"] == 0
     assert first["sex of the voice right"] == 1 and first["median pitch error, cents"] == 0
     card = dict(
@@ -846,7 +846,7 @@ def test_the_aligned_measures_are_the_plain_ones_of_the_moved_sound(spoken):
     assert late.shift == -240
     for m in timed:
         aligned = known[f"{m.name}, aligned"]
-        assert aligned.measure(late) == m.measure(moved)
+        assert math.isclose(aligned.measure(late), m.measure(moved), rel_tol=1e-9)
         assert (aligned.better, aligned.pool) == (m.better, m.pool)
         sign = 1 if m.better == "↑" else -1
         assert sign * (m.measure(moved) - m.measure(late)) > 0
