@@ -301,7 +301,7 @@ def _synthesize(
         if done[-1].error:
             error_console.print(f"[red]failed[/] {_plain(done[-1].error)}")
         _notes(f"{path}: ", done[-1].notes)
-    page = _write_page(out / "report.html", sections, model) if sections else None
+    page = _write_page(out / "report.html", sections, model, f2v.preset.words) if sections else None
     _summary(done, out, page)
     raise typer.Exit(int(any(d.error for d in done) or bool(sections and not page)))
 
@@ -318,7 +318,7 @@ def _free_path(path: Path) -> Path:
     return next(p for p in names if not p.exists())
 
 
-def _write_page(path: Path, sections: list, model: str) -> Optional[Path]:
+def _write_page(path: Path, sections: list, model: str, vocabulary=()) -> Optional[Path]:
     """Write the report under the first free name.
 
     One that cannot be written is a line of text and no error: the speech is there."""
@@ -327,7 +327,7 @@ def _write_page(path: Path, sections: list, model: str) -> Optional[Path]:
     while True:
         page = _free_path(path)
         try:
-            write_report(page, sections, model)
+            write_report(page, sections, model, vocabulary)
         except F2VError as e:
             if page.exists():
                 continue  # another run took the name meanwhile
@@ -932,6 +932,22 @@ def _study_slots(
     from faces2voices.studies import slot_study
 
     _record_and_print(ctx, slot_study(model, data, split, limit), 0, [data], ("pocketsphinx",), out)
+
+# %% ../nbs/20_cli.ipynb #0daec043
+@study_app.command("confidence")
+def _study_confidence(
+    ctx: typer.Context,
+    data: GridDataArgument,
+    model: ModelOption = "grid",
+    split: OneSplitOption = "val",
+    out: OutOption = None,
+):
+    """From which confidence on the words that a model reads are to be believed (lesson 18).
+
+    Chosen on one split, and tried on all others but `train`."""
+    from faces2voices.studies import confidence_study
+
+    _record_and_print(ctx, confidence_study(model, data, split), 0, [data], out=out)
 
 # %% ../nbs/20_cli.ipynb #c14f5144
 @study_app.command("adaptation")

@@ -16,6 +16,7 @@ from .core import SAMPLE_RATE
 from .soundfiles import open_wav
 from .media import dub as dub_video
 from .video import crops_figure
+from .reading import shift_words
 from .report import report_section
 from .storage import first_line
 from .synthesis import FacesToVoices, peak_loudness
@@ -30,6 +31,7 @@ class FileResult(NamedTuple):
     speech_seconds: float
     compute_seconds: float
     notes: tuple = ()  # lines: what makes the speech doubtful
+    words: tuple = ()  # of `ReadWord`: what was read, by a model that has a vocabulary
 
 # %% ../nbs/engine/20_files.ipynb #eb2fcd0e
 def write_parts(
@@ -69,11 +71,22 @@ def _free_targets(path, out, dubbed: bool) -> list:
     return targets
 
 # %% ../nbs/engine/20_files.ipynb #86dc4fd9
-def _measured(parts, loudness: list, entropy: list):  # yields the parts
-    "Note of each part how loud it is at its loudest, and how unsure the reader was."
+class _Measured(NamedTuple):
+    "What is noted of the parts while they pass: all that is left of them afterwards."
+
+    loudness: list  # dB, where each is loudest
+    entropy: list  # mean of each
+    words: list  # of `ReadWord`, counted from the beginning of the film
+    seconds: list  # of each
+
+
+def _measure(parts, found: _Measured):  # yields the parts
+    "Note of each part how loud it is, and what was read in it and how surely."
     for part in parts:
-        loudness.append(peak_loudness(part.wav))
-        entropy.append(float(part.entropy.mean()))
+        found.words.extend(shift_words(part.words, sum(found.seconds)))
+        found.loudness.append(peak_loudness(part.wav))
+        found.entropy.append(float(part.entropy.mean()))
+        found.seconds.append(part.duration)
         yield part
 
 # %% ../nbs/engine/20_files.ipynb #05341387
@@ -117,12 +130,11 @@ def synthesize_file(
 
     An error of the input is returned, not raised, and what was whole by then stays.
     """
-    loudness = []
-    entropy = []
+    measured = _Measured([], [], [], [])
     began = time.perf_counter()
     try:
         wav, *videos = _free_targets(path, out, dubbed)
-        parts = _measured(model.stream(path, **options), loudness, entropy)
+        parts = _measure(model.stream(path, **options), measured)
         first, length = write_parts(wav, parts)
     except Exception as e:
         return FileResult(str(path), [], _error_line(path, e), 0.0, 0.0)
@@ -140,7 +152,11 @@ def synthesize_file(
 
     errors = _attempt(dub, path, f"The speech itself is in {wav}")
     seconds = time.perf_counter() - began
-    notes = model.quality_notes(first.preprocessed, max(loudness), float(np.mean(entropy)))
+    notes = model.quality_notes(
+        first.preprocessed, max(measured.loudness), float(np.mean(measured.entropy)), measured.words
+    )
     if sections is not None:
         errors += _attempt(add_section, path, "It has no place in the report")
-    return FileResult(str(path), written, "; ".join(errors), length, seconds, tuple(notes))
+    error = "; ".join(errors)
+    words = tuple(measured.words)
+    return FileResult(str(path), written, error, length, seconds, tuple(notes), words)
