@@ -731,7 +731,10 @@ def _evaluate(
     out: OutOption = None,
 ):
     """The metric card: original, vocoder-resynthesised and synthesised speech, and the same with
-    the wrong face and the wrong lips."""
+    the wrong face and the wrong lips; in all, and for each speaker.
+
+    `--split unseen` asks about people of whom nothing was trained on, where the manifest lists
+    such a split."""
     from faces2voices.evaluation import METRIC_PACKAGES, metric_card, show_card
     from faces2voices.synthesis import FacesToVoices
 
@@ -1119,6 +1122,21 @@ def _study_copy(
 
     found = copy_study(*data, n=limit, model=model)
     _record_and_print(ctx, found, 0, data, ("librosa", "pystoi", "pesq", "speechmos"), out)
+
+# %% ../nbs/20_cli.ipynb #0fd06c71
+@study_app.command("shift")
+def _study_shift(
+    ctx: typer.Context,
+    data: DataArgument,
+    split: OneSplitOption = "test",
+    limit: LimitOption = 16,
+    out: OutOption = None,
+):
+    "What a few milliseconds cost: originals against themselves, shifted (lesson 17)."
+    from faces2voices.studies import shift_study
+
+    tools = ("librosa", "pystoi", "pesq", "pocketsphinx", "jiwer")
+    _record_and_print(ctx, shift_study(data, split, limit), 0, [data], tools, out)
 
 # %% ../nbs/20_cli.ipynb #8a90e82f
 @study_app.command("recogniser")
