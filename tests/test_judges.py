@@ -2,6 +2,7 @@
 
 Neither may ask the network, and neither may give another answer for the same sound."""
 
+import itertools
 import socket
 import sys
 import types
@@ -73,7 +74,7 @@ def test_what_whisper_writes_is_spelled_our_way_and_no_more_is_forgiven(written,
 def test_the_text_before_the_sound_holds_every_word_and_nothing_is_cut_off(grammar):
     slots = ju.GRAMMARS[grammar][0]
     prompt = ju.grammar_prompt(grammar)
-    assert set(ju.plain_words(prompt).split()) == {w for words in slots for w in words}
+    assert set(ju.plain_words(prompt).split()) == set(itertools.chain(*slots))
     sentences = [ju.plain_words(s) for s in prompt.split(".") if s]
     assert ju.grammar_of(sentences) == grammar
     assert grammar != "grid" or len(set(prompt.split()) & set("ABCDEFGHIJKLMNOPQRSTUVXYZ")) == 25
