@@ -365,7 +365,7 @@ def preprocess(
     lips = DiskBackedTensor()
     expression = DiskBackedTensor()
     mouth = DiskBackedTensor()
-    parts = crop_in_parts(film, track.points, self.face_backend)
+    parts = crop_in_parts(film, track.points, self.face_backend, motion=track.motion)
     for part in _progress_bar(parts, "look", "× 5 s", progress and T > n):
         lips.append(part.lips)
         expression.append(part.expression)
