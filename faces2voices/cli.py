@@ -474,9 +474,9 @@ def _prepare(
         str,
         typer.Option(
             help=(
-                "Who finds faces: `locator` (drawn ones), `insightface`, `cascade` or `auto`: the "
-                "locator for manifests of drawn talkers, else the first of the others that is at "
-                "hand."
+                "Who finds faces: `locator` (drawn ones), `mediapipe`, `insightface`, `cascade`, "
+                "`mediapipe+mobilefacenet` (one finds, the other knows the person) or `auto`: the "
+                "locator for manifests of drawn talkers, else the best that is at hand."
             )
         ),
     ] = "auto",
