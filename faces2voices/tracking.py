@@ -380,7 +380,8 @@ class MobileFaceNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        depthwise, bn1, pointwise, bn2 = [*_conv_norm(64, 64, 3, groups=64), *_conv_norm(64, 64, 1)]
+        depthwise, bn1 = _conv_norm(64, 64, 3, groups=64)
+        pointwise, bn2 = _conv_norm(64, 64, 1)
         self.conv1 = _conv_relu(3, 64, 3, stride=2)
         self.dw_conv = _named(
             depthwise=depthwise,

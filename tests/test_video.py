@@ -1037,7 +1037,7 @@ def test_mediapipe_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_mediapipe_without_its_model(tmp_path, monkeypatch):
-    pytest.importorskip("mediapipe", reason="mediapipe is not installed (extra `expression`)")
+    pytest.importorskip("mediapipe")
     monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path / "face_landmarker.task"))
     with pytest.raises(ToolMissingError, match="face_landmarker.task.*faces2voices download faces"):
         tracking.make_backend("mediapipe")
