@@ -46,6 +46,7 @@ from .audio import MEL, pitch, show_speech
 from faces2voices.tracking import (
     FaceBackend,
     Track,
+    backends_at_hand,
     face_pack,
     make_backend,
     track_face,
@@ -208,7 +209,7 @@ class FacesToVoices(
         "What finds faces for this model, made once."
         if self.knows_drawn_faces:
             return LocatorBackend(self.locator)
-        return _real_face_backend(self.preset.expression_dim, self.faces_root)
+        return _real_face_backend(self.preset, self.faces_root)
 
 # %% ../nbs/15_synthesis.ipynb #be0cc09f
 def _only_trains(name: str) -> bool:
@@ -322,15 +323,21 @@ def windows(T: int) -> list:  # T: frames of the film
 
 # %% ../nbs/15_synthesis.ipynb #108a2be2
 def _real_face_backend(
-    expression_dim: int,  # 52: blendshapes; else a strip of the picture
+    preset: Preset,
     root,  # folder of insightface models, or None
 ) -> FaceBackend:
-    "What finds real faces here, telling the kind of expression that a model was trained on."
-    finder = make_backend("auto", root)
-    blendshapes = expression_dim == 52
-    if blendshapes == (finder.name == "mediapipe"):
-        return finder
-    return CombinedBackend(finder, make_backend("mediapipe") if blendshapes else FaceBackend())
+    """What finds real faces here and tells the motion that a model was trained on.
+
+    A model of blendshapes or of mouth points needs the mesh; no model needs an identity."""
+    there = backends_at_hand(root)
+    finds = "insightface" if "insightface" in there else "auto"
+    if preset.expression_dim != 52 and preset.lip_encoder != "landmarks":
+        finder = make_backend(finds, root)
+        return CombinedBackend(finder, motion=FaceBackend()) if finder.finds_motion else finder
+    if preset.face_backend.startswith(finds):
+        return make_backend(f"{finds}+mediapipe", root)
+    knows = [name for name in there if name != "mediapipe"][:1]
+    return make_backend("+".join(["mediapipe", *knows]), root)
 
 # %% ../nbs/15_synthesis.ipynb #d80885af
 @patch
@@ -382,7 +389,7 @@ def preprocess(
     lips = DiskBackedTensor()
     expression = DiskBackedTensor()
     mouth = DiskBackedTensor()
-    parts = crop_in_parts(film, track.points, self.face_backend)
+    parts = crop_in_parts(film, track.points, self.face_backend, motion=track.motion)
     for part in _progress_bar(parts, "look", "× 5 s", progress and T > n):
         lips.append(part.lips)
         expression.append(part.expression)
@@ -970,7 +977,12 @@ def backend_notes(
         )
     identity = self.face_backend.identity(np.zeros((112, 112, 3), np.uint8))
     if reference is None and self.unknown_identity(identity):
-        notes.append(f"{name} cannot tell whose face it is: the mean voice of the training speaks")
+        n = self.preset.identity_dim
+        why = f"{name} cannot tell whose face it is"
+        if len(identity):
+            why = f"{name} tells faces apart by {len(identity)} numbers, and this model by {n}"
+        cure = " (`faces2voices download faces` gets what it needs)" if n == 128 else ""
+        notes.append(f"{why}: the mean voice of the training speaks{cure}")
     return notes
 
 # %% ../nbs/15_synthesis.ipynb #e06eebf2
