@@ -1,19 +1,28 @@
 "Lip encoders: padding, principal pictures, and the encoder that a preset asks for."
 
+from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from lips import batch
 from faces2voices.core import EIGENLIPS, PAPER, TINY, seed_everything, test_same
+from faces2voices.eigenlips import EigenlipEncoder, Eigenlips
+from faces2voices.errors import CheckpointError
 from faces2voices.layers import influence
 from faces2voices.lipreading import (
-    EigenlipEncoder,
-    Eigenlips,
+    Frozen,
+    LipReader,
     SlimLipEncoder,
+    load_reader,
     make_lip_encoder,
+    mouth_features,
+    read_clips,
     stack_frames,
+    words_wrong,
 )
+from faces2voices.mouths import MouthBatch, MouthClip
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +139,149 @@ def test_make_lip_encoder_matches_the_preset():
         big = make_lip_encoder(PAPER)
     assert big.dim == 1024
     assert [n for n, p in big.named_parameters() if p.requires_grad] == ["weights"]
+
+
+# --- a reader of nine points
+
+
+def points(B=2, T=40):
+    "Mouths that move, in pixels, and their mask: the second is shorter, with rubbish behind it."
+    rest = [[-20, 0], [20, 0], [0, -3], [0, 3], [0, 30], [8, -2], [-8, -2], [8, 2], [-8, 2]]
+    mouth = torch.tensor(rest).float() + torch.randn(B, T, 9, 2).cumsum(1) / 5
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[1:, T // 2 :] = False
+    mouth[1:, T // 2 :] = 99.0
+    return mouth, mask
+
+
+@pytest.mark.parametrize("change", ["shift", "turn", "scale"])
+def test_features_do_not_know_where_the_mouth_is(change):
+    mouth, mask = points()
+    angle = torch.tensor(0.4)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    changed = dict(shift=mouth + torch.tensor([30.0, -70]), turn=mouth @ turn, scale=2.5 * mouth)
+    test_same(mouth_features(changed[change], mask), mouth_features(mouth, mask), atol=2e-3)
+
+
+def test_features_do_not_know_the_mouth_at_rest():
+    "Points and their speed; the openings themselves may tell, and do."
+    mouth, mask = points()
+    other = mouth.clone()
+    other[:, :, 4] += torch.tensor([3.0, 12.0])  # a longer chin
+    other[:, :, [5, 6], 1] -= 2.0  # a fuller lip
+    before, after = mouth_features(mouth, mask), mouth_features(other, mask)
+    test_same(after[..., :18], before[..., :18], atol=2e-3)
+    test_same(after[..., 28:46], before[..., 28:46], atol=2e-3)
+    assert (after[..., 23:28] - before[..., 23:28])[mask].abs().max() > 0.1
+
+
+def test_features_tell_an_opening_mouth():
+    mouth, mask = points(1)
+    mouth = mouth[:, :1].repeat(1, 40, 1, 1)
+    mouth[:, 20:30, [3, 4, 7, 8], 1] += 10.0
+    change = mouth_features(mouth, mask)[0]
+    assert not change[:19, :18].any() and (change[20:30, 7] > 1).all()  # the lower lip, down
+    assert (change[20, 28 + 7] > 0) and (change[30, 28 + 7] < 0)  # down, and up again
+
+
+@torch.no_grad()
+def test_features_and_reader_do_not_feel_padding():
+    mouth, mask = points()
+    reader = LipReader(dim=16).eval()
+    for see in (mouth_features, reader):
+        both = see(mouth, mask)
+        assert not both[~mask].any()
+        test_same(both[1, :20], see(mouth[1:, :20], mask[1:, :20])[0], atol=1e-4)
+
+
+@torch.no_grad()
+def test_reader_in_training_does_not_feel_padding():
+    "Batch norm counts real frames alone."
+    mouth, mask = points()
+    rubbish = torch.where(mask[..., None, None], mouth, torch.nan)
+    seen = []
+    for batch in (mouth, rubbish):
+        seed_everything(3)
+        reader = LipReader(dim=16, dropout=0.0).train()
+        seen.append((reader(batch, mask), reader.norm.running_var.clone()))
+    test_same(seen[0][0], seen[1][0])
+    test_same(seen[0][1], seen[1][1])
+
+
+def test_features_hold_the_nearest_frame_over_a_gap():
+    mouth, mask = points()
+    held, gappy = mouth.clone(), mouth.clone()
+    gappy[0, 5:8] = torch.nan
+    gappy[1, :2] = torch.nan
+    held[0, [5, 6, 7]] = mouth[0, [4, 4, 8]]
+    held[1, :2] = mouth[1, 2]
+    test_same(mouth_features(gappy, mask), mouth_features(held, mask), atol=1e-4)
+    lost = torch.full((1, 12, 9, 2), torch.nan)
+    whole = torch.ones(1, 12, dtype=torch.bool)
+    assert not mouth_features(lost, whole).any()
+
+
+def test_every_parameter_of_the_reader_learns():
+    mouth, mask = points()
+    reader = LipReader(dim=16).train()
+    words = torch.randint(0, 52, mask.shape).masked_fill(~mask, -100)
+    reader.loss(MouthBatch(["a", "b"], mouth, mask, words)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in reader.parameters())
+
+
+def test_words_wrong_counts_words_and_a_clip_too_short_is_all_wrong(monkeypatch):
+    reader = LipReader(dim=16).eval()
+    said = "bin blue at f two now"
+    mouth, words = points(1)[0][0], torch.zeros(40).long()
+    clips = [MouthClip(name, "s", said, mouth[:T], words[:T]) for name, T in (("a", 40), ("b", 3))]
+    assert read_clips(reader, clips)[1] == "" and words_wrong(reader, clips)[1] == 1
+    monkeypatch.setattr(LipReader, "read", lambda self, mouth, mask: ["bin red at f one now"] * 2)
+    assert words_wrong(reader, clips).tolist() == pytest.approx([2 / 6, 2 / 6])
+    assert words_wrong(reader, []).shape == (0,)
+
+
+def test_frozen_stays_frozen():
+    mouth, mask = points()
+    net = nn.Sequential(Frozen(LipReader(dim=16)))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    seen = net.eval()[0](mouth, mask)
+    net.train()
+    test_same(net[0](mouth, mask), seen)  # no dropout, no statistics of the batch
+    assert net[0].training and not net[0].net.training
+    assert not [p for p in net.parameters() if p.requires_grad] and not seen.requires_grad
+    for name, x in net.state_dict().items():
+        test_same(x, before[name])
+
+
+def test_a_reader_is_loaded_as_it_was_saved(tmp_path):
+    mouth, mask = points()
+    reader = LipReader(dim=16).train()
+    reader(mouth, mask)  # statistics of batch norm that are not the first ones
+    save_file(reader.state_dict(), tmp_path / "reader.safetensors")
+    with torch.no_grad():
+        test_same(
+            load_reader(tmp_path / "reader.safetensors")(mouth, mask), reader.eval()(mouth, mask)
+        )
+    preset = replace(EIGENLIPS, lip_encoder="landmarks", lip_memory=8)
+    encoder = make_lip_encoder(preset, tmp_path / "reader.safetensors")
+    assert isinstance(encoder, Frozen) and encoder.dim == 16
+
+
+def test_a_file_that_holds_no_reader_is_named(tmp_path):
+    path = tmp_path / "reader.safetensors"
+    whole = LipReader(dim=16).state_dict()
+    wrong = [
+        dict(x=torch.zeros(3)),
+        {k: v for k, v in whole.items() if not k.startswith("blocks.3")},
+        whole | dict(other=torch.zeros(2)),
+        whole | {"conv.weight": torch.zeros(16, 50, 5)},
+    ]
+    for state in wrong:
+        save_file(state, path)
+        with pytest.raises(CheckpointError, match="reader.safetensors"):
+            load_reader(path)
+    path.write_bytes(b"no tensors at all")
+    with pytest.raises(CheckpointError, match="reader.safetensors"):
+        load_reader(path)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_reader(tmp_path / "nowhere")

@@ -833,7 +833,8 @@ def test_a_head_for_words_is_not_trained_on_nothing(tmp_path, monkeypatch):
 
 
 def test_eigenlips_are_fitted_once_and_only_where_they_are(monkeypatch):
-    from faces2voices.lipreading import EigenlipEncoder, SlimLipEncoder
+    from faces2voices.eigenlips import EigenlipEncoder
+    from faces2voices.lipreading import SlimLipEncoder
 
     lips = torch.rand(4, 1, 20, 88, 88, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
@@ -918,7 +919,7 @@ def test_the_seed_decides_the_critics(tmp_path):
 
 
 def test_the_seed_decides_the_eigenlips(monkeypatch):
-    from faces2voices.lipreading import EigenlipEncoder
+    from faces2voices.eigenlips import EigenlipEncoder
 
     lips = torch.rand(4, 1, 20, 88, 88, generator=torch.Generator().manual_seed(0))
     batch = SimpleNamespace(lips=lips, mask=torch.ones(4, 20, dtype=torch.bool))
