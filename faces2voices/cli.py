@@ -1165,6 +1165,27 @@ def _study_sync(
     )
     console.print(show_sync(kept), markup=False)
 
+# %% ../nbs/20_cli.ipynb #644c607a
+@study_app.command("synchroniser")
+def _study_synchroniser(
+    ctx: typer.Context,
+    data: GridDataArgument,
+    reader: Annotated[
+        Path, typer.Option(help="A reader of lips: what `pretrain` wrote.", show_default=False)
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
+    clips: Annotated[int, typer.Option(min=2, help="At most so many training clips.")] = 400,
+    seed: SeedOption = 0,
+    out: OutOption = None,
+):
+    """Offsets of lips and sound, found without words, against those that words tell (lesson 18).
+
+    A small network of lips and sound is trained, and judged on clips that it has not seen."""
+    from faces2voices.studies import synchroniser_study
+
+    found = synchroniser_study(data, reader, steps, clips, seed)
+    _record_and_print(ctx, found, seed, [data], out=out)
+
 # %% ../nbs/20_cli.ipynb #5aaa82f8
 @study_app.command("stages")
 def _study_stages(

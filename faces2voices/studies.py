@@ -12,7 +12,7 @@ __all__ = ['RESULTS', 'MU_MEASURES', 'CONTENT_MEASURES', 'CLIP_METRICS', 'PROBES
            'plot_probes', 'error_given_truth', 'given_true_words', 'teacher_study', 'show_teacher', 'lip_read',
            'slot_study', 'wrong_by_slot', 'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study',
            'show_adaptation', 'shift_study', 'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync',
-           'copy_scores', 'copy_study', 'compare_copies']
+           'synchroniser_study', 'show_synchroniser', 'copy_scores', 'copy_study', 'compare_copies']
 
 # %% ../nbs/engine/18_studies.ipynb #e1c6f648
 import time
@@ -70,6 +70,13 @@ from faces2voices.reading import (
 from .synthesis import FacesToVoices
 from .runs import claim, clips_identity, load_or_train
 from .lipreading import load_reader
+from faces2voices.synchrony import (
+    agreement,
+    corpus_offsets,
+    heard_mouths,
+    sound_offset,
+    train_synchroniser,
+)
 from .preparing import fingerprint, write_targets
 from .training import fit, fit_eigenlips, load_lip_encoder, shuffled, train_speaker
 from .sentences import grid_sentence
@@ -1199,6 +1206,49 @@ def show_sync(
 def _made_by(found: dict) -> str:
     "How a recorded study was made; nothing for one that was not recorded."
     return f"; made by `{found['command']}` on {found['machine']}" if "command" in found else ""
+
+# %% ../nbs/engine/18_studies.ipynb #b30876cb
+def synchroniser_study(
+    data,  # folder of prepared clips with word times and a mesh of the mouth
+    reader,  # file of a pre-trained reader
+    steps: int = 600,
+    most: int = 400,  # training clips
+    seed: int = 0,
+) -> dict:  # what JSON can hold
+    "Offsets by sound and lips alone against those by words, person by person; milliseconds."
+    train = heard_mouths(data, "train", most)
+    net, losses = train_synchroniser(list(train.values()), steps, seed=seed)
+    entries = {e.name: e for e in read_manifest(Path(data) / "manifest.jsonl")}
+    words = corpus_offsets(load_reader(reader), data).offsets
+    groups = {}
+    for split in sorted({e.split for e in entries.values()} - {"", "train"}):
+        for name, clip in heard_mouths(data, split).items():
+            speaker = entries[name].speaker_id
+            groups.setdefault((split, speaker), {})[name] = sound_offset(net, clip)
+    for split in sorted({split for split, _ in groups}):
+        people = [found for (part, _), found in groups.items() if part == split]
+        groups[split, "all"] = {name: x for found in people for name, x in found.items()}
+    rows = []
+    for (split, who), found in groups.items():
+        clips, r, sd, _ = agreement(found, words)
+        if np.isfinite(r):
+            spreads = [
+                np.std([x[name].seconds for name in found if name in words]) for x in (found, words)
+            ]
+            sounds, by_words, apart = (round(1000 * float(x), 1) for x in (*spreads, sd))
+            row = dict(split=split, speaker=who, clips=clips, r=round(r, 3))
+            rows.append(row | dict(sd_sound=sounds, sd_words=by_words, sd_difference=apart))
+    ends = [round(float(np.mean(part)), 3) for part in (losses[:20], losses[-20:])]
+    return dict(steps=steps, training=len(train), loss=ends, rows=rows)
+
+# %% ../nbs/engine/18_studies.ipynb #40ac9d93
+def show_synchroniser(
+    found: dict,  # from `synchroniser_study`
+) -> str:  # Markdown
+    "How two witnesses of an offset agree."
+    head = ["split", "speaker", "clips", "r", "sd by sound, ms", "sd by words", "sd of difference"]
+    text = f"trained on {found['training']} clips, {found['steps']} steps" + _made_by(found)
+    return markdown_table(head, [list(row.values()) for row in found["rows"]]) + f"\n\n{text}"
 
 # %% ../nbs/engine/18_studies.ipynb #c2bf22dc
 COPY_MEASURES = {"ESTOI": "↑", "PESQ": "↑", "DNSMOS OVRL": "↑", "mel distance": "↓"}

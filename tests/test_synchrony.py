@@ -69,7 +69,7 @@ def made_clip(name, speaker_id="ann", T=20, f0=150.0):
 def folder(tmp_path):
     "Prepared clips of two people, all with word times but one."
     entries = []
-    for i, split in enumerate(["train"] * 4 + ["val"] + ["test"] * 2):
+    for i, split in enumerate(["train"] * 4 + ["val"] + ["test"] * 3):
         name = f"c{i}"
         save_clip(made_clip(name, "ab"[i % 2], f0=110.0 + 20 * i), tmp_path / f"{name}.npz")
         extra = dict(frames=20, sound=True, note=f"kept {i}")
@@ -160,7 +160,7 @@ def test_an_offset_that_is_none_is_named(folder, offset):
     write_manifest(entries, folder / "manifest.jsonl", overwrite=True)
     with pytest.raises(CorpusError, match="offset of c1"):
         ClipDataset(folder, synchronised=True)
-    assert len(ClipDataset(folder)) == 7
+    assert len(ClipDataset(folder)) == 8
 
 
 def test_offsets_belong_to_the_data_only_where_they_are_used(folder):
@@ -367,6 +367,15 @@ def test_the_command_stores_prints_and_names(folder, readers):
 def test_a_reader_of_other_words_is_an_error(folder):
     with pytest.raises(F2VError, match="reads 3 words"):
         synchrony.corpus_offsets(LipReader(8, 3).eval(), folder, progress=False)
+
+
+def test_two_witnesses_of_an_offset_are_compared(folder, readers):
+    from faces2voices.studies import show_synchroniser, synchroniser_study
+
+    # a reader that was never trained and a network of one step: numbers, though no agreement
+    found = synchroniser_study(folder, readers[0], steps=1)
+    assert found["training"] == 4 and all(row["clips"] > 2 for row in found["rows"])
+    assert "trained on 4 clips, 1 steps" in show_synchroniser(found)
 
 
 def test_the_study_compares_both_kinds_of_pairs(folder, tmp_path, monkeypatch):
