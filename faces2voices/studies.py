@@ -1225,9 +1225,8 @@ def synchroniser_study(
         for name, clip in heard_mouths(data, split).items():
             speaker = entries[name].speaker_id
             groups.setdefault((split, speaker), {})[name] = sound_offset(net, clip)
-    for split in sorted({split for split, _ in groups}):
-        people = [found for (part, _), found in groups.items() if part == split]
-        groups[split, "all"] = {name: x for found in people for name, x in found.items()}
+    for (split, _), found in list(groups.items()):
+        groups.setdefault((split, "all"), {}).update(found)
     rows = []
     for (split, who), found in groups.items():
         clips, r, sd, _ = agreement(found, words)

@@ -47,7 +47,7 @@ def _summits(
     aside = (0.5 * (after - before) / bend).clamp(-1, 1)
     return OFFSET_STEP * (inner[..., 0] - _REACH + aside), (best != inner)[..., 0]
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #0529fbd5
 def best_offset(
     scores,  # (pieces, shifts), in steps of 10 ms from the earliest lips to the latest
 ) -> Offset:
@@ -86,7 +86,7 @@ def _words_every_step(
         labels[at(start) : at(end)] = 1 + vocabulary.index(text) if known else -1
     return labels
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #cf22a882
 def clip_offset(
     beliefs,  # (T, 1 + V) log probabilities at 25 fps, column 0 for no word
     word_times,  # of Word, as they are heard
@@ -136,7 +136,7 @@ def _beliefs(reader, mouth) -> torch.Tensor:  # (T, 1 + V)
         )
     return beliefs
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #17b665e7
 def corpus_offsets(
     reader,  # a LipReader, in eval mode
     data,  # folder of prepared clips
@@ -171,7 +171,7 @@ def store_offsets(
         entries.append(entry._replace(extra=extra))
     write_manifest(entries, path, overwrite=True)
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #576fa949
 class Agreement(NamedTuple):
     "How well two lists of offsets of the same clips agree."
 
@@ -193,7 +193,7 @@ def agreement(
     r = float(np.corrcoef(x, y)[0, 1])
     return Agreement(len(names), r, float(np.std(y - x)), float(np.mean(y - x)))
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #c5f3cd2d
 def show_offsets(
     offsets: dict,  # name → Offset
     entries: list,  # of Entry: their splits and speakers
@@ -238,7 +238,7 @@ def _bands(
     x = x - x.mean(2, keepdim=True)
     return torch.cat([x, F.pad(x[..., 2:] - x[..., :-2], (1, 1))], 1)
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #03e3e37a
 class Synchroniser(nn.Module):
     "Lips and sound as vectors that are alike where they belong together (after SyncNet)."
 
@@ -303,7 +303,7 @@ def heard_mouths(
         )
     return found
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #8a7b8e97
 def _draw_stretches(clips: list, batch: int, frames: int, rng) -> tuple:
     "Stretches of some clips: mouths (B, F, 9, 2) and mels (B, 80, 4F)."
     frames = min(frames, *(len(clip.mouth) for clip in clips))
@@ -315,7 +315,7 @@ def _draw_stretches(clips: list, batch: int, frames: int, rng) -> tuple:
         rows.append((mouth[first:end], mel[:, MELS_PER_FRAME * first : MELS_PER_FRAME * end]))
     return tuple(map(torch.stack, zip(*rows)))
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #2835cbe2
 _CONTRAST = dict(step=2, reach=16)  # 33 places, 20 ms apart
 
 
@@ -344,7 +344,7 @@ def train_synchroniser(
         losses.append(loss.item())
     return net.eval(), losses
 
-
+# %% ../nbs/engine/06_synchrony.ipynb #1bcdee48
 @torch.no_grad()
 def sound_offset(
     net: Synchroniser,  # in eval mode
