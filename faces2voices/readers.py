@@ -142,7 +142,7 @@ def _test_clips(prepared, known: str) -> dict:  # name → list of MouthClip
         if not clips:
             raise CorpusError(
                 prepared,
-                f"has no test clips of {name}" if name == known else "has no clips `unseen`",
+                f"has no clips to test on: {name}",
                 "Prepare the clips that a table with such splits lists",
             )
     return tests

@@ -136,12 +136,14 @@ def learning_curve(
     return [(x, wrong_share(points[x], test), points[x]) for x in sorted(points)]
 
 # %% ../nbs/engine/06_readings.ipynb #524eeb26
+_TICKS = 0.025, 0.05, 0.1, 0.2, 0.4, 0.8
+
+
 def plot_learning(
     study: dict,  # from `reader_study`
 ):
     "Words wrong against people and against clips a person, on logarithmic axes."
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True, layout="constrained")
     found = []
@@ -158,9 +160,10 @@ def plot_learning(
                 ax.plot([n] * len(seeds), seeds, ".", color=colour, alpha=0.4)
             found.append(f"{test}, {vary}: " + ", ".join(f"{n} {v:.0%}" for n, v in zip(x, y)))
         ax.axhline(GUESSED, color="k", ls=":", lw=0.8, label="a guess")
-        ax.set(xscale="log", yscale="log", xticks=x)
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.set(xscale="log", yscale="log")
+        ax.set_xticks(x, list(map(str, x)))
+        ax.set_yticks(_TICKS, [f"{y:.0%}" for y in _TICKS])
+        ax.minorticks_off()
     axes[0].set(xlabel="people, with all their clips", ylabel="words wrong")
     axes[1].set(xlabel="clips of each of all people")
     axes[0].legend(frameon=False)

@@ -108,7 +108,11 @@ WRONG = dict(
     words_that_are_no_numbers=dict(words=np.full((1, 30), np.nan)),
     eight_points=dict(points=np.zeros((1, 30, 8, 2), np.int16)),
     points_in_float=dict(points=np.zeros((1, 30, 9, 2), np.float32)),
-    two_names=dict(names=np.array(["bbaf2n", "bbaf3n"])),
+    two_names=dict(
+        names=np.array(["bbaf2n", "bbaf3n"]),
+        points=np.zeros((1, 30, 9, 2), np.int16),
+        words=np.zeros((1, 30), np.int8),
+    ),
     a_name_of_no_sentence=dict(names=np.array(["??????"])),
     objects=dict(names=np.array([Trap()], object)),
     no_clips=dict(
