@@ -201,21 +201,26 @@ def plot_reading(
     "A strip of mouths and, below each, the word that is said and the word that is read."
     import matplotlib.pyplot as plt
 
+    def below(ax, x, points, text, colour):
+        how = dict(xycoords="axes fraction", textcoords="offset points", ha="center", fontsize=8)
+        ax.annotate(text, (x, 0), (0, points), color=colour, **how)
+
     mouth = np.array(reading["mouth"])
     n = len(mouth)
-    fig, axes = plt.subplots(1, n, figsize=(0.75 * n, 1.9), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, n, figsize=(0.4 + 0.75 * n, 1.7), sharex=True, sharey=True)
     for i, ax in enumerate(axes):
         word, sure = reading["believed"][i]
         ax.plot(*mouth[i, _OUTLINE].T, color=BLUE, lw=1)
         ax.plot(*mouth[i].T, ".", color=ORANGE, ms=4)
         ax.set_title(f"{reading['seconds'][i]:.2f} s", fontsize=7)
-        ax.text(0.5, -0.15, reading["said"][i], transform=ax.transAxes, ha="center", color="0.5")
-        read = str(round(0.85 - 0.85 * sure, 2))  # a grey
-        ax.text(0.5, -0.4, word, transform=ax.transAxes, ha="center", color=read)
+        below(ax, 0.5, -12, reading["said"][i], "0.5")
+        below(ax, 0.5, -26, word, str(round(0.85 - 0.85 * sure, 2)))  # a grey
         ax.set_aspect("equal")
         ax.axis("off")
     axes[0].invert_yaxis()
-    fig.subplots_adjust(bottom=0.3)
+    below(axes[0], -0.3, -12, "said", ORANGE)
+    below(axes[0], -0.3, -26, "read", ORANGE)
+    fig.subplots_adjust(left=0.06, right=0.99, bottom=0.32, top=0.88, wspace=0.08)
     show(
         fig,
         f"{n} frames of a mouth, nine points each. Said: {reading['text']}. "
