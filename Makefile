@@ -37,7 +37,7 @@ $(VENV)/.package: $(META) | $(BIN)/python
 
 $(VENV)/.dev: $(META) | $(BIN)/python
 	@echo "Installing faces2voices and its test tools into $(VENV) (torch is large: 5 GB, a few minutes) ..."
-	@if $(COMPILES); then $(PIP) -e '.[dev,judges]'; else $(PIP) -e '.[dev]'; fi
+	@if $(COMPILES); then $(PIP) -e '.[dev,whisper,mos,judges]'; else $(PIP) -e '.[dev,whisper,mos]'; fi
 	@$(WARM)
 	@touch $@ $(VENV)/.package
 

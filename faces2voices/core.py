@@ -145,7 +145,7 @@ test_same.__test__ = False
 class InputConfig:
     "What a model looks at."
 
-    face_backend: str = "locator"  # `locator` (drawn faces), `insightface`, `cascade`
+    face_backend: str = "locator"  # `locator` (drawn faces), or as in `make_backend`
     identity_dim: int = 0  # size of the identity vector; 0: learn one from the face crop
     expression_dim: int = 1152  # E; 1152 is a 24 × 48 strip of brows and eyes
     # `slim`, `eigenlips`, `landmarks`, `avhubert-base` or `avhubert-large`
@@ -240,7 +240,7 @@ _CHOICES = dict(
     lip_encoder=("slim", "eigenlips", "landmarks", "avhubert-base", "avhubert-large"),
     unit_features=("mfcc", "hubert"),
 )
-_BACKENDS = "locator", "insightface", "mediapipe", "cascade"
+_BACKENDS = "locator", "mediapipe", "insightface", "mobilefacenet", "cascade"
 _RANGES = dict(  # name → smallest and largest value; whole numbers where both are
     identity_dim=(0, 2**14),
     expression_dim=(1, 2**14),

@@ -175,8 +175,10 @@ class LipReader(nn.Module):
         mouth,  # (B, T, 9, 2) px, NaN where unknown
         mask,  # (B, T) bool
     ):  # (B, T, D), zero on padding
-        "What is seen of speech at each frame."
-        x = masked_batch_norm(self.norm, mouth_features(mouth, mask).mT, mask)
+        "What is seen of speech at each frame; geometry in float32 whatever the autocast."
+        with torch.autocast(mouth.device.type, enabled=False):
+            features = mouth_features(mouth.float(), mask)
+        x = masked_batch_norm(self.norm, features.mT, mask)
         x = F.relu(self.conv(x)) * mask[:, None]
         for block in self.blocks:
             x = block(x, mask)

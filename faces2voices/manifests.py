@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRID_GRAMMAR', 'VIDEO_SUFFIXES', 'GRID_RECORD', 'Entry', 'check_names', 'read_manifest', 'write_manifest',
-           'grid_text', 'grid_jsgf', 'read_grid', 'Word', 'grid_words', 'read_grid_table', 'download', 'download_grid',
-           'read_lrs3', 'read_voxmm', 'read_lrs2', 'read_folder']
+           'grid_text', 'grid_jsgf', 'read_grid', 'Word', 'grid_words', 'read_grid_table', 'download', 'file_checksum',
+           'download_grid', 'unpack', 'read_lrs3', 'read_voxmm', 'read_lrs2', 'read_folder']
 
 # %% ../nbs/engine/04_manifests.ipynb #e0c3889f
 import csv
@@ -261,7 +261,7 @@ def download(
     url: str,
     path,  # where to
     size: int,  # bytes
-    md5: str,  # checksum
+    checksum: str,  # `md5:…` or `sha256:…`
 ):
     """Fetch a file; a download that was stopped goes on where it was.
 
@@ -280,19 +280,23 @@ def download(
     have = part.stat().st_size
     if have < size:
         raise CorpusError(url, f"stopped after {have} of {size} bytes", again)
-    found = _md5(part)
-    if found != md5:
+    found = file_checksum(part, checksum.partition(":")[0])
+    if found != checksum:
         part.unlink()
-        raise CorpusError(url, f"has the checksum {found}, not {md5}", "Fetch it again")
+        raise CorpusError(url, f"has the checksum {found}, not {checksum}", "Fetch it again")
     part.replace(path)
 
 # %% ../nbs/engine/04_manifests.ipynb #a0c6d7f2
-def _md5(path) -> str:
-    digest = hashlib.md5()
+def file_checksum(
+    path,
+    kind: str,  # `md5` or `sha256`
+) -> str:  # `md5:…` or `sha256:…`
+    "What the bytes of a file give."
+    digest = hashlib.new(kind)
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return f"{kind}:{digest.hexdigest()}"
 
 # %% ../nbs/engine/04_manifests.ipynb #4be8120c
 def _fetch(url: str, part: Path, have: int):
@@ -323,9 +327,8 @@ def download_grid(
             raise CorpusError(
                 record, f"holds no {stem}.zip", f"It holds {', '.join(sorted(files))}"
             )
-        md5 = file["checksum"].removeprefix("md5:")
-        download(file["links"]["self"], out / f"{stem}.zip", file["size"], md5)
-        _unpack(out / f"{stem}.zip", out / stem)
+        download(file["links"]["self"], out / f"{stem}.zip", file["size"], file["checksum"])
+        unpack(out / f"{stem}.zip", out / stem)
 
 
 def _files_of(record: str) -> dict:  # name → link, size and checksum
@@ -341,7 +344,10 @@ def _files_of(record: str) -> dict:  # name → link, size and checksum
         ) from e
 
 
-def _unpack(archive: Path, folder: Path):
+def unpack(
+    archive: Path,  # a zip file
+    folder: Path,  # to be; the archive holds it, or what stands in it
+):
     "Unpack an archive that holds one folder, whole or not at all, and remove the archive."
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as tmp:
         with zipfile.ZipFile(archive) as z:

@@ -439,7 +439,8 @@ def assemble(
     model.info = _describe_training(run, speakers, sum(dataset.lengths), command)
     held_out = ClipDataset(dataset.folder, split="val") if dataset.folder else []
     held_out = held_out if len(held_out) else dataset
-    some = [held_out[i] for i in range(min(50, len(held_out)))]
+    spread = torch.linspace(0, len(held_out) - 1, min(60, len(held_out))).long().tolist()
+    some = [held_out[i] for i in spread]
     model.info["usual"] = model.measure_statistics(some)
     model.save_pretrained(run / "model")
     write_card(model, run / "model" / "README.md")

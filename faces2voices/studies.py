@@ -10,8 +10,8 @@ __all__ = ['RESULTS', 'MU_MEASURES', 'CONTENT_MEASURES', 'CLIP_METRICS', 'PROBES
            'unseen_entries', 'clip_scores', 'clip_metrics', 'ProbeClip', 'collect_probe_data', 'probe_targets',
            'probe_stages', 'load_labelled_clip', 'train_phone_reader', 'stage_study', 'show_clip_metrics',
            'plot_probes', 'error_given_truth', 'given_true_words', 'teacher_study', 'show_teacher', 'lip_read',
-           'slot_study', 'wrong_by_slot', 'filter_speaker', 'adaptation_study', 'show_adaptation', 'copy_scores',
-           'copy_study', 'compare_copies']
+           'slot_study', 'wrong_by_slot', 'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study',
+           'show_adaptation', 'shift_study', 'copy_scores', 'copy_study', 'compare_copies']
 
 # %% ../nbs/engine/18_studies.ipynb #e1c6f648
 import time
@@ -58,12 +58,28 @@ from .probes import stage_features, linear_probe
 from .hierarchy import Hierarchy, Mu, prior_loss
 from .vocoder import copy_synthesis, make_vocoder, mel_loss
 from .storage import WEIGHTS_DIR
+from faces2voices.reading import (
+    HELD_FRAMES,
+    calibration_bins,
+    calibration_error,
+    choose_threshold,
+    plot_calibration,
+    threshold_rates,
+)
 from .synthesis import FacesToVoices
 from .runs import claim, clips_identity, load_or_train
 from .training import fit, fit_eigenlips, shuffled, train_speaker
 from .sentences import grid_sentence
-from .judges import dnsmos, grid_recogniser, pesq, pocketsphinx_recogniser
-from .evaluation import correlation, mean_f0, speech_frames, stoi, unit_accuracy
+from .judges import dnsmos, grammar_of, grid_recogniser, pesq, pocketsphinx_recogniser
+from faces2voices.evaluation import (
+    correlation,
+    mean_f0,
+    measure_shifts,
+    pool_values,
+    speech_frames,
+    stoi,
+    unit_accuracy,
+)
 
 # %% ../nbs/engine/18_studies.ipynb #af897d43
 RESULTS = WEIGHTS_DIR.parents[1] / "nbs" / "results"  # of a checkout
@@ -856,6 +872,73 @@ def wrong_by_slot(
             rows.append([True] * len(true))
     return np.mean(rows, 0).round(4).tolist()
 
+# %% ../nbs/engine/18_studies.ipynb #962023ed
+def _summarise_readings(
+    readings: list,  # of Reading
+    threshold: float | None,
+) -> dict:  # what JSON can hold
+    "What a set of clips says of a reader's confidence."
+    bins = calibration_bins(readings)
+    found = dict(
+        clips=len(readings),
+        wrong=round(float(np.mean([r.wrong for r in readings])), 4),
+        calibration=bins,
+        calibration_error=round(calibration_error(bins), 4),
+    )
+    return found if threshold is None else found | threshold_rates(readings, threshold)
+
+
+def confidence_study(
+    name: str,  # of a model with a vocabulary
+    data,  # folder of prepared clips with word times
+    split: str = "val",  # that the limit is chosen on
+) -> dict:  # what JSON can hold
+    "The limit of a reader's confidence, and what it is worth on the splits that did not choose it."
+    model = FacesToVoices.from_pretrained(name)
+    if not model.preset.words:
+        raise CheckpointError(name, "has no vocabulary", "Give one that has, such as grid")
+
+    def judged(split, held=(1,)):
+        dataset = ClipDataset(data, split=split)
+        return model.judge_readings([dataset[i] for i in range(len(dataset))], held)
+
+    known = {split: judged(split), f"{split}, frames held": judged(split, HELD_FRAMES)}
+    if not known[split]:
+        reason = f"has no clip of split {split!r} with word times"
+        raise CorpusError(data, reason, "GRID has them: see `faces2voices prepare --help`")
+    threshold = choose_threshold([*known[split], *known[f"{split}, frames held"]])
+    splits = {e.split for e in read_manifest(Path(data) / "manifest.jsonl")}
+    others = {other: judged(other) for other in sorted(splits - {"train", split, ""})}
+    sets = {k: v for k, v in (known | others).items() if any(r.confidences for r in v)}
+    found = {k: _summarise_readings(v, threshold) for k, v in sets.items()}
+    return dict(model=model.preset.name, threshold=threshold, splits=found)
+
+# %% ../nbs/engine/18_studies.ipynb #16b4d226
+def show_confidence(
+    found: dict,  # recorded by `faces2voices study confidence`
+) -> str:  # Markdown
+    "A row a set of clips: how wrong, how well calibrated, and what the limit finds and doubts."
+
+    def percent(share):
+        return None if share is None else f"{share:.0%}"
+
+    head = ["clips", "", "words wrong", "calibration error", "read badly", "found", "read well"]
+    rows = [
+        [
+            name,
+            s["clips"],
+            percent(s["wrong"]),
+            f"{s['calibration_error']:.2f}",
+            s.get("bad_clips"),
+            percent(s.get("found")),
+            s.get("good_clips"),
+            percent(s.get("doubted")),
+        ]
+        for name, s in found["splits"].items()
+    ]
+    limit = f"limit {found['threshold']}" if found["threshold"] else "no limit"
+    return f"{markdown_table([*head, 'doubted'], rows)}\n\n`{found['model']}`, {limit}"
+
 # %% ../nbs/engine/18_studies.ipynb #2c460ff7
 def filter_speaker(
     data,  # folder of prepared clips
@@ -923,6 +1006,33 @@ def show_adaptation(
     for r in found["rows"]:
         body.append([r["when"], r["speaker"], r["clips"], *(f"{r[k]:.3f}" for k in measures)])
     return markdown_table(head, body) + f"\n\nmade by `{found['command']}` on {found['machine']}"
+
+# %% ../nbs/engine/18_studies.ipynb #0473a0f9
+def shift_study(
+    data,  # folder of prepared clips with sound and text
+    split: str = "test",
+    limit: int = 16,  # clips: the first ones of the split
+    milliseconds: tuple = (0, 5, 10, 20, 30, 40, 60, 80),
+) -> dict:  # what JSON can hold
+    "Originals against themselves, shifted: each measure in time, as it is and time-aligned."
+    names = ClipDataset(data, split=split).names[:limit]
+    if not names:
+        raise CorpusError(
+            data,
+            f"holds no clips with sound of the split {split}",
+            "Prepare a corpus with `faces2voices prepare`, or ask for another --split",
+        )
+    clips = [load_clip(Path(data) / f"{name}.npz", lips=False) for name in names]
+    sounds = {c.name: (c.wav, c.text) for c in clips}
+    recognise = pocketsphinx_recogniser(grammar_of([c.text for c in clips]))
+    pooled = pool_values(measure_shifts(sounds, recognise, milliseconds))
+    return dict(
+        split=split,
+        clips=len(clips),
+        speakers=sorted({c.speaker_id for c in clips}),
+        rows={str(ms): found for ms, found in pooled.rows.items()},
+        intervals={str(ms): found for ms, found in pooled.intervals.items()},
+    )
 
 # %% ../nbs/engine/18_studies.ipynb #c2bf22dc
 COPY_MEASURES = {"ESTOI": "↑", "PESQ": "↑", "DNSMOS OVRL": "↑", "mel distance": "↓"}

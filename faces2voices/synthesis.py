@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise, product
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 import numpy as np
@@ -36,6 +36,7 @@ from faces2voices.core import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
     TEMPERATURE,
+    UNIT_RATE,
     Preset,
     pick_device,
     whole_seed,
@@ -45,6 +46,7 @@ from .audio import MEL, pitch, show_speech
 from faces2voices.tracking import (
     FaceBackend,
     Track,
+    backends_at_hand,
     face_pack,
     make_backend,
     track_face,
@@ -68,6 +70,16 @@ from .prosody import denormalize_energy, denormalize_pitch, movement, normalize_
 from .hierarchy import Hierarchy
 from .decoder import Decoder
 from .vocoder import make_vocoder, vocode_stream
+from faces2voices.reading import (
+    HELD_FRAMES,
+    choose_threshold,
+    hold_frames,
+    judge_reading,
+    mean_confidence,
+    read_words,
+    shift_words,
+    words_between,
+)
 from .report import plot_speech
 from faces2voices.storage import (
     DiskBackedTensor,
@@ -99,7 +111,8 @@ class Speech:
     true_mel: torch.Tensor | None = None  # (80, 4T) ln mel of the clip's own sound, if it has one
     backend: str = ""  # who found the face
     seconds: float = 0.0  # time that synthesis took
-    entropy: torch.Tensor | None = None  # (2T,) of what is said: see `entropy`
+    entropy: torch.Tensor | None = None  # (2T,) of the units: see `entropy`
+    words: list | tuple = ()  # of `ReadWord`: what is read, by a model that has a vocabulary
     notes: list | tuple = ()  # what a listener should know: see `quality_notes`
 
 # %% ../nbs/15_synthesis.ipynb #b38c9583
@@ -147,8 +160,13 @@ def join(cls: Speech, parts: list) -> Speech:
     if first.entropy is not None:
         names.append("entropy")
     along = {name: torch.cat([getattr(p, name) for p in parts], -1) for name in names}
+    begins = accumulate((p.duration for p in parts), initial=0.0)
+    words = [shift_words(p.words, begin) for p, begin in zip(parts, begins)]
     true_mel = first.true_mel if len(parts) == 1 else None
-    return replace(first, **along, true_mel=true_mel, seconds=sum(p.seconds for p in parts))
+    seconds = sum(p.seconds for p in parts)
+    return replace(
+        first, **along, words=list(chain.from_iterable(words)), true_mel=true_mel, seconds=seconds
+    )
 
 # %% ../nbs/15_synthesis.ipynb #5d400e0c
 class FacesToVoices(
@@ -191,7 +209,7 @@ class FacesToVoices(
         "What finds faces for this model, made once."
         if self.knows_drawn_faces:
             return LocatorBackend(self.locator)
-        return _real_face_backend(self.preset.expression_dim, self.faces_root)
+        return _real_face_backend(self.preset, self.faces_root)
 
 # %% ../nbs/15_synthesis.ipynb #be0cc09f
 def _only_trains(name: str) -> bool:
@@ -305,15 +323,21 @@ def windows(T: int) -> list:  # T: frames of the film
 
 # %% ../nbs/15_synthesis.ipynb #108a2be2
 def _real_face_backend(
-    expression_dim: int,  # 52: blendshapes; else a strip of the picture
+    preset: Preset,
     root,  # folder of insightface models, or None
 ) -> FaceBackend:
-    "What finds real faces here, telling the kind of expression that a model was trained on."
-    finder = make_backend("auto", root)
-    blendshapes = expression_dim == 52
-    if blendshapes == (finder.name == "mediapipe"):
-        return finder
-    return CombinedBackend(finder, make_backend("mediapipe") if blendshapes else FaceBackend())
+    """What finds real faces here and tells the motion that a model was trained on.
+
+    A model of blendshapes or of mouth points needs the mesh; no model needs an identity."""
+    there = backends_at_hand(root)
+    finds = "insightface" if "insightface" in there else "auto"
+    if preset.expression_dim != 52 and preset.lip_encoder != "landmarks":
+        finder = make_backend(finds, root)
+        return CombinedBackend(finder, motion=FaceBackend()) if finder.finds_motion else finder
+    if preset.face_backend.startswith(finds):
+        return make_backend(f"{finds}+mediapipe", root)
+    knows = [name for name in there if name != "mediapipe"][:1]
+    return make_backend("+".join(["mediapipe", *knows]), root)
 
 # %% ../nbs/15_synthesis.ipynb #d80885af
 @patch
@@ -365,7 +389,7 @@ def preprocess(
     lips = DiskBackedTensor()
     expression = DiskBackedTensor()
     mouth = DiskBackedTensor()
-    parts = crop_in_parts(film, track.points, self.face_backend)
+    parts = crop_in_parts(film, track.points, self.face_backend, motion=track.motion)
     for part in _progress_bar(parts, "look", "× 5 s", progress and T > n):
         lips.append(part.lips)
         expression.append(part.expression)
@@ -418,7 +442,8 @@ class StageOutputs(NamedTuple):
     contour: torch.Tensor  # (2n,) of the pitch, its mean not yet taken off
     voiced: torch.Tensor  # (2n,) in [0, 1]
     energy: torch.Tensor  # (2n,) normalised
-    entropy: torch.Tensor  # (2n,) of what is believed to be said: see `entropy`
+    entropy: torch.Tensor  # (2n,) of the units: see `entropy`
+    word_logits: torch.Tensor | None  # (2n, 1 + V), of a model that has a vocabulary
 
 # %% ../nbs/15_synthesis.ipynb #be34f3b5
 def _predict_contours(
@@ -483,10 +508,10 @@ def encode_window(
     content = h.content(h.lips(h.lip_input(b), b.mask), b.mask)
     hidden = h.film(h.from_content(content), speaker[None])
     contours = _scale_expression(h.prosody, hidden, b.expression - rest, b.mask, expression)
-    beliefs = content.logits if content.word_logits is None else content.word_logits
-    outputs = hidden, content.logits.argmax(-1), *contours, entropy(beliefs)
+    outputs = hidden, content.logits.argmax(-1), *contours, entropy(content.logits)
     kept = slice(2 * (w.keep_start - w.start), 2 * (w.keep_stop - w.start))
-    return StageOutputs(*(x[0, kept].cpu() for x in outputs))
+    words = None if content.word_logits is None else content.word_logits[0, kept].cpu()
+    return StageOutputs(*(x[0, kept].cpu() for x in outputs), words)
 
 # %% ../nbs/15_synthesis.ipynb #f8388803
 @patch
@@ -502,12 +527,23 @@ def encode_film(
     ws = windows(len(clip.lips))
     rest = mean_row(clip.expression).to(self.device)
     hidden = DiskBackedTensor()
+    word_logits = DiskBackedTensor() if self.preset.words else None
     others = []
     for w in _progress_bar(ws, "read", "window", progress and len(ws) > 1):
         outputs = self.encode_window(clip, w, speaker, rest, expression)
         hidden.append(outputs.hidden)
-        others.append(outputs[1:])
-    return StageOutputs(hidden, *map(torch.cat, zip(*others)))
+        if word_logits is not None:
+            word_logits.append(outputs.word_logits)
+        others.append(outputs[1:-1])
+    return StageOutputs(hidden, *map(torch.cat, zip(*others)), word_logits)
+
+# %% ../nbs/15_synthesis.ipynb #11c196dc
+@patch
+def words_of(self: FacesToVoices, outputs: StageOutputs) -> list:  # of ReadWord
+    "The words of a film and how sure the reader is of each; none without a vocabulary."
+    if outputs.word_logits is None:
+        return []
+    return read_words(outputs.word_logits, self.preset.words)
 
 # %% ../nbs/15_synthesis.ipynb #bc8e77e6
 @patch
@@ -525,7 +561,7 @@ def mute_stages(
     "What the stages tell when some are muted: no words, no melody."
     if "what" in muted:
         hidden = mean_row(outputs.hidden).expand(len(outputs.hidden), -1)
-        outputs = outputs._replace(hidden=hidden)
+        outputs = outputs._replace(hidden=hidden, word_logits=None)
     if "how" not in muted:
         return outputs
     voiced = outputs.voiced
@@ -624,6 +660,7 @@ def _vocode(self: FacesToVoices, mels, outputs, log_f0, speaker, seed, context):
     "Mels as sound, with what the stages tell of each stretch."
     energy = denormalize_energy(outputs.energy)
     voiced = outputs.voiced.round()
+    words = self.words_of(outputs)
     start = 0
     for mel, wav in vocode_stream(self.vocoder, mels, log_f0, voiced, seed, context):
         stop = start + mel.shape[1] // 2
@@ -637,6 +674,7 @@ def _vocode(self: FacesToVoices, mels, outputs, log_f0, speaker, seed, context):
             energy[part],
             speaker.cpu(),
             entropy=outputs.entropy[part],
+            words=words_between(words, start / UNIT_RATE, stop / UNIT_RATE),
         )
         start = stop
 
@@ -713,7 +751,7 @@ _PITCH_SECONDS = 10  # of them, whose pitch is measured
 # %% ../nbs/15_synthesis.ipynb #21d3c270
 @patch
 def _training_statistic(self: FacesToVoices, name: str, default=None):
-    "What was usual in the training's clips: `loudness` of speech (dB), `entropy` of the reader."
+    "A number from `measure_statistics`: `loudness`, and `confidence` or `entropy` of the reader."
     found = (self.info.get("usual") or {}).get(name, default)
     return found if isinstance(found, (int, float)) else default
 
@@ -786,6 +824,7 @@ def voice_like(
 # %% ../nbs/15_synthesis.ipynb #80647b5a
 _QUIET_DB = -31.0  # for this and the others, see the table
 _UNSURE_RATIO = 1.2
+_LEAST_SURE = 3  # words that are named
 _ASIDE_RATIO = 0.25
 _LONG_RATIO = 1.5
 _ROLLED_DEGREES = 25.0
@@ -818,6 +857,40 @@ def turned_away(
         or np.median(roll) > _ROLLED_DEGREES
     )
 
+# %% ../nbs/15_synthesis.ipynb #afe1c19b
+@patch
+def _unit_notes(self: FacesToVoices, entropy: float) -> list:  # of lines
+    "Is the reader of units unsure?"
+    usual = self._training_statistic("entropy")
+    if not usual or entropy <= _UNSURE_RATIO * usual:
+        return []
+    other = "or a face that this model has not met?"
+    if self.knows_drawn_faces:
+        other = "or a real face? This model knows drawn ones: try --model grid"
+    return [
+        f"the reader is unsure what is said (entropy {entropy:.2f}, usual is {usual:.2f}): "
+        f"is the mouth hidden, blurred or dark, {other}"
+    ]
+
+
+@patch
+def _word_notes(self: FacesToVoices, words) -> list:  # of lines
+    "Is the reader of words unsure of them?"
+    known = f"the {len(self.preset.words)} words that this model knows"
+    if not words:
+        return [f"the reader finds none of {known}"]
+    limit = self._training_statistic("confidence")
+    mean = mean_confidence(words)
+    if not limit or mean >= limit:
+        return []
+    least = sorted(words, key=lambda w: w.confidence)[:_LEAST_SURE]
+    named = ", ".join(f"{w.text} {w.confidence:.2f}" for w in least)
+    return [
+        f"the reader is unsure of its words (mean confidence {mean:.2f}, and under {limit:.2f} "
+        f"mostly half of them or more are wrong; least sure: {named}): is the mouth hidden, "
+        f"blurred or dark, or is anything said but {known}?"
+    ]
+
 # %% ../nbs/15_synthesis.ipynb #e104a39f
 def _mouth_change(lips: np.ndarray) -> float:  # (T, 96, 96) uint8
     "Of the mouth from frame to frame, mean over its pixels, of 255."
@@ -831,10 +904,10 @@ def quality_notes(
     self: FacesToVoices,
     looked,  # what was looked at, or its first window
     loudness: float,  # dB, of the loudest part of the speech
-    entropy: float,  # mean of the reader's
+    entropy: float,  # mean over the units
+    words=(),  # of `ReadWord`, by a model that has a vocabulary
 ) -> list:  # of lines
     "What makes a result doubtful; nothing if nothing does."
-    usual = self._training_statistic("entropy")
     notes = []
     if loudness < _QUIET_DB:
         notes.append(f"the speech is nearly silent ({loudness:.0f} dB where it is loudest)")
@@ -842,15 +915,28 @@ def quality_notes(
         notes.append("the mouth stands still")
     if turned_away(looked.track.points):
         notes.append("the face is turned aside or tilted, and only frontal ones are read well")
-    if usual and entropy > _UNSURE_RATIO * usual:
-        other = "or a face that this model has not met?"
-        if self.knows_drawn_faces:
-            other = "or a real face? This model knows drawn ones: try --model grid"
-        notes.append(
-            f"the reader is unsure what is said (entropy {entropy:.2f}, usual is {usual:.2f}): "
-            f"is the mouth hidden, blurred or dark, {other}"
-        )
-    return notes
+    return notes + (self._word_notes(words) if self.preset.words else self._unit_notes(entropy))
+
+# %% ../nbs/15_synthesis.ipynb #6137f802
+@patch
+def _stages_of(self: FacesToVoices, clip: Clip) -> StageOutputs:
+    "What the stages tell of a prepared clip, in the voice of its face."
+    with self.computing():
+        return self.encode_film(clip, self.predict_speaker(clip.face, clip.identity))
+
+
+@patch
+def judge_readings(
+    self: FacesToVoices,
+    clips,  # prepared; those without word times are left out
+    held=(1,),  # frames for which each picture stays: see `hold_frames`
+) -> list:  # of Reading, all clips at 1, then all at the next …
+    "What the model reads of clips, beside what is said in them."
+    known = [clip for clip in clips if clip.word_times]
+    return [
+        judge_reading(self.words_of(self._stages_of(hold_frames(clip, n))), clip.word_times)
+        for n, clip in product(held, known)
+    ]
 
 # %% ../nbs/15_synthesis.ipynb #caa005ff
 @patch
@@ -860,18 +946,20 @@ def measure_statistics(
 ) -> dict:  # kept as `usual` in the model's configuration
     """What is usual in ordinary clips.
 
-    Mean loudness of the speech (dB), and the largest mean entropy of the reader.
+    Mean loudness of the speech (dB). Of a model with a vocabulary, the mean `confidence` from which
+    on it is to be believed, where enough clips tell; of others, the largest mean entropy.
     """
     decibels = []
-    entropies = []
-    with self.computing():
-        for clip in clips:
-            said = remove_pauses(clip.wav)
-            if len(said):
-                decibels.append(10 * math.log10(float(said.square().mean()) + 1e-12))
-            speaker = self.predict_speaker(clip.face, clip.identity)
-            entropies.append(float(self.encode_film(clip, speaker).entropy.mean()))
-    return dict(loudness=round(float(np.mean(decibels)), 1), entropy=round(max(entropies), 3))
+    for clip in clips:
+        said = remove_pauses(clip.wav)
+        if len(said):
+            decibels.append(10 * math.log10(float(said.square().mean()) + 1e-12))
+    usual = dict(loudness=round(float(np.mean(decibels)), 1))
+    if not self.preset.words:
+        means = [float(self._stages_of(clip).entropy.mean()) for clip in clips]
+        return usual | dict(entropy=round(max(means), 3))
+    limit = choose_threshold(self.judge_readings(clips, (1, *HELD_FRAMES)))
+    return usual if limit is None else usual | dict(confidence=limit)
 
 # %% ../nbs/15_synthesis.ipynb #fe502c81
 @patch
@@ -889,7 +977,12 @@ def backend_notes(
         )
     identity = self.face_backend.identity(np.zeros((112, 112, 3), np.uint8))
     if reference is None and self.unknown_identity(identity):
-        notes.append(f"{name} cannot tell whose face it is: the mean voice of the training speaks")
+        n = self.preset.identity_dim
+        why = f"{name} cannot tell whose face it is"
+        if len(identity):
+            why = f"{name} tells faces apart by {len(identity)} numbers, and this model by {n}"
+        cure = " (`faces2voices download faces` gets what it needs)" if n == 128 else ""
+        notes.append(f"{why}: the mean voice of the training speaks{cure}")
     return notes
 
 # %% ../nbs/15_synthesis.ipynb #e06eebf2
@@ -929,6 +1022,7 @@ def forward(
     speech = Speech.join(list(self.stream(path, **options)))
     entropy = speech.entropy.mean().item()
     speech.notes = self.backend_notes(options.get("reference"))
-    speech.notes += self.quality_notes(speech.preprocessed, peak_loudness(speech.wav), entropy)
+    loudness = peak_loudness(speech.wav)
+    speech.notes += self.quality_notes(speech.preprocessed, loudness, entropy, speech.words)
     speech.seconds = time.perf_counter() - began
     return speech

@@ -363,6 +363,7 @@ def crop_in_parts(
     points,  # (T, 5, 2)
     backend: FaceBackend,
     seconds: float = 5.0,  # of a part; the last may be shorter
+    motion: Motion = None,  # of the whole clip, where its track told it
 ):  # yields Crops
     "Cut a tracked video part by part; the parts, joined, equal the crops of the whole."
     chosen = frontal(points)
@@ -374,7 +375,10 @@ def crop_in_parts(
             if start <= t < start + len(part):
                 faces[t] = align_face(part[t - start], points[t])
         lips = lip_crops(part, points, start)
-        expression, mouth = _motion(part, points, start, backend)
+        if motion is None:
+            expression, mouth = _motion(part, points, start, backend)
+        else:
+            expression, mouth = (x[start : start + len(part)] for x in motion)
         start += len(part)
         del part  # before the next is read
         if start < len(points):
@@ -396,9 +400,10 @@ def crop(
     frames,  # (H, W, 3) each, of any iterable
     points,  # (T, 5, 2)
     backend: FaceBackend,
+    motion: Motion = None,  # of the whole clip, where its track told it
 ) -> Crops:
     "Cut lips, face and expression out of a tracked video."
-    parts = list(crop_in_parts(frames, points, backend))
+    parts = list(crop_in_parts(frames, points, backend, motion=motion))
     joined = {
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in ("lips", "expression", "mouth")
@@ -422,7 +427,7 @@ def preprocess(
     "Read, track and crop: everything a model looks at; MediaError, NoFaceError."
     video = path if isinstance(path, Video) else Video(Film(path), None, Path(path))
     track = track_face(video.frames, backend, path=video.path, person=person)
-    crops = crop(video.frames, track.points, backend)
+    crops = crop(video.frames, track.points, backend, track.motion)
     if video is not path:
         wav, note = sound_and_note(path, len(track.points))
         video = video._replace(wav=wav, note=note)

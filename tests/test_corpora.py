@@ -33,7 +33,7 @@ from faces2voices.media import write_video
 from faces2voices.manifests import (
     GRID_GRAMMAR,
     Entry,
-    _unpack,
+    unpack,
     download,
     download_grid,
     grid_jsgf,
@@ -435,7 +435,7 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path):
     (tmp_path / "in/s1.zip").write_bytes(
         zipped({"../evil": "", "../../evil": "", f"{tmp_path}/evil": "", "s1/bbaf2n.mpg": "film"})
     )
-    _unpack(tmp_path / "in/s1.zip", tmp_path / "in/s1")
+    unpack(tmp_path / "in/s1.zip", tmp_path / "in/s1")
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == [
         "in",
         "in/s1",
@@ -450,7 +450,7 @@ def test_a_wrong_checksum_is_not_kept(tmp_path, archive):
             url.replace("record", "s1.zip"),
             tmp_path / "s1.zip",
             len(handler.files["s1.zip"]),
-            "0" * 32,
+            "sha256:" + "0" * 64,
         )
     assert list(tmp_path.iterdir()) == []
 

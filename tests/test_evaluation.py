@@ -26,6 +26,7 @@ from faces2voices.errors import CheckpointError, CorpusError, F2VError, ToolMiss
 from faces2voices.statistics import ratio
 from faces2voices.core import TINY, test_same as same
 from faces2voices.manifests import Entry, write_manifest
+from faces2voices.sentences import best_sentence, collapse
 from faces2voices.corpora import Clip
 
 
@@ -229,7 +230,7 @@ def test_pocketsphinx_hears_the_world_and_remembers_nothing():
 
 def test_the_error_of_a_mean_on_a_card_is_its_standard_error():
     v = np.random.default_rng(1).normal(size=(400, 1))
-    rows, errors = ev.pool_values(
+    rows, errors, intervals = ev.pool_values(
         {
             ("original", "STOI"): dict(enumerate(v)),
             ("original", "ESTOI"): {"c": np.array([0.5])},
@@ -241,6 +242,9 @@ def test_the_error_of_a_mean_on_a_card_is_its_standard_error():
         abs(errors["original"]["STOI"] - 0.05) < 0.005
         and errors["original"]["ESTOI"] is errors["original"]["MCD, dB"] is None
     )
+    low, high = intervals["original"]["STOI"]
+    assert abs(high - low - 2 * 1.96 * 0.05) < 0.025 and low < v.mean() < high
+    assert intervals["original"]["ESTOI"] is intervals["original"]["MCD, dB"] is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -249,18 +253,18 @@ def test_viterbi_finds_the_best_of_all_paths(seed):
     paths = [
         p
         for p in itertools.product(range(6), repeat=5)
-        if len(c := ju.collapse(p)) == 2 and c[0] in (1, 2) and c[1] in (3, 4, 5)
+        if len(c := collapse(p)) == 2 and c[0] in (1, 2) and c[1] in (3, 4, 5)
     ]
     best = max(paths, key=lambda p: sum(scores[t, s] for t, s in enumerate(p)))
-    assert ju.best_sentence(scores, [2, 3]) == ju.collapse(best)
-    assert ju.best_sentence(scores[:1], [2, 3]) == []
+    assert best_sentence(scores, [2, 3]) == collapse(best)
+    assert best_sentence(scores[:1], [2, 3]) == []
 
 
 def test_collapse():
     assert (
-        ju.collapse([0, 1, 1, 0, 1, 2, 2, 0]) == [1, 1, 2]
-        and ju.collapse([0, 0]) == []
-        and ju.collapse([3]) == [3]
+        collapse([0, 1, 1, 0, 1, 2, 2, 0]) == [1, 1, 2]
+        and collapse([0, 0]) == []
+        and collapse([3]) == [3]
     )
 
 
@@ -323,7 +327,7 @@ def test_the_recogniser_learns_two_sentences(tmp_path, monkeypatch):
         )
         for i, t in enumerate(texts)
     ]
-    monkeypatch.setattr(ju, "ClipDataset", lambda data, split: clips)
+    monkeypatch.setattr(ju, "ClipDataset", lambda data, split: clips if split != "unseen" else [])
     monkeypatch.setattr(ju, "augment_speech_mel", lambda mel: mel)
     model = ju.train_recogniser(
         "data",
@@ -337,9 +341,9 @@ def test_the_recogniser_learns_two_sentences(tmp_path, monkeypatch):
     ) == ""
     card = (tmp_path / "asr" / "README.md").read_text()
     assert (
-        "0.0 % under the grammar" in card
+        "| test | 2 | 1 | 0.0 % | 0.0 % |" in card
         and "CC BY 4.0" in card
-        and "same speakers" in card
+        and "of speakers s1 (2) " in card
         and "    faces2voices study recogniser data --steps 150\n" in card
     )
     with pytest.raises(CheckpointError, match="stands already"):
@@ -385,40 +389,13 @@ def test_an_absent_package_says_how_to_get_it():
         ju.import_tool("no_such_metric")
 
 
-def test_whisper_and_utmos_come_from_folders_that_the_user_names(tmp_path, monkeypatch):
-    for name in ("F2V_WHISPER", "F2V_UTMOS"):
-        monkeypatch.delenv(name, raising=False)
-    ju.whisper_recogniser.cache_clear()
+def test_what_has_no_package_says_where_it_comes_from(monkeypatch):
+    monkeypatch.delenv("F2V_UTMOS", raising=False)
     ju._utmos_model.cache_clear()
-    with pytest.raises(ToolMissingError, match="F2V_WHISPER"):
-        ju.whisper_recogniser()
     with pytest.raises(ToolMissingError, match="F2V_UTMOS"):
         ju.utmos(torch.zeros(16000))
     with pytest.raises(ToolMissingError, match="coloured face crops"):
         ev.no_syncnet(None)
-
-    # stand-ins with the interfaces of the real ones
-    class WhisperModel:
-        def __init__(self, folder, device, local_files_only):
-            assert folder == str(tmp_path) and local_files_only
-
-        def transcribe(self, wav, language):
-            assert wav.dtype == np.float32
-            return iter(
-                [
-                    types.SimpleNamespace(text=" Bin blue at F2,"),
-                    types.SimpleNamespace(text=" now."),
-                ]
-            ), None
-
-    monkeypatch.setitem(
-        sys.modules, "faster_whisper", types.SimpleNamespace(WhisperModel=WhisperModel)
-    )
-    monkeypatch.setenv("F2V_WHISPER", str(tmp_path))
-    assert (
-        ju.whisper_recogniser()(torch.zeros(16000, dtype=torch.float64)) == "bin blue at f two now"
-    )
-    ju.whisper_recogniser.cache_clear()
 
 
 def test_a_clone_named_like_the_package_of_dnsmos_leaves_it_alone(tmp_path, monkeypatch):
@@ -493,6 +470,7 @@ def made_clip(i, voice, text):
         wav,
         *pitch(wav),
         energy(wav),
+        mouth=torch.rand(T, 9, 2, generator=g),
     )
 
 
@@ -525,22 +503,25 @@ def test_borrowed_faces_and_lips(clips):
     assert (
         ev.wrong_lips(clips[0], clips).name == "c1" and ev.wrong_lips(clips[0], clips[:1]) is None
     )
-    longer, shorter = ev.with_lips(clips[3], clips[0].lips), ev.with_lips(clips[0], clips[3].lips)
+    longer, shorter = ev.with_lips(clips[3], clips[0]), ev.with_lips(clips[0], clips[3])
     assert len(longer.lips) == len(clips[3].lips) and len(shorter.lips) == len(clips[0].lips)
     same(longer.lips[-1], clips[0].lips[-1])
     same(shorter.lips, clips[3].lips[:24])
+    same(shorter.mouth, clips[3].mouth[:24])  # who reads points must not see the clip's own
+    same(longer.mouth[:24], clips[0].mouth)
+    same(shorter.expression, clips[0].expression)
 
 
 def test_the_rows_of_a_score(clips, model, monkeypatch):
     """Without the slow or optional judges.
 
     `original` is perfect, and absent tools are blanks with a reason."""
-    monkeypatch.setattr(
-        ev, "METRICS", [m for m in ev.METRICS if m.needs in ("", "librosa", "pesq")]
-    )
+    pytest.importorskip("pystoi")
+    quick = "", "librosa", "pesq", "pystoi"
+    monkeypatch.setattr(ev, "METRICS", [m for m in ev.METRICS if m.needs in quick])
     monkeypatch.setattr(ev, "pocketsphinx_recogniser", lambda grammar: lambda wav: "")
     monkeypatch.setitem(sys.modules, "pesq", None)
-    rows, errors, reasons = ev.score(model, clips[:3], steps=1, guidance=1.0, seed=0)
+    rows, errors, reasons = ev.score(model, clips[1:3], steps=1, guidance=1.0, seed=0)
     assert (
         tuple(rows) == ev.CONDITIONS
         and "pip install pesq" in reasons["PESQ"]
@@ -559,11 +540,15 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
         "wrong face",
     ]
     assert "2 speakers" in reasons["mean F0, r"] and "mean F0, r" not in first
+    late = rows["original, shifted 20 ms"]
+    assert late["MCD, dB"] > 2 * late["MCD, dB, aligned"] and late["shift, ms"] == 20
+    assert first["shift, ms"] == 0 and first["F0 error, cents, aligned"] == 0
+    assert first["sex of the voice right"] == 1 and first["median pitch error, cents"] == 0
     card = dict(
         rows=rows,
         errors=errors,
         reasons=reasons,
-        clips=3,
+        clips=2,
         speakers=2,
         seconds_of_speech=3.0,
         left_out=dict(of_split=3, sentence_trained_on=0, faces_are_new=True),
@@ -578,6 +563,15 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
     assert (
         len({line.count("|") for line in shown.splitlines() if line.startswith("|")}) == 1
         and "pip install pesq" in shown
+    )
+    assert "95 %" not in shown.split("\n- ")[0]  # a card of before the intervals
+    limits = {"synthesised": {"MCD, dB": [1.25, 2.5]}}
+    assert "| 1.25 to 2.50 " in ev.show_card(card | dict(intervals=limits))
+
+
+def test_each_metric_stands_in_one_table_of_the_card():
+    assert sorted(itertools.chain.from_iterable(ev.TABLES.values())) == sorted(
+        m.name for m in ev.METRICS
     )
 
 
@@ -618,25 +612,27 @@ def test_beginnings_that_were_trained_on_are_told_apart():
     )
 
 
-def test_speakers_with_enough_clips_get_numbers_of_their_own():
-    clips = [
-        Clip(f"c{i}", "many" if i < 5 else "few", "bin blue at f two now", *[None] * 8)
-        for i in range(7)
-    ]
+def test_every_speaker_gets_numbers_and_from_ten_clips_on_their_errors():
+    people = dict(many=10, few=3, one=1)
+    clips = []
+    for who, n in people.items():
+        clips += [Clip(f"{who}{i}", who, "bin blue at f two now", *[None] * 8) for i in range(n)]
     values = {
-        ("synthesised", "WER"): {c.name: np.array([i, 6]) for i, c in enumerate(clips)},
-        ("original", "ESTOI"): {"c6": np.array([1.0])},
+        ("synthesised", "WER"): {c.name: np.array([i % 4, 6]) for i, c in enumerate(clips)},
+        ("original", "ESTOI"): {"few2": np.array([1.0])},
     }
     found = json.loads(json.dumps(ev.by_speaker(values, clips)))
+    assert {who: of["clips"] for who, of in found.items()} == people
+    assert found["many"]["rows"] == {"synthesised": {"WER": round(13 / 60, 5)}}
+    low, high = found["many"]["intervals"]["synthesised"]["WER"]
+    assert low < 13 / 60 < high and found["many"]["errors"]["synthesised"]["WER"] > 0
+    assert all(found[who]["errors"] == found[who]["intervals"] == {} for who in ("few", "one"))
+    lines = ev.speakers_table(dict(by_speaker=found)).strip().splitlines()
+    assert "WER ↓" in lines[0] and "ESTOI" not in lines[0] and len(lines) == 2 + len(people)
+    of = {line.split("|")[1].strip(): line for line in lines}
+    assert "21.7 ± " in of["many"] and "±" not in of["few"] + of["one"] and "| 3 " in of["few"]
     assert (
-        found.keys() == {"many"}
-        and found["many"]["clips"] == 5
-        and found["many"]["rows"] == {"synthesised": {"WER": round(10 / 30, 5)}}
-    )
-    table = ev.speakers_table(dict(by_speaker=found))
-    assert "many, 5 clips" in table and "33.3 ±" in table and "ESTOI" not in table
-    assert (
-        ev.by_speaker(values, clips[:5]) == {}
+        ev.by_speaker(values, clips[:10]) == {}
         and ev.speakers_table({}) == ev.speakers_table(dict(by_speaker={})) == ""
     )
 
@@ -798,6 +794,231 @@ def test_spoilt_marks_are_refused_by_name(asked, tmp_path, spoil, why):
     assert "m.csv" in str(e.value)
 
 
+@pytest.mark.parametrize("n", (-960, -880, -320, 0, 80, 400, 960))
+def test_a_shift_of_a_known_time_is_found_and_undone(spoken, n):
+    pytest.importorskip("pystoi")
+    wav = F.pad(spoken[1], (1600, 1600))  # nothing is lost by moving it
+    assert ev.best_shift(ev.shift_sound(wav, n), wav) == -n
+    x = ev.MetricInput(ev.Sound(ev.shift_sound(wav, n)), ev.Sound(wav), "", None, {})
+    assert x.shift == -n
+    same(x.aligned.wav, wav)
+    assert (x.aligned is x.sound) == (n == 0)
+
+
+def test_a_shift_out_of_reach_is_not_found(spoken):
+    pytest.importorskip("pystoi")
+    wav = F.pad(spoken[1], (3200, 3200))
+    for n in (1600, -1600):
+        found = ev.best_shift(ev.shift_sound(wav, n), wav)
+        assert abs(found) <= 960 and found * n < 0  # as near as the search may go
+
+
+def test_the_search_gives_little_to_a_sound_that_has_nothing_to_do_with_the_original(spoken):
+    pytest.importorskip("pystoi")
+    wav = spoken[1]
+    noise = 0.05 * torch.randn(len(wav), generator=torch.Generator().manual_seed(1))
+    plain = ev.stoi(noise, wav, True)
+    aligned = ev.stoi(ev.shift_sound(noise, ev.best_shift(noise, wav)), wav, True)
+    assert plain <= aligned < plain + 0.1
+
+
+def test_what_is_shifted_keeps_its_length_and_loses_its_end():
+    wav = torch.arange(1.0, 6.0)
+    assert ev.shift_sound(wav, 2).tolist() == [0, 0, 1, 2, 3]
+    assert ev.shift_sound(wav, -2).tolist() == [3, 4, 5, 0, 0]
+    assert ev.shift_sound(wav.numpy(), 0).tolist() == wav.tolist()
+
+
+def test_the_aligned_measures_are_the_plain_ones_of_the_moved_sound(spoken):
+    "One shift for all of them: none chooses its own."
+    pytest.importorskip("pystoi")
+    pytest.importorskip("librosa")
+    wav = spoken[1]
+    known = {m.name: m for m in ev.METRICS}
+    timed = [known[name] for name in ev.TIMED if name != "PESQ"]
+    late = ev.MetricInput(
+        ev.Sound(noisy(ev.shift_sound(wav, 240), 15)), ev.Sound(wav), "", None, {}
+    )
+    moved = ev.MetricInput(
+        ev.Sound(ev.shift_sound(late.sound.wav, late.shift)), ev.Sound(wav), "", None, {}
+    )
+    assert late.shift == -240
+    for m in timed:
+        aligned = known[f"{m.name}, aligned"]
+        assert math.isclose(aligned.measure(late), m.measure(moved), rel_tol=1e-9)
+        assert (aligned.better, aligned.pool) == (m.better, m.pool)
+        sign = 1 if m.better == "↑" else -1
+        assert sign * (m.measure(moved) - m.measure(late)) > 0
+    assert known["shift, ms"].measure(late) == 15
+
+
+def test_time_alone_costs_estoi_and_no_words(spoken):
+    pytest.importorskip("pystoi")
+    pytest.importorskip("librosa")
+    text, wav = spoken
+    values = ev.measure_shifts({"a": (wav, text)}, lambda wav: text, (0, 10, 40))
+    rows = ev.pool_values(values).rows
+    assert list(rows) == [0, 10, 40] and all(r["WER"] == 0 for r in rows.values())
+    assert rows[0]["ESTOI"] > 0.999 > rows[10]["ESTOI"] > rows[40]["ESTOI"]
+    assert rows[0]["MCD, dB"] < rows[10]["MCD, dB"] < rows[40]["MCD, dB"]
+
+
+def test_a_study_of_shifts_takes_the_clips_of_a_split(tmp_path, clips, monkeypatch):
+    pytest.importorskip("pystoi")
+    pytest.importorskip("librosa")
+    from faces2voices.corpora import save_clip
+
+    monkeypatch.setattr(st, "pocketsphinx_recogniser", lambda grammar: lambda wav: grammar)
+    monkeypatch.setattr(ev, "word_errors", lambda text, words: (words != "talkers", 1))
+    entries = []
+    for c, split in zip(clips, ("test", "train", "test", "test")):
+        save_clip(c, tmp_path / f"{c.name}.npz")
+        more = dict(frames=len(c.lips), sound=True)
+        path = tmp_path / f"{c.name}.mp4"
+        entries.append(Entry(c.name, path, c.speaker_id, c.text, split, extra=more))
+    write_manifest(entries, tmp_path / "manifest.jsonl")
+    found = json.loads(json.dumps(st.shift_study(tmp_path, limit=2, milliseconds=(0, 20))))
+    assert found["clips"] == 2 and found["speakers"] == ["s0", "s1"]
+    assert found["rows"]["0"]["WER"] == 0 and found["rows"]["0"]["ESTOI"] > 0.99
+    assert found["rows"]["20"]["ESTOI, aligned"] > found["rows"]["20"]["ESTOI"]
+    assert len(found["intervals"]["20"]["ESTOI"]) == 2
+    with pytest.raises(CorpusError, match="of the split val"):
+        st.shift_study(tmp_path, "val")
+
+
+def tune(hz, voiced=20):
+    "A steady pitch in some of twenty frames, with an octave slip in one of them."
+    log_f0 = torch.full((20,), math.log(hz))
+    log_f0[0] += math.log(2)
+    return log_f0, (torch.arange(20) < voiced).float()
+
+
+def test_the_sex_of_a_voice_is_the_originals_side_of_the_boundary():
+    man, deep, woman, high = (tune(hz) for hz in (110.0, 90.0, 180.0, 260.0))
+    silent = tune(110.0, voiced=0)
+    right = ev.same_sex_of_voice
+    assert right(man, deep) == right(woman, high) == right(high, woman) == 1
+    assert right(man, woman) == right(high, deep) == 0
+    assert right(silent, man) == right(silent, woman) == 0  # no pitch is no right pitch
+    assert right(man, silent) is right(silent, silent) is None
+
+
+def test_the_pitch_level_is_a_median_and_its_error_is_in_cents():
+    assert math.isclose(ev.median_f0(tune(110.0)), 110, rel_tol=1e-5)
+    up = 110 * 2 ** (300 / 1200)
+    for a, b in ((110.0, up), (up, 110.0)):
+        assert math.isclose(ev.pitch_level_error(tune(a), tune(b)), 300, rel_tol=1e-4)
+    assert ev.pitch_level_error(tune(110.0), tune(110.0)) == 0
+    for a, b in ((tune(110.0, 0), tune(110.0)), (tune(110.0), tune(110.0, 0))):
+        assert math.isnan(ev.pitch_level_error(a, b))
+
+
+def test_silence_gains_nothing_on_the_card():
+    "A clip without pitch has no error of its level, and counts as the wrong sex."
+    values = {
+        ("synthesised", "sex of the voice right"): {
+            c: np.array([x]) for c, x in zip("abcd", (1.0, 1.0, 1.0, 0.0))
+        },
+        ("synthesised", "median pitch error, cents"): {
+            c: np.array([x]) for c, x in zip("abcd", (100.0, 200.0, 900.0, np.nan))
+        },
+    }
+    pooled = ev.pool_values(values)
+    card = dict(rows=pooled.rows, errors={}, intervals=pooled.intervals)
+    assert ev.score_text(card, "synthesised", "sex of the voice right") == "75.0 %"
+    assert ev.score_text(card, "synthesised", "median pitch error, cents") == "200"
+    assert ev.interval_text(card, "synthesised", "median pitch error, cents") == "100 to 900"
+    assert ev.interval_text(card, "synthesised", "sex of the voice right").endswith("100.0 %")
+    assert (
+        ev.interval_text(card, "original", "WER") == ev.interval_text({}, "original", "WER") == ""
+    )
+
+
+def test_people_who_are_all_new_are_judged_on_all_that_is_new():
+    "As in splits/many.tsv: people of the test split were trained on, those of `unseen` never."
+    entries = [
+        *(entry(f"a{i}", who, f"x{i}", "train") for i, who in enumerate(["s1", "s1", "s2"])),
+        entry("b", "s1", "y", "test"),
+        entry("c", "s2", "x0", "test"),
+        entry("d", "s10", "z", "unseen"),
+        entry("e", "s11", "x1", "unseen"),
+        entry("f", "s11", "w", "unseen"),
+    ]
+    kept, out = ev.unseen_clips(entries, "unseen")
+    assert [e.name for e in kept] == ["d", "f"] and out["faces_are_new"] is True
+    assert (out["of_split"], out["sentence_trained_on"], out["face_trained_on"]) == (3, 1, 0)
+    kept, out = ev.unseen_clips(entries, "test")
+    assert [e.name for e in kept] == ["b"] and out["faces_are_new"] is False
+
+
+def test_of_the_people_of_many_tsv_no_clip_is_left_out(shared):
+    from faces2voices.manifests import grid_text
+
+    entries = []
+    for line in (shared / "grid" / "splits" / "many.tsv").read_text().splitlines()[1:]:
+        who, name, split, _ = line.split("\t")
+        entries.append(entry(f"{who}_{name}", who, grid_text(name), split))
+    for split, n, new in (("test", 63, False), ("unseen", 34, True)):
+        kept, out = ev.unseen_clips(entries, split)
+        assert len(kept) == out["of_split"] == n and out["faces_are_new"] is new
+        assert out["sentence_trained_on"] == 0
+
+
+def test_distillmos_is_a_column_that_says_why_it_is_blank(clips, model, monkeypatch):
+    def absent(wav):
+        raise ToolMissingError("distillmos", "is not installed", "pip install distillmos")
+
+    mos = next(m for m in ev.METRICS if m.name == "DistillMOS")
+    monkeypatch.setattr(ev, "METRICS", [mos])
+    monkeypatch.setattr(ev, "pocketsphinx_recogniser", lambda grammar: lambda wav: "")
+    monkeypatch.setattr(ev, "distillmos", absent)
+    rows, _, reasons = ev.score(model, clips[:2], steps=1, guidance=1.0, seed=0)
+    assert rows == {} and "pip install distillmos" in reasons["DistillMOS"]
+    monkeypatch.setattr(ev, "distillmos", lambda wav: 3.5)
+    rows, _, reasons = ev.score(model, clips[:2], steps=1, guidance=1.0, seed=0)
+    assert {row: r["DistillMOS"] for row, r in rows.items()} == dict.fromkeys(
+        ("original", "vocoder", "synthesised"), 3.5
+    )
+
+
+def test_claims_are_paired_over_the_clips():
+    "Clips differ far more than the rows do: the pairs see what the means alone cannot."
+    rng = np.random.default_rng(0)
+    easy = rng.uniform(0, 1, 30)
+    better = easy + 0.02 + 0.01 * rng.normal(size=30)
+    clip = [f"c{i}" for i in range(30)]
+
+    def values(a, b):
+        column = {c: np.array([x]) for c, x in zip(clip, a)}
+        other = {c: np.array([x]) for c, x in zip(clip[:-1], b)}  # one clip has no pair
+        name = "voice similarity"
+        return {("synthesised", name): column, ("wrong face", name): other}
+
+    claim = "with another face, the voice is less the clip's own"
+
+    def holds(v):
+        pooled = ev.pool_values(v)
+        card = dict(rows=pooled.rows, errors=pooled.errors)
+        paired = dict(claims=json.loads(json.dumps(ev.paired_claims(v))))
+        return [dict((c, h) for c, h, _ in ev.claims(x))[claim] for x in (card, card | paired)]
+
+    assert holds(values(better, easy)) == [False, True]
+    assert holds(values(easy, better)) == [False, False]
+    found = ev.paired_claims(values(better, easy))
+    assert list(found) == [claim] and found[claim]["clips"] == 29
+    assert found[claim]["low"] < found[claim]["difference"] < found[claim]["high"]
+    assert math.isclose(found[claim]["difference"], (better - easy)[:-1].mean(), abs_tol=1e-4)
+
+
+def test_a_paired_claim_pools_rates_before_it_compares_them():
+    "Lower is better, and long sentences weigh more."
+    face = {"a": np.array([1, 2]), "b": np.array([0, 8]), "c": np.array([1, 2])}
+    lips = {"a": np.array([2, 2]), "b": np.array([8, 8]), "c": np.array([1, 2])}
+    found = ev.paired_claims({("wrong face", "WER"): face, ("wrong lips", "WER"): lips})
+    claim = "another face costs fewer words than other lips"
+    assert math.isclose(found[claim]["difference"], 11 / 12 - 2 / 12, abs_tol=1e-4)
+
+
 def test_claims_need_two_standard_errors():
     def card(borrowed, error):
         rows = {"mean F0 of the borrowed face, r": borrowed, "mean F0, r": 0.1}
@@ -947,9 +1168,12 @@ def test_a_perfect_mu_is_judged_perfect(clips, model):
     from faces2voices.hierarchy import Mu
 
     clip = with_targets(clips[0], None, model.speaker_encoder)
-    row = st.evaluate_mu(
-        lambda *_: Mu(clip.mel[None], torch.zeros(1, 256), None, None), clip, model.speaker_encoder
-    )
+
+    def perfect(*_):
+        return Mu(clip.mel[None], torch.zeros(1, 256), None, None)
+
+    perfect.inputs = model.hierarchy.inputs
+    row = st.evaluate_mu(perfect, clip, model.speaker_encoder)
     assert row["error, dB"] == 0 and row["voice similarity"] > 0.999 and row["energy, r"] > 0.999
     assert math.isclose(row["prior loss"], 0.5 * math.log(2 * math.pi), rel_tol=1e-5)
 
@@ -985,7 +1209,7 @@ def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
     rows = {r[0]: r for r in ex.ledger()}
     assert (
         rows["WER"][3:] == ("", "25.0 % (original 10.0 %)")
-        and rows["ESTOI"][4] == "0.50"
+        and rows["ESTOI"][4] == "0.500"
         and rows["UTMOS"][4] == ""
     )
     assert all(

@@ -20,7 +20,7 @@ from pythons import PROMISED, find
 from test_project import ROOT, tracked
 
 PACKAGE = sorted((ROOT / "faces2voices").glob("*.py"))
-OPTIONAL_BY_HAND = {"faster-whisper", "matcha-tts"}  # lessons 17 and 18 say how they are installed
+OPTIONAL_BY_HAND = {"matcha-tts"}  # lesson 18 says how it is installed
 
 
 def settings() -> dict:
@@ -63,9 +63,8 @@ def test_pip_takes_torch_and_torchaudio_of_one_release():
     assert len(pair) == 2 and len({version.release[:2] for version in pair}) == 1, pair
 
 
-TESTED = [
-    f"{name}requirements" for name in ("", "dev_", "talkers_", "metrics_", "judges_", "cluster_")
-]
+EXTRAS = "dev talkers metrics judges whisper mos cluster".split()
+TESTED = ["requirements", *(f"{name}_requirements" for name in EXTRAS)]
 
 
 @pytest.mark.parametrize("version", PROMISED)
@@ -116,7 +115,7 @@ def imported(path) -> set:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tool":
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_tool":
             found |= {a.value for a in node.args if isinstance(a, ast.Constant)}
     return {name.split(".")[0] for name in found} - sys.stdlib_module_names - {"faces2voices"}
 

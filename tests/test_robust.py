@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -44,7 +45,14 @@ from faces2voices.errors import (
     ToolMissingError,
     atomic_path,
 )
-from faces2voices.core import TINY, pick_device, seed_everything, test_same as same, whole_seed
+from faces2voices.core import (
+    GRID,
+    TINY,
+    pick_device,
+    seed_everything,
+    test_same as same,
+    whole_seed,
+)
 from faces2voices.eigenlips import Eigenlips
 from faces2voices.manifests import read_manifest, write_manifest
 from faces2voices.corpora import load_clip, save_clip
@@ -333,7 +341,7 @@ def test_a_damaged_part_is_one_line(tmp_path, spoil):
 @pytest.fixture()
 def bare(monkeypatch, tmp_path):
     "A user who has no face models and has named none."
-    for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
+    for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE", "F2V_MOBILEFACENET"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -372,6 +380,35 @@ def test_a_coarse_finder_and_a_mean_voice_are_said(bare):
     assert "cascade" in coarse and "mean voice" in mean
     assert grid.backend_notes(reference="a.wav") == [coarse]  # a voice that is given is no mean one
     assert FacesToVoices.from_pretrained("talkers", device="cpu").backend_notes() == []
+
+
+def test_a_model_of_the_mesh_names_the_way_to_it(bare):
+    "Nothing coarser stands in for the mesh that a model was trained on."
+    model = FacesToVoices(replace(GRID, expression_dim=52).to_json())
+    with pytest.raises(ToolMissingError, match="(?s)mediapipe.*(faces2voices download faces|pip)"):
+        model.face_backend
+
+
+def test_an_identity_of_another_model_is_no_identity(monkeypatch):
+    "Numbers of a foreign recogniser are not read as this model's: the mean voice speaks."
+    from faces2voices import synthesis
+
+    class Foreign(synthesis.FaceBackend):
+        name = "foreign"
+
+        def identity(self, face):
+            return np.ones(512, np.float32)
+
+    grid = FacesToVoices.from_pretrained("grid", device="cpu")
+    grid.face_backend = Foreign()
+    (note,) = grid.backend_notes()
+    assert "512 numbers" in note and "128" in note and "mean voice" in note
+    assert "faces2voices download faces" in note
+    face = np.zeros((112, 112, 3), np.uint8)
+    same(
+        grid.predict_speaker(face, Foreign().identity(face)),
+        grid.predict_speaker(face, np.zeros(0, np.float32)),
+    )
 
 
 def test_who_finds_no_face_names_the_model_that_may(f2v, tmp_path):

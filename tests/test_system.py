@@ -316,24 +316,35 @@ def test_ordinary_real_clips_raise_no_doubt(tmp_path, shared):
 
 
 @pytest.mark.parametrize(
-    "finder, size, expected",
+    "there, size, trained_with, expected",
     [
-        ("insightface", 1152, "insightface"),
-        ("insightface", 52, "insightface+mediapipe"),
-        ("mediapipe", 52, "mediapipe"),
-        ("mediapipe", 1152, "mediapipe+strip"),
-        ("cascade", 1152, "cascade"),
+        ("insightface", 1152, "insightface", "insightface"),
+        ("mediapipe insightface", 1152, "insightface", "insightface"),
+        ("mediapipe insightface", 52, "insightface+mediapipe", "insightface+mediapipe"),
+        ("insightface", 52, "insightface+mediapipe", "insightface+mediapipe"),
+        ("mediapipe", 52, "insightface+mediapipe", "mediapipe"),
+        ("mediapipe mobilefacenet insightface", 52, "mediapipe", "mediapipe+mobilefacenet"),
+        ("mediapipe insightface", 52, "mediapipe+mobilefacenet", "mediapipe+insightface"),
+        ("insightface mediapipe mobilefacenet", 52, "mediapipe", "mediapipe+insightface"),
+        ("", 52, "mediapipe+mobilefacenet", "mediapipe"),
+        ("mediapipe", 1152, "insightface", "mediapipe+strip"),
+        ("", 1152, "insightface", "cascade"),
     ],
 )
-def test_a_model_sees_the_kind_of_expression_that_it_knows(monkeypatch, finder, size, expected):
+def test_a_model_sees_the_kind_of_motion_that_it_knows(
+    monkeypatch, there, size, trained_with, expected
+):
     from faces2voices import synthesis
     from faces2voices.core import GRID
 
     class Named(synthesis.FaceBackend):
-        def __init__(self, name):
+        def __init__(self, name, root=None):
             self.name = name
+            self.finds_motion = name == "mediapipe"
+            if name == "auto":
+                self.__init__("mediapipe" if "mediapipe" in there else "cascade")
 
-    monkeypatch.setattr(
-        synthesis, "make_backend", lambda name, root=None: Named(finder if name == "auto" else name)
-    )
-    assert FacesToVoices(replace(GRID, expression_dim=size).to_json()).face_backend.name == expected
+    monkeypatch.setattr(synthesis, "make_backend", Named)
+    monkeypatch.setattr(synthesis, "backends_at_hand", lambda root: there.split())
+    preset = replace(GRID, expression_dim=size, face_backend=trained_with)
+    assert FacesToVoices(preset.to_json()).face_backend.name == expected

@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import time
 import weakref
 from fractions import Fraction
 from itertools import islice
@@ -633,6 +634,12 @@ def test_lips_are_centred_and_upright():
     )
 
 
+def no_models_named(monkeypatch, home):
+    for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE", "F2V_MOBILEFACENET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+
+
 def test_backends_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(ToolMissingError, match="Unpack a pack"):
         tracking.make_backend("insightface", tmp_path)
@@ -642,11 +649,11 @@ def test_backends_that_are_not_there(tmp_path, monkeypatch):
         tracking.make_backend("wizard")
     with pytest.raises(ToolMissingError, match="Unpack a pack"):
         tracking.make_backend("auto", tmp_path)  # what is named must serve
-    for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    no_models_named(monkeypatch, tmp_path)
     assert tracking.make_backend("auto").name == "cascade"
-    assert tracking.make_backend("cascade+cascade").name == "cascade+cascade"
+    for name in ("cascade+cascade", "wizard+mediapipe", "mediapipe+wizard"):
+        with pytest.raises(ToolMissingError):
+            tracking.make_backend(name)
     pytest.importorskip("insightface")
     pack = tmp_path / "models" / "broken"
     pack.mkdir(parents=True)
@@ -656,22 +663,88 @@ def test_backends_that_are_not_there(tmp_path, monkeypatch):
         tracking.make_backend("insightface", tmp_path)
 
 
-def test_the_second_of_two_backends_tells_the_motion():
-    class Teller(Marks):
-        name = "teller"
+class Teller(Marks):
+    "Tells the number of the first frame, and a mouth at the left eye."
 
-        def motion(self, frames, points, start=0):
-            n = len(frames)
-            mouth = points[start : start + n, :1].repeat(9, 1)
-            return tracking.Motion(np.full((n, 3), start, np.float32), mouth)
+    name = "teller"
 
-    both = tracking.CombinedBackend(Marks(), Teller())
+    def motion(self, frames, points, start=0):
+        n = len(frames)
+        mouth = points[start : start + n, :1].repeat(9, 1)
+        return tracking.Motion(np.full((n, 3), start, np.float32), mouth)
+
+    def identity(self, face):
+        return np.ones(1, np.float32)
+
+
+def test_each_of_two_backends_tells_its_part():
     film = squares(140, lambda t: (40 + t, 30, 50))
+    both = tracking.CombinedBackend(Marks(), motion=Teller())
     points = tracking.track_face(film, both).points
     crops = V.crop(film, points, both)
     assert both.name == "marks+teller" and crops.expression.shape == (140, 3)
     assert crops.expression[:, 0].tolist() == [0] * 125 + [125] * 15
     test_same(crops.mouth[:, 4], points[:, 0])
+    assert crops.identity.shape == (0,)
+    other = tracking.CombinedBackend(Marks(), identity=Teller())
+    crops = V.crop(film, points, other)
+    assert other.name == "marks+teller" and crops.expression.shape == (140, 1152)
+    assert crops.identity.tolist() == [1]
+
+
+class Telling(Marks):
+    "Tells the motion as it finds: the place of the face, and a mouth at its corner."
+
+    name = "telling"
+    finds_motion = True
+    looks = 0
+
+    def detect(self, frame):
+        self.looks += 1
+        return [
+            f._replace(expression=f.box[:2], mouth=f.box[None, :2].repeat(9, 0))
+            for f in super().detect(frame)
+        ]
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.4, 1.32, 60])
+def test_a_finder_that_tells_the_motion_looks_once_at_each_frame(seconds):
+    "The person that is followed moves as told, in parts as in one piece; a gap is at rest."
+
+    def seen(t):
+        return None if 20 <= t < 33 else (20, 30, 40)
+
+    film = squares(60, seen, lambda t: (130 + t // 3, 40, 50 - t // 2))
+    backend = Telling()
+    for person, x in ((0, np.full(60, 20)), (1, 130 + np.arange(60) // 3)):
+        backend.looks = 0
+        track = tracking.track_face(film, backend, person=person)
+        whole = V.crop(film, track.points, backend, track.motion)
+        assert backend.looks == 60
+        there = [seen(t) is not None or person == 1 for t in range(60)]
+        test_same(whole.expression[there, 0], x[there].astype(np.float32))
+        assert np.isnan(whole.mouth[~np.array(there)]).all()
+        assert not whole.expression[~np.array(there)].any()
+        parts = list(
+            V.crop_in_parts(film, track.points, backend, seconds=seconds, motion=track.motion)
+        )
+        for name in ("lips", "expression", "mouth"):
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            test_same(np.nan_to_num(joined), np.nan_to_num(getattr(whole, name)))
+    quiet = tracking.CombinedBackend(backend, motion=tracking.FaceBackend())
+    assert tracking.track_face(film, quiet).motion is None and quiet.name == "telling+strip"
+
+
+def test_two_threads_keep_the_order_and_few_frames():
+    film = Passing(60)
+
+    def look(frame):
+        k = V.clock_number(np.asarray(frame))
+        time.sleep(0.004 * (k % 2))
+        return k
+
+    assert list(tracking._each_in_threads(look, film, 2)) == list(range(60))
+    assert film.most <= 5
 
 
 def test_without_a_mesh_brows_are_pixels_and_the_mouth_has_no_points():
@@ -682,26 +755,39 @@ def test_without_a_mesh_brows_are_pixels_and_the_mouth_has_no_points():
 
 @pytest.mark.parametrize(
     "there, chosen",
-    [(("insightface", "mediapipe"), "insightface"), (("mediapipe",), "mediapipe"), ((), "cascade")],
+    [
+        (("insightface", "mediapipe", "mobilefacenet"), "mediapipe+mobilefacenet"),
+        (("insightface", "mediapipe"), "mediapipe+insightface"),
+        (("insightface", "mobilefacenet"), "insightface+mobilefacenet"),
+        (("insightface",), "insightface"),
+        (("mediapipe",), "mediapipe"),
+        (("mobilefacenet",), "cascade+mobilefacenet"),
+        ((), "cascade"),
+    ],
 )
-def test_auto_takes_the_first_at_hand(tmp_path, monkeypatch, there, chosen):
+def test_auto_takes_the_best_at_hand(tmp_path, monkeypatch, there, chosen):
     monkeypatch.setattr(tracking, "find_spec", lambda name: name in there or None)
-    monkeypatch.setattr(tracking, "_mediapipe_model", lambda: tmp_path / "face.task")
-    for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    no_models_named(monkeypatch, tmp_path)
     pack = tmp_path / ".insightface" / "models" / "pack"
     pack.mkdir(parents=True)
-    for file in (pack / "a.onnx", pack / "b.onnx", tmp_path / "face.task"):
-        file.touch()
-    assert tracking._at_hand() == chosen
+    (tmp_path / ".mediapipe").mkdir()
+    (tmp_path / ".mobilefacenet").mkdir()
+    task, weights = ".mediapipe/face_landmarker.task", ".mobilefacenet/mobilefacenet.pt"
+    for file in ("a.onnx", "b.onnx"):
+        (pack / file).touch()
+    (tmp_path / task).touch()
+    if "mobilefacenet" in there:
+        (tmp_path / weights).touch()
+    assert tracking._best() == chosen
+    assert tracking._best(tmp_path).endswith("insightface")  # what is named comes first
 
 
 def test_the_cut_around_a_face_stays_inside():
     frame, five = np.zeros((60, 80, 3), np.uint8), 10 * tracking.BOX_POINTS
     for corner in [(0, 0), (70, 50), (-40, -40), (200, 200), (30, 20)]:
-        cut = tracking._around(frame, five + corner)
+        cut, (x, y) = tracking._around(frame, five + corner)
         assert cut.ndim == 3 and cut.shape[0] <= 60 and cut.shape[1] <= 80
+        test_same(cut, frame[y : y + len(cut), x : x + cut.shape[1]])
 
 
 # --- real faces
@@ -710,7 +796,7 @@ def test_the_cut_around_a_face_stays_inside():
 @pytest.fixture(scope="module")
 def insight(shared):
     pytest.importorskip("insightface")
-    return tracking.make_backend("auto", shared / "insightface")
+    return tracking.make_backend("insightface", shared / "insightface")
 
 
 def test_real_clip(shared, insight, capfd):
@@ -817,7 +903,7 @@ def test_mediapipe_tells_an_expression(shared, insight, mesh):
     """52 numbers in [0, 1] a frame, the same in parts; nobody in view gives a face at rest.
 
     The jaw opens when the mouth is seen to open."""
-    both = tracking.CombinedBackend(insight, mesh)
+    both = tracking.CombinedBackend(insight, motion=mesh)
     _, track, crops = V.preprocess(sorted((shared / "grid/s1").glob("*.mp4"))[0], both)
     assert (
         both.name == "insightface+mediapipe"
@@ -830,11 +916,117 @@ def test_mediapipe_tells_an_expression(shared, insight, mesh):
         and crops.identity.shape == (128,)
     )
     frames = V.read_video(sorted((shared / "grid/s1").glob("*.mp4"))[0]).frames
-    test_same(mesh.expression(frames[40:50], track.points, start=40), crops.expression[40:50])
+    part = mesh.motion(frames[40:50], track.points, start=40)
+    test_same(part.expression, crops.expression[40:50])
+    test_same(part.mouth, crops.mouth[40:50])
     dark = (crops.lips[:, 38:70, 28:68] < 60).mean((1, 2))
     assert np.corrcoef(dark, crops.expression[:, 25])[0, 1] > 0.5  # jawOpen
-    assert not mesh.expression(np.zeros_like(frames[:2]), track.points).any()
+    nothing = mesh.motion(np.zeros_like(frames[:2]), track.points)
+    assert not nothing.expression.any() and np.isnan(nothing.mouth).all()
     assert mesh.detect(np.zeros_like(frames[0])) == [] and mesh.identity(crops.face).shape == (0,)
+
+
+def mouth_opening(mouth):
+    "Height of the open mouth, in frames."
+    return mouth[:, 3, 1] - mouth[:, 2, 1]
+
+
+def test_the_mouth_lies_where_others_measured_it(shared, mesh):
+    "The nine points against those that a public project measured on the same clips."
+    measured = np.load(shared / "grid/landmarks/s1.npz")
+    clip = next(
+        p for p in sorted((shared / "grid/s1").glob("*.mp4")) if p.stem in measured["names"]
+    )
+    theirs = measured["points"][list(measured["names"]).index(clip.stem)].astype(float)
+    theirs[theirs == -32768] = np.nan
+    theirs /= 64
+    crops = V.preprocess(clip, mesh).crops
+    assert crops.mouth.shape == (75, 9, 2) and crops.mouth.dtype == np.float32
+    assert crops.expression.shape == (75, 52) and crops.expression.dtype == np.float32
+    apart = np.linalg.norm(crops.mouth - theirs, axis=-1)
+    assert np.nanmedian(apart) < 2 and np.nanmax(apart) < 8  # px of 360
+    known = ~np.isnan(theirs[:, 0, 0])
+    ours, others = mouth_opening(crops.mouth)[known], mouth_opening(theirs)[known]
+    assert np.corrcoef(ours, others)[0, 1] > 0.9
+
+
+def test_found_or_cut_out_the_mouth_is_the_same(shared, insight, mesh):
+    "In one look, in a cut around what another found, and in a picture twice as large."
+    frames = V.read_video(sorted((shared / "grid/s4").glob("*.mp4"))[0], max_seconds=0.6).frames
+    one = tracking.track_face(frames, mesh)
+    two = mesh.motion(frames, tracking.track_face(frames, insight).points)
+    assert np.linalg.norm(one.motion.mouth - two.mouth, axis=-1).mean() < 1.5
+    large = tracking.track_face(frames.repeat(2, 1).repeat(2, 2), mesh)
+    assert np.linalg.norm(one.motion.mouth - large.motion.mouth / 2, axis=-1).mean() < 1
+
+
+def test_the_mesh_follows_each_of_two_people(shared, mesh):
+    a, b = (
+        V.read_video(sorted((shared / "grid" / s).glob("*.mp4"))[0], max_seconds=0.8).frames
+        for s in ("s1", "s4")
+    )
+    sides = np.concatenate([a, b], 2)
+    for person, alone in enumerate((a, b)):
+        told = tracking.track_face(sides, mesh, person=person)
+        expected = tracking.track_face(alone, mesh)
+        assert told.found.all()
+        apart = np.linalg.norm(told.motion.mouth - expected.motion.mouth, axis=-1)
+        assert apart.mean() < 1.5, apart.mean()
+        cut = mesh.motion(sides, told.points)
+        assert np.linalg.norm(cut.mouth - expected.motion.mouth, axis=-1).mean() < 1.5
+
+
+def test_mediapipe_is_loaded_late_and_quietly(shared):
+    "Importing the package loads no face library, and MediaPipe prints nothing of its own."
+    pytest.importorskip("mediapipe")
+    script = f"""
+import sys
+import numpy as np
+import faces2voices.cli, faces2voices.synthesis, faces2voices.training
+from faces2voices.tracking import MediaPipeBackend
+assert not {{"mediapipe", "insightface", "onnxruntime"}} & set(sys.modules)
+mesh = MediaPipeBackend({str(shared / "mediapipe" / "face_landmarker.task")!r})
+assert list(mesh.detect_each(np.zeros((5, 90, 90, 3), np.uint8))) == [[]] * 5
+print("said", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "said\n")
+
+
+def test_mobilefacenet_is_the_published_network(shared, insight, monkeypatch, tmp_path):
+    """The published weights, as insightface runs them, in our network: the same identity.
+
+    In the ONNX file each norm is folded into its convolution; here it stands as the norm's bias."""
+    onnx = pytest.importorskip("onnx")
+    file = onnx.load(shared / "insightface/models/research/MobileFaceNet.onnx")
+    arrays = {x.name: onnx.numpy_helper.to_array(x) for x in file.graph.initializer}
+    folded = [[arrays[k] for k in n.input[1:]] for n in file.graph.node if n.op_type == "Conv"]
+    net = tracking.MobileFaceNet().eval()
+    ours = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(ours) == len(folded) == len(norms) == 51
+    with torch.no_grad():
+        for conv, norm, (weight, bias) in zip(ours, norms, folded):
+            conv.weight.copy_(torch.tensor(weight))
+            norm.running_var.fill_(1 - norm.eps)
+            norm.bias.copy_(torch.tensor(bias))
+            if conv.bias is not None:
+                conv.bias.zero_()
+    torch.save(net.state_dict(), tmp_path / "mobilefacenet.pt")
+    monkeypatch.setenv("F2V_MOBILEFACENET", str(tmp_path / "mobilefacenet.pt"))
+    backend = tracking.make_backend("mobilefacenet")
+    picture = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    for face in (picture, picture // 3):
+        test_same(backend.identity(face), insight.identity(face), atol=1e-5)
+    (tmp_path / "mobilefacenet.pt").write_bytes(b"nothing of use")
+    with pytest.raises(ToolMissingError, match="does not hold"):
+        tracking.make_backend("mobilefacenet")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "mobilefacenet.pt")
+    with pytest.raises(ToolMissingError, match="does not hold"):
+        tracking.make_backend("mobilefacenet")
+    (tmp_path / "mobilefacenet.pt").unlink()
+    with pytest.raises(ToolMissingError, match="download faces"):
+        tracking.make_backend("mobilefacenet")
 
 
 def test_mediapipe_that_is_not_there(tmp_path, monkeypatch):
@@ -845,9 +1037,9 @@ def test_mediapipe_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_mediapipe_without_its_model(tmp_path, monkeypatch):
-    pytest.importorskip("mediapipe", reason="mediapipe is not installed (extra `expression`)")
+    pytest.importorskip("mediapipe")
     monkeypatch.setenv("F2V_MEDIAPIPE", str(tmp_path / "face_landmarker.task"))
-    with pytest.raises(ToolMissingError, match="face_landmarker.task"):
+    with pytest.raises(ToolMissingError, match="face_landmarker.task.*faces2voices download faces"):
         tracking.make_backend("mediapipe")
     (tmp_path / "face_landmarker.task").write_text("not a model")
     with pytest.raises(ToolMissingError, match="can be loaded"):
