@@ -528,6 +528,70 @@ def _prepare(
         _targets(targets, out, workers, scheduler)
     raise typer.Exit(int(done.failed > 0))
 
+# %% ../nbs/20_cli.ipynb #7bbf3e5e
+@app.command("sync")
+def _sync(
+    ctx: typer.Context,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Prepared clips with sound, word times and a mesh of the mouth.",
+            show_default=False,
+        ),
+    ],
+    reader: Annotated[
+        Path,
+        typer.Option(
+            help="A reader of lips: what `faces2voices pretrain` wrote.", show_default=False
+        ),
+    ],
+    second: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Another reader, trained apart: how well the two agree is said too.",
+            show_default=False,
+        ),
+    ] = None,
+):
+    """Find how late the lips of every clip are against its sound, and store it with the clips.
+
+    A preset with `synchronise` moves each sound to its lips, for training alone. Given again, the
+    command replaces what it stored.
+
+    Example: `faces2voices sync prepared/grid --reader runs/reader/reader.safetensors`"""
+    from faces2voices.lipreading import load_reader
+    from faces2voices.manifests import read_manifest
+    from faces2voices.records import note_making
+    from faces2voices.synchrony import corpus_offsets, show_offsets, store_offsets
+
+    one, other = load_reader(reader), second and load_reader(second)
+    found = corpus_offsets(one, data)
+    if not found.offsets:
+        why = ", ".join(sorted(set(found.without.values()))) or "no clips"
+        raise F2VError(data, f"has nothing to find offsets in: {why}", "Prepare other clips")
+    store_offsets(data, found.offsets)
+    note_making(data, command_line(ctx))
+    entries = read_manifest(data / "manifest.jsonl")
+    console.print(show_offsets(found.offsets, entries), markup=False)
+    for name, why in found.without.items():
+        error_console.print(f"[yellow]note[/] {_plain(name)}: {why}, left without an offset")
+    if other:
+        _print_agreement(found.offsets, corpus_offsets(other, data).offsets, entries)
+
+# %% ../nbs/20_cli.ipynb #265395b4
+def _print_agreement(a: dict, b: dict, entries: list):
+    "How well the offsets of two readers agree, split by split."
+    from faces2voices.synchrony import agreement
+
+    for split in dict.fromkeys(entry.split for entry in entries):
+        names = {entry.name for entry in entries if entry.split == split}
+        clips, r, sd, shift = agreement({k: v for k, v in a.items() if k in names}, b)
+        console.print(
+            f"{split or 'none'}: two readers, {clips} clips: r = {r:.2f}, "
+            f"sd of the difference {1000 * sd:.1f} ms, mean {1000 * shift:.1f} ms",
+            markup=False,
+        )
+
 # %% ../nbs/20_cli.ipynb #7dd54145
 @app.command("pretrain")
 def _pretrain(
@@ -1057,6 +1121,49 @@ def _study_adaptation(
 
     rows = adaptation_study(data, run, first, then, steps, more, seed)
     _record_and_print(ctx, dict(rows=rows), seed, [data], out=out)
+
+# %% ../nbs/20_cli.ipynb #e73d4903
+@study_app.command("sync")
+def _study_sync(
+    ctx: typer.Context,
+    data: GridDataArgument,
+    run: Annotated[
+        Path, typer.Option("-o", "--run", help="Folder of the runs and of sync.json.")
+    ] = Path("runs/sync"),
+    reader: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Pre-trained reader of lips, as lip encoder of all runs.", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 600,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs.")] = "0,1,2",
+    clips: Annotated[int, typer.Option(min=2, help="At most so many training clips.")] = 400,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many clips to judge on.")] = 50,
+    split: OneSplitOption = "test",
+    model: Annotated[str, typer.Option(help="Model whose vocoder speaks.")] = "grid",
+):
+    """What training on synchronised pairs alone does to μ, ESTOI and the words (lesson 18).
+
+    `faces2voices sync` must have stored the offsets. Stopped, it goes on where it was when the same
+    command is given again."""
+    from faces2voices.records import data_of, record
+    from faces2voices.studies import show_sync, sync_study
+
+    make_folder(run)
+    chosen = parse_seeds(seeds)
+    options = dict(steps=steps, seeds=chosen, most=clips, limit=limit, split=split, model=model)
+    found = sync_study(data, run, reader, **options)
+    kept = record(
+        found,
+        command_line(ctx),
+        chosen,
+        data_of(data),
+        ("pystoi", "jiwer"),
+        out=run / "sync.json",
+        overwrite=True,
+    )
+    console.print(show_sync(kept), markup=False)
 
 # %% ../nbs/20_cli.ipynb #5aaa82f8
 @study_app.command("stages")

@@ -205,6 +205,8 @@ class Preset(InputConfig, HierarchyConfig, DecoderConfig):
 
     name: str = "tiny"
     vary: int = 1  # how much training clips are varied: see `collate`
+    # is each clip's sound moved to its lips for training? `faces2voices sync` says how far
+    synchronise: bool = False
     balance: float = 0.0  # 0: all training clips are drawn alike, 1: all people
     # of each part: optimiser steps, clips (or segments) in a step, peak learning rate
     steps: dict = field(default_factory=_STEPS.copy)

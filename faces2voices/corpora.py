@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOUND_CACHE_BYTES', 'Clip', 'clip_of', 'encode_lips', 'decode_lips', 'save_clip', 'load_clip', 'word_labels',
-           'with_targets', 'ClipDataset', 'ClipCache', 'SoundList', 'Batch', 'upsample_mask', 'collate',
-           'BucketSampler', 'person_chances', 'batches']
+           'with_targets', 'move_sound', 'ClipDataset', 'ClipCache', 'sound_shifts', 'SoundList', 'Batch',
+           'upsample_mask', 'collate', 'BucketSampler', 'person_chances', 'batches']
 
 # %% ../nbs/04_corpora.ipynb #3479f7cd
 from collections import Counter, OrderedDict
@@ -22,11 +22,13 @@ from .errors import CorpusError, atomic_path
 from faces2voices.core import (
     FPS,
     MELS_PER_FRAME,
+    SAMPLE_RATE,
     SAMPLES_PER_FRAME,
     UNIT_RATE,
     UNITS_PER_FRAME,
     whole_seed,
 )
+from .statistics import shrink_values
 from .soundfiles import fit_length
 from .audio import MEL, energy, pitch
 from .manifests import Word, read_manifest
@@ -204,6 +206,45 @@ def with_targets(
     mask = torch.ones_like(mel[:, 0], dtype=torch.bool)
     return clip._replace(voice=speaker_encoder(mel, mask)[0].cpu())
 
+# %% ../nbs/04_corpora.ipynb #1386cba2
+def _moved(values: torch.Tensor, steps: float) -> torch.Tensor:  # (N,)
+    "A curve later by so many of its steps, on straight lines between them; its ends are held."
+    at = np.arange(len(values))
+    return torch.from_numpy(np.interp(at - steps, at, values.numpy())).float()
+
+
+def _mirrored(wav: torch.Tensor, n: int) -> torch.Tensor:  # (N,)
+    "A sound n samples later (or, below 0, earlier), mirrored where it would begin with nothing."
+    wider = F.pad(wav[None], (max(n, 0), max(-n, 0)), "reflect")[0]
+    return wider[max(-n, 0) :][: len(wav)].clone()
+
+
+def move_sound(
+    clip: Clip,  # without its targets
+    seconds: float,  # later; below 0: earlier
+) -> Clip:
+    "The clip with its sound, the measures of it and its words at another time. Lips stay."
+    limit = max(len(clip.wav) - 1, 0) / SAMPLE_RATE
+    seconds = min(max(seconds, -limit), limit)
+    if not seconds:
+        return clip
+    steps = UNIT_RATE * seconds
+    wav = _mirrored(clip.wav, round(SAMPLE_RATE * seconds))
+    return clip._replace(
+        wav=wav,
+        log_f0=_moved(clip.log_f0, steps),
+        voiced=_moved(clip.voiced, round(steps)),
+        energy=energy(wav),
+        word_times=tuple(
+            Word(max(0.0, start + seconds), max(0.0, end + seconds), text)
+            for start, end, text in clip.word_times
+        ),
+        mel=None,
+        units=None,
+        words=None,
+        voice=None,
+    )
+
 # %% ../nbs/04_corpora.ipynb #672b427e
 class ClipDataset(torch.utils.data.Dataset):
     "Prepared clips with their targets, read when they are asked for."
@@ -215,11 +256,13 @@ class ClipDataset(torch.utils.data.Dataset):
         split: str | None = None,  # only this split of a folder
         sound: bool = True,  # only clips that have sound
         cache: float = 128e6,  # bytes of clips kept in memory
+        synchronised: bool = False,  # move the sounds of a folder to the lips: see `sound_shifts`
     ):
         self.folder = Path(clips) if isinstance(clips, (str, Path)) else None
         self.store = None  # a `TensorStore` of targets
         self.targets = {}
         self.word_times = {}
+        self.shifts = sound_shifts(clips) if synchronised else {}
         self.cache = ClipCache(cache)
         self.sound_cache = ClipCache(SOUND_CACHE_BYTES)
 
@@ -314,6 +357,43 @@ def _word_times(entry, folder: Path) -> tuple:  # of Word
         'They look like [[0.57, 0.79, "bin"], [0.79, 0.99, "blue"]]',
     )
 
+# %% ../nbs/04_corpora.ipynb #cc9ffbd5
+def _offset(entry, folder: Path) -> tuple | None:  # seconds and standard error
+    "How late the lips of a clip are, as a line of the manifest has it, checked."
+    if "offset" not in entry.extra:
+        return None
+    try:
+        seconds, error = map(float, entry.extra["offset"])
+        if abs(seconds) <= 1 and 0 <= error <= 10:
+            return seconds, error
+    except (TypeError, ValueError):
+        pass
+    raise CorpusError(
+        folder / "manifest.jsonl",
+        f"has an offset of {entry.name} that is none",
+        "Give `faces2voices sync` again; it looks like [0.021, 0.008]",
+    )
+
+
+def sound_shifts(
+    folder,  # of prepared clips
+) -> dict:  # name → seconds by which a sound is moved to its lips
+    """The offsets that `faces2voices sync` found, drawn to their mean and less that mean.
+
+    Clips differ, and that is what can be mended; what all have in common stays, since speech is
+    judged on clips as they are. CorpusError where no clip has an offset."""
+    folder = Path(folder)
+    entries = read_manifest(folder / "manifest.jsonl")
+    offsets = {e.name: _offset(e, folder) for e in entries if "offset" in e.extra}
+    if not offsets:
+        raise CorpusError(
+            folder,
+            "knows no offsets of sound and lips",
+            "Find them first: `faces2voices sync PREPARED --reader READER`",
+        )
+    found = shrink_values(*zip(*offsets.values()))
+    return {name: round(x - found.mean, 4) for name, x in zip(offsets, found.values)}
+
 # %% ../nbs/04_corpora.ipynb #cb71868b
 @patch
 def add(
@@ -335,9 +415,21 @@ def add(
 
 # %% ../nbs/04_corpora.ipynb #f3306b2d
 @patch
+def load(
+    self: ClipDataset,
+    name: str,
+    lips: bool = True,  # False: what is heard is enough, and quicker
+) -> Clip:
+    "A clip of the folder without targets, its sound moved to its lips where that is wanted."
+    clip = load_clip(self.folder / f"{name}.npz", lips)
+    clip = clip._replace(word_times=self.word_times[name])
+    return move_sound(clip, self.shifts.get(name, 0.0))
+
+
+@patch
 def read(self: ClipDataset, name: str) -> Clip:
     "A clip of the folder with its targets: stored ones, or computed now."
-    clip = load_clip(self.folder / f"{name}.npz")._replace(word_times=self.word_times[name])
+    clip = self.load(name)
     stored = self.store.read(name) if self.store else {}
     if not stored:
         return with_targets(clip, **self.targets)
@@ -357,7 +449,7 @@ def sound(self: ClipDataset, i: int) -> Clip:
         return self.clips[i]
 
     def read(name):
-        clip = with_targets(load_clip(self.folder / f"{name}.npz", lips=False))
+        clip = with_targets(self.load(name, lips=False))
         return clip._replace(face=torch.zeros(0), expression=torch.zeros(0))
 
     return self.sound_cache(self.names[i], read)

@@ -34,7 +34,14 @@ from .core import SAMPLE_RATE, one_thread
 from .audio import MEL, pitch
 from .video import preprocess
 from .manifests import Entry, check_names, read_manifest, write_manifest
-from .corpora import ClipDataset, clip_of, load_clip, save_clip, with_targets
+from faces2voices.corpora import (
+    ClipDataset,
+    clip_of,
+    load_clip,
+    move_sound,
+    save_clip,
+    with_targets,
+)
 
 # %% ../nbs/engine/05_preparing.ipynb #d8db3246
 def _facts(path) -> dict:
@@ -348,7 +355,7 @@ def prepare(
         found = _run_all(entries, prepare_entry, workers, scheduler, "prepare", progress)
     finally:
         remove_scraps(out)  # of workers that died, now or in a run before
-    kept = sum(facts.pop("kept", False) for facts in found.values())
+    kept = {name for name, facts in found.items() if facts.pop("kept", False)}
     good, bad = {}, []
     for entry in entries:
         facts = found[entry.name]
@@ -356,17 +363,21 @@ def prepare(
             bad.append(dict(name=entry.name, path=str(entry.path)) | facts)
         else:
             good[entry.name] = entry._replace(extra=entry.extra | facts)
-    _write_records(good, bad, out)
-    return PrepareResult(len(good) - kept, kept, len(bad))
+    _write_records(good, bad, kept, out)
+    return PrepareResult(len(good) - len(kept), len(kept), len(bad))
 
 # %% ../nbs/engine/05_preparing.ipynb #d6259d58
-def _write_records(good: dict, bad: list, out: Path):
+def _write_records(good: dict, bad: list, kept: set, out: Path):
     """manifest.jsonl (with the clips of earlier calls) and failures.jsonl.
 
+    A clip that was kept keeps the offset of its lips, which `faces2voices sync` found.
     CorpusError if nothing at all went well.
     """
     path = out / "manifest.jsonl"
     before = {e.name: e for e in read_manifest(path)} if path.is_file() else {}
+    for name in kept & before.keys():
+        offset = {k: v for k, v in before[name].extra.items() if k == "offset"}
+        good[name] = good[name]._replace(extra=offset | good[name].extra)
     write_manifest(list((before | good).values()), path, overwrite=True)
     with atomic_path(out / "failures.jsonl", overwrite=True) as tmp:
         tmp.write_text("".join(json.dumps(failure) + "\n" for failure in bad))
@@ -461,11 +472,11 @@ def write_targets(
     if dataset.folder is None:
         return dataset.add(units, speaker_encoder)
     folder = dataset.folder.resolve()
-    key = f"sound-{fingerprint(units, speaker_encoder, repr(MEL))}"
+    key = f"sound-{fingerprint(units, speaker_encoder, repr(MEL), *dataset.shifts.items())}"
     store = TensorStore(folder, key, spare and Path(spare).resolve())
     names = [name for name in dataset.names if store.find(name) is None]
     missing = [Entry(name, folder / f"{name}.npz") for name in names]
-    measure = partial(_measurer, store, units, speaker_encoder)
+    measure = partial(_measurer, store, units, speaker_encoder, dataset.shifts)
     found = _run_all(missing, measure, workers, scheduler, "targets", progress)
     bad = {name: facts["reason"] for name, facts in found.items() if "reason" in facts}
     if bad:
@@ -479,14 +490,17 @@ def write_targets(
     return dataset
 
 # %% ../nbs/engine/05_preparing.ipynb #e8b4167c
-def _measurer(store: TensorStore, units, speaker_encoder):
+def _measurer(store: TensorStore, units, speaker_encoder, shifts: dict):
     "In a worker: the function that measures and stores the targets of an entry."
-    return partial(_measure, store=store, units=units, speaker_encoder=speaker_encoder)
+    return partial(
+        _measure, store=store, units=units, speaker_encoder=speaker_encoder, shifts=shifts
+    )
 
 
-def _measure(entry: Entry, store: TensorStore, units, speaker_encoder) -> dict:
+def _measure(entry: Entry, store: TensorStore, units, speaker_encoder, shifts: dict) -> dict:
     with one_thread():
-        clip = with_targets(load_clip(entry.path, lips=False), units, speaker_encoder)
+        clip = move_sound(load_clip(entry.path, lips=False), shifts.get(entry.name, 0.0))
+        clip = with_targets(clip, units, speaker_encoder)
     if len(clip.wav):
         store.write(entry.name, mel=clip.mel.half(), units=clip.units.short(), voice=clip.voice)
     return {}

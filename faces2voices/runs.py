@@ -136,13 +136,17 @@ def load_or_train(
     module.eval()
 
 # %% ../nbs/engine/16_runs.ipynb #7ca7b00b
-def clips_identity(data) -> dict | None:  # None for no data
+def clips_identity(
+    data,  # folder of prepared clips, or None
+    offsets: bool = False,  # do the offsets of sound and lips count too?
+) -> dict | None:  # None for no data
     "Name, size and hash of prepared clips: of what their manifest says, not of where they lie."
     if data is None:
         return None
     said = []
     for e in read_manifest(Path(data) / "manifest.jsonl"):
-        said.append([e.name, e.speaker_id, e.text, e.split, e.extra])
+        extra = {k: v for k, v in e.extra.items() if offsets or k != "offset"}
+        said.append([e.name, e.speaker_id, e.text, e.split, extra])
     coded = json.dumps(sorted(said, key=lambda row: row[0]), sort_keys=True)
     return dict(
         name=Path(data).resolve().name,
@@ -211,9 +215,10 @@ def claim(
 def training_clips(
     data,  # folder of prepared clips
     needs_words=False,  # must some have word times?
+    synchronised: bool = False,  # is each sound moved to its lips?
 ) -> ClipDataset:
     "The clips of the training split; CorpusError where there are none, or none that serve."
-    dataset = ClipDataset(data, split="train")
+    dataset = ClipDataset(data, split="train", synchronised=synchronised)
     if not len(dataset):
         raise CorpusError(
             data,
@@ -254,11 +259,12 @@ def _check_sizes(dataset, preset: Preset):
 def claim_run(run, preset: Preset, data, init, voices, adapt, seed, lips=None):
     "As `claim`, by the arguments of `train_system`; data that cannot serve claim no folder."
     if data is not None:
-        _check_sizes(training_clips(data, needs_words=preset.words and not adapt), preset)
+        needs_words = preset.words and not adapt
+        _check_sizes(training_clips(data, needs_words, preset.synchronise), preset)
     claim(
         run,
         preset=preset.to_json(),
-        data=clips_identity(data),
+        data=clips_identity(data, offsets=preset.synchronise),
         seed=seed,
         init=init and str(init),
         voices=clips_identity(voices),

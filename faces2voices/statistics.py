@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'Interval', 'mean', 'median', 'ratio', 'pearson', 'bootstrap_interval', 't_interval', 'crossed_interval',
-           'Difference', 'paired_difference', 'holm']
+           'Difference', 'paired_difference', 'holm', 'Shrunken', 'shrink_values']
 
 # %% ../nbs/engine/00_statistics.ipynb #b5f0f663
 import warnings
@@ -185,3 +185,26 @@ def holm(
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
     return adjusted
+
+# %% ../nbs/engine/00_statistics.ipynb #8f84c69a
+class Shrunken(NamedTuple):
+    "What many values have in common, and the best guess of each."
+
+    mean: float
+    sd: float  # of the values themselves, without the errors
+    values: np.ndarray  # (n,) drawn to the mean, the more the larger their errors
+
+
+def shrink_values(
+    values,  # (n,)
+    errors,  # (n,) standard errors
+) -> Shrunken:
+    "Normal values seen with normal errors: mean and deviation by expectation and maximisation."
+    values, errors = np.asarray(values, float), np.asarray(errors, float)
+    middle, variance = values.mean(), values.var()
+    for _ in range(200):
+        total = np.maximum(variance + errors**2, 1e-30)
+        trust = variance / total
+        middle = np.average(values, weights=1 / total)
+        variance = np.mean((trust * (values - middle)) ** 2 + trust * errors**2)
+    return Shrunken(float(middle), float(variance**0.5), middle + trust * (values - middle))

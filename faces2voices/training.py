@@ -631,7 +631,8 @@ def precompute_mu(
     hierarchy.eval()
     device = next(hierarchy.parameters()).device
     accelerator = make_accelerator()
-    key = fingerprint(hierarchy, sorted(dataset.names), batch, vary, seed)
+    what = [sorted(dataset.names), batch, vary, seed, *dataset.shifts.items()]
+    key = fingerprint(hierarchy, *what)
     store = TensorStore(dataset.folder, f"scenes-{key}", spare)
     order = sorted(range(len(dataset)), key=lambda i: dataset.lengths[i])
     jobs = []
@@ -1094,7 +1095,7 @@ def train_system(
     if preset.face_backend == "locator":
         step("locator", model.locator, train_model_locator, preset, seed)
     data = data or on_main(lambda: make_world(model, run, preset, workers, seed))
-    clips = training_clips(data, needs_words=preset.words and not adapt)
+    clips = training_clips(data, preset.words and not adapt, preset.synchronise)
     step("units", model.units, train_units, clips, preset, seed)
     step("speaker", model.speaker_encoder, train_speaker, clips, preset, first, seed)
     _read_targets(clips, model, run).add(words=preset.words)
@@ -1120,11 +1121,12 @@ def adapt(
     steps: int = 400,  # of each part
     **options,  # of `train_system`
 ) -> Path:  # folder of the adapted model
-    "Go on from a trained model with other clips."
+    "Go on from a trained model with other clips, their sounds and lips as they are."
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
     preset = replace(
         preset,
         vary=2,
+        synchronise=False,
         steps=preset.steps | dict.fromkeys(_ADAPTED_PARTS, steps),
         lr={name: rate / 3 for name, rate in preset.lr.items()},
     )
