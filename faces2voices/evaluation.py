@@ -217,7 +217,7 @@ class Sound:
         "(256,) as an independent judge hears it."
         return resemblyzer_embedding(self.wav)
 
-
+# %% ../nbs/17_evaluation.ipynb #2966733a
 @dataclass(frozen=True, eq=False)
 class MetricInput:
     "What a metric may look at."
@@ -966,7 +966,7 @@ def interval_text(
     low, high = (f"{(100 if share else 1) * x:.{_digits(name)}f}" for x in limits)
     return f"{low} to {high}" + (" %" if share else "")
 
-
+# %% ../nbs/17_evaluation.ipynb #09c51faf
 TABLES = {  # of a card → its metrics
     "Words": ("WER", "WER, CTC", "WER, Whisper", "WER of the borrowed lips"),
     "In time with the original": (
@@ -1011,7 +1011,7 @@ TABLES = {  # of a card → its metrics
     ),
 }
 
-
+# %% ../nbs/17_evaluation.ipynb #4ab54a98
 def show_card(
     card: dict,  # from `metric_card`, recorded
 ) -> str:  # Markdown, readable as plain text too
@@ -1264,7 +1264,7 @@ def _gain(
 
 _SIGNS = {m.name: 1 if m.better == "↑" else -1 for m in METRICS}
 
-
+# %% ../nbs/17_evaluation.ipynb #1f25541c
 def claims(
     card: dict,  # from `metric_card`
 ) -> list:  # of (claim, True, False or None, text of both numbers)

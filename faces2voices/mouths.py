@@ -185,7 +185,7 @@ def mirror_mouth(
     "The mouth as a mirror shows it."
     return mouth[..., _MIRRORED, :] * mouth.new_tensor([-1.0, 1.0])
 
-
+# %% ../nbs/engine/06_mouths.ipynb #4ba711b8
 def vary_view(
     mouth,  # (B, T, 9, 2) without gaps
     rng,  # torch.Generator
@@ -253,7 +253,7 @@ def _breath(B: int, T: int, rng) -> torch.Tensor:  # (B, T) px
     bell = torch.exp(-0.5 * ((torch.arange(T) - T * middle) / (1.5 + 2.5 * width)) ** 2)
     return bell * (4 * depth * often)
 
-
+# %% ../nbs/engine/06_mouths.ipynb #f517766e
 _LOWER = [3, 4, 7, 8]  # lower lip and chin
 
 

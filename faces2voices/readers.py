@@ -49,7 +49,7 @@ def reader_runs(
         runs += [ReaderRun(0, 0, True, seed), ReaderRun(most, every, True, seed)]
     return list(dict.fromkeys(runs))
 
-
+# %% ../nbs/engine/18_readers.ipynb #4dbe6626
 def choose_clips(
     corpus: list,  # of MouthClip
     run: ReaderRun,
@@ -216,7 +216,7 @@ def reader_study(
         **_confusions(readers, corpora[0], tests["unseen"]),
     )
 
-
+# %% ../nbs/engine/18_readers.ipynb #07ddee3c
 def _confusions(readers: dict, corpus: list, unseen: list) -> dict:
     "From film, by a reader of everything; from landmarks of others, by a reader of half of them."
     best = next(run for run in readers if run.prepared and run.people)

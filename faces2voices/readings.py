@@ -136,12 +136,14 @@ def learning_curve(
     return [(x, wrong_share(points[x], test), points[x]) for x in sorted(points)]
 
 # %% ../nbs/engine/06_readings.ipynb #524eeb26
+_TICKS = 0.025, 0.05, 0.1, 0.2, 0.4, 0.8
+
+
 def plot_learning(
     study: dict,  # from `reader_study`
 ):
     "Words wrong against people and against clips a person, on logarithmic axes."
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True, layout="constrained")
     found = []
@@ -158,9 +160,10 @@ def plot_learning(
                 ax.plot([n] * len(seeds), seeds, ".", color=colour, alpha=0.4)
             found.append(f"{test}, {vary}: " + ", ".join(f"{n} {v:.0%}" for n, v in zip(x, y)))
         ax.axhline(GUESSED, color="k", ls=":", lw=0.8, label="a guess")
-        ax.set(xscale="log", yscale="log", xticks=x)
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        ax.set(xscale="log", yscale="log")
+        ax.set_xticks(x, list(map(str, x)))
+        ax.set_yticks(_TICKS, [f"{y:.0%}" for y in _TICKS])
+        ax.minorticks_off()
     axes[0].set(xlabel="people, with all their clips", ylabel="words wrong")
     axes[1].set(xlabel="clips of each of all people")
     axes[0].legend(frameon=False)
@@ -198,21 +201,26 @@ def plot_reading(
     "A strip of mouths and, below each, the word that is said and the word that is read."
     import matplotlib.pyplot as plt
 
+    def below(ax, x, points, text, colour):
+        how = dict(xycoords="axes fraction", textcoords="offset points", ha="center", fontsize=8)
+        ax.annotate(text, (x, 0), (0, points), color=colour, **how)
+
     mouth = np.array(reading["mouth"])
     n = len(mouth)
-    fig, axes = plt.subplots(1, n, figsize=(0.75 * n, 1.9), sharex=True, sharey=True)
+    fig, axes = plt.subplots(1, n, figsize=(0.4 + 0.75 * n, 1.7), sharex=True, sharey=True)
     for i, ax in enumerate(axes):
         word, sure = reading["believed"][i]
         ax.plot(*mouth[i, _OUTLINE].T, color=BLUE, lw=1)
         ax.plot(*mouth[i].T, ".", color=ORANGE, ms=4)
         ax.set_title(f"{reading['seconds'][i]:.2f} s", fontsize=7)
-        ax.text(0.5, -0.15, reading["said"][i], transform=ax.transAxes, ha="center", color="0.5")
-        read = str(round(0.85 - 0.85 * sure, 2))  # a grey
-        ax.text(0.5, -0.4, word, transform=ax.transAxes, ha="center", color=read)
+        below(ax, 0.5, -12, reading["said"][i], "0.5")
+        below(ax, 0.5, -26, word, str(round(0.85 - 0.85 * sure, 2)))  # a grey
         ax.set_aspect("equal")
         ax.axis("off")
     axes[0].invert_yaxis()
-    fig.subplots_adjust(bottom=0.3)
+    below(axes[0], -0.3, -12, "said", ORANGE)
+    below(axes[0], -0.3, -26, "read", ORANGE)
+    fig.subplots_adjust(left=0.06, right=0.99, bottom=0.32, top=0.88, wspace=0.08)
     show(
         fig,
         f"{n} frames of a mouth, nine points each. Said: {reading['text']}. "

@@ -11,8 +11,8 @@ __all__ = ['RESULTS', 'MU_MEASURES', 'CONTENT_MEASURES', 'CLIP_METRICS', 'PROBES
            'probe_stages', 'load_labelled_clip', 'train_phone_reader', 'stage_study', 'show_clip_metrics',
            'plot_probes', 'error_given_truth', 'given_true_words', 'teacher_study', 'show_teacher', 'lip_read',
            'slot_study', 'wrong_by_slot', 'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study',
-           'show_adaptation', 'shift_study', 'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync',
-           'synchroniser_study', 'show_synchroniser', 'copy_scores', 'copy_study', 'compare_copies']
+           'show_adaptation', 'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync', 'synchroniser_study',
+           'show_synchroniser', 'shift_study', 'copy_scores', 'copy_study', 'compare_copies']
 
 # %% ../nbs/engine/18_studies.ipynb #e1c6f648
 import time
@@ -70,6 +70,7 @@ from faces2voices.reading import (
 from .synthesis import FacesToVoices
 from .runs import claim, clips_identity, load_or_train
 from .lipreading import load_reader
+from .preparing import fingerprint, write_targets
 from faces2voices.synchrony import (
     agreement,
     corpus_offsets,
@@ -77,7 +78,6 @@ from faces2voices.synchrony import (
     sound_offset,
     train_synchroniser,
 )
-from .preparing import fingerprint, write_targets
 from .training import fit, fit_eigenlips, load_lip_encoder, shuffled, train_speaker
 from .sentences import grid_sentence
 from faces2voices.judges import (
@@ -1024,33 +1024,6 @@ def show_adaptation(
         body.append([r["when"], r["speaker"], r["clips"], *(f"{r[k]:.3f}" for k in measures)])
     return markdown_table(head, body) + f"\n\nmade by `{found['command']}` on {found['machine']}"
 
-# %% ../nbs/engine/18_studies.ipynb #0473a0f9
-def shift_study(
-    data,  # folder of prepared clips with sound and text
-    split: str = "test",
-    limit: int = 16,  # clips: the first ones of the split
-    milliseconds: tuple = (0, 5, 10, 20, 30, 40, 60, 80),
-) -> dict:  # what JSON can hold
-    "Originals against themselves, shifted: each measure in time, as it is and time-aligned."
-    names = ClipDataset(data, split=split).names[:limit]
-    if not names:
-        raise CorpusError(
-            data,
-            f"holds no clips with sound of the split {split}",
-            "Prepare a corpus with `faces2voices prepare`, or ask for another --split",
-        )
-    clips = [load_clip(Path(data) / f"{name}.npz", lips=False) for name in names]
-    sounds = {c.name: (c.wav, c.text) for c in clips}
-    recognise = pocketsphinx_recogniser(grammar_of([c.text for c in clips]))
-    pooled = pool_values(measure_shifts(sounds, recognise, milliseconds))
-    return dict(
-        split=split,
-        clips=len(clips),
-        speakers=sorted({c.speaker_id for c in clips}),
-        rows={str(ms): found for ms, found in pooled.rows.items()},
-        intervals={str(ms): found for ms, found in pooled.intervals.items()},
-    )
-
 # %% ../nbs/engine/18_studies.ipynb #0339f31e
 SYNC_MEASURES = {"mel error": "↓", "envelope match": "↑", "ESTOI": "↑", "words wrong, CTC": "↓"}
 _TRUTHS = "as it is", "synchronised"
@@ -1248,6 +1221,33 @@ def show_synchroniser(
     head = ["split", "speaker", "clips", "r", "sd by sound, ms", "sd by words", "sd of difference"]
     text = f"trained on {found['training']} clips, {found['steps']} steps" + _made_by(found)
     return markdown_table(head, [list(row.values()) for row in found["rows"]]) + f"\n\n{text}"
+
+# %% ../nbs/engine/18_studies.ipynb #0473a0f9
+def shift_study(
+    data,  # folder of prepared clips with sound and text
+    split: str = "test",
+    limit: int = 16,  # clips: the first ones of the split
+    milliseconds: tuple = (0, 5, 10, 20, 30, 40, 60, 80),
+) -> dict:  # what JSON can hold
+    "Originals against themselves, shifted: each measure in time, as it is and time-aligned."
+    names = ClipDataset(data, split=split).names[:limit]
+    if not names:
+        raise CorpusError(
+            data,
+            f"holds no clips with sound of the split {split}",
+            "Prepare a corpus with `faces2voices prepare`, or ask for another --split",
+        )
+    clips = [load_clip(Path(data) / f"{name}.npz", lips=False) for name in names]
+    sounds = {c.name: (c.wav, c.text) for c in clips}
+    recognise = pocketsphinx_recogniser(grammar_of([c.text for c in clips]))
+    pooled = pool_values(measure_shifts(sounds, recognise, milliseconds))
+    return dict(
+        split=split,
+        clips=len(clips),
+        speakers=sorted({c.speaker_id for c in clips}),
+        rows={str(ms): found for ms, found in pooled.rows.items()},
+        intervals={str(ms): found for ms, found in pooled.intervals.items()},
+    )
 
 # %% ../nbs/engine/18_studies.ipynb #c2bf22dc
 COPY_MEASURES = {"ESTOI": "↑", "PESQ": "↑", "DNSMOS OVRL": "↑", "mel distance": "↓"}

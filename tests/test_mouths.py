@@ -108,7 +108,11 @@ WRONG = dict(
     words_that_are_no_numbers=dict(words=np.full((1, 30), np.nan)),
     eight_points=dict(points=np.zeros((1, 30, 8, 2), np.int16)),
     points_in_float=dict(points=np.zeros((1, 30, 9, 2), np.float32)),
-    two_names=dict(names=np.array(["bbaf2n", "bbaf3n"])),
+    two_names=dict(
+        names=np.array(["bbaf2n", "bbaf3n"]),
+        points=np.zeros((1, 30, 9, 2), np.int16),
+        words=np.zeros((1, 30), np.int8),
+    ),
     a_name_of_no_sentence=dict(names=np.array(["??????"])),
     objects=dict(names=np.array([Trap()], object)),
     no_clips=dict(
@@ -354,9 +358,7 @@ def test_runs_of_a_study_take_more_and_more_of_the_same(tmp_path):
         ]
         assert [len(names) for names in taken] == [4, 8, 12]
         assert taken[0] < taken[1] < taken[2]
-    firsts = {
-        choose_clips(corpus, run._replace(seed=s))[0].name for s in range(9) for run in runs[:1]
-    }
+    firsts = {choose_clips(corpus, runs[0]._replace(seed=s))[0].name for s in range(9)}
     assert len(firsts) > 1, "the seed does not choose"
 
 
