@@ -234,7 +234,7 @@ def _faces_of(seen, frame) -> list:  # of Face
         faces.append(Face(box, mesh[_FIVE_OF_MESH], 1.0, expression, mouth.astype(np.float32)))
     return faces
 
-
+# %% ../nbs/engine/02_tracking.ipynb #2c7ab0ee
 def _each_in_threads(look, frames, n: int):
     "What `look` says of each frame, in order; n frames are looked at at the same time."
     with ThreadPoolExecutor(n) as pool:
@@ -246,7 +246,7 @@ def _each_in_threads(look, frames, n: int):
         while waiting:
             yield waiting.popleft().result()
 
-
+# %% ../nbs/engine/02_tracking.ipynb #824c03e4
 def _around(frame, five) -> tuple:  # the cut, and x y of its corner
     "The square around a face, four times as wide as its eyes are above its mouth, cut at the edge."
     eyes = five[:2].mean(0)
