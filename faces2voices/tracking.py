@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 import numpy as np
 import torch
+from fastcore.basics import patch
 from scipy import ndimage
 from torch import nn
 from .errors import NoFaceError, ToolMissingError
@@ -234,7 +235,7 @@ def _faces_of(seen, frame) -> list:  # of Face
         faces.append(Face(box, mesh[_FIVE_OF_MESH], 1.0, expression, mouth.astype(np.float32)))
     return faces
 
-
+# %% ../nbs/engine/02_tracking.ipynb #2c7ab0ee
 def _each_in_threads(look, frames, n: int):
     "What `look` says of each frame, in order; n frames are looked at at the same time."
     with ThreadPoolExecutor(n) as pool:
@@ -246,7 +247,7 @@ def _each_in_threads(look, frames, n: int):
         while waiting:
             yield waiting.popleft().result()
 
-
+# %% ../nbs/engine/02_tracking.ipynb #824c03e4
 def _around(frame, five) -> tuple:  # the cut, and x y of its corner
     "The square around a face, four times as wide as its eyes are above its mouth, cut at the edge."
     eyes = five[:2].mean(0)
@@ -277,7 +278,7 @@ def motion_of(
             mouth[t] = face.mouth
     return Motion(expression, mouth)
 
-# %% ../nbs/engine/02_tracking.ipynb #29c88b2c
+# %% ../nbs/engine/02_tracking.ipynb #89a8388a
 _AT_ONCE = 2  # frames that are looked at at the same time
 
 
@@ -286,7 +287,7 @@ def _close(landmarkers: list):
     for landmarker in landmarkers:
         landmarker.close()
 
-
+# %% ../nbs/engine/02_tracking.ipynb #29c88b2c
 class MediaPipeBackend(FaceBackend):
     """MediaPipe's face landmarker: of its 478 points five and the mouth, and 52 blendshapes.
 
@@ -330,15 +331,22 @@ class MediaPipeBackend(FaceBackend):
         "All faces in each of some frames, two frames at the same time."
         return _each_in_threads(self.detect, frames, _AT_ONCE)
 
-    def motion(self, frames, points, start=0):
-        "Motion of the face at `points`; where none is seen, blendshapes of a face at rest: zeros."
+# %% ../nbs/engine/02_tracking.ipynb #e75e65c5
+@patch
+def motion(
+    self: MediaPipeBackend,
+    frames,  # (n, H, W, 3) uint8: some frames in a row
+    points,  # (T, 5, 2): of the whole clip
+    start: int = 0,  # number of the first of `frames` in the clip
+) -> Motion:
+    "Motion of the face at `points`; where none is seen, blendshapes of a face at rest: zeros."
 
-        def look(pair):
-            cut, corner = _around(*pair)
-            return _nearest(self.detect(cut), pair[1] - corner)
+    def look(pair):
+        cut, corner = _around(*pair)
+        return _nearest(self.detect(cut), pair[1] - corner)
 
-        pairs = zip(frames, points[start:])
-        return motion_of(list(_each_in_threads(look, pairs, _AT_ONCE)), 52)
+    pairs = zip(frames, points[start:])
+    return motion_of(list(_each_in_threads(look, pairs, _AT_ONCE)), 52)
 
 # %% ../nbs/engine/02_tracking.ipynb #ce3680e7
 def _conv_norm(

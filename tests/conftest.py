@@ -28,7 +28,7 @@ def clip(f2v):
     "Lips and expression of the first sample, in memory."
     first = min((Path(__file__).parents[1] / "data_samples").glob("*.mp4"))
     c, _ = f2v.preprocess(first)
-    return c._replace(lips=c.lips[:], expression=c.expression[:])
+    return c._replace(lips=c.lips[:], expression=c.expression[:], mouth=c.mouth[:])
 
 
 @pytest.fixture(scope="session")

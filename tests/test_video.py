@@ -735,6 +735,28 @@ def test_a_finder_that_tells_the_motion_looks_once_at_each_frame(seconds):
     assert tracking.track_face(film, quiet).motion is None and quiet.name == "telling+strip"
 
 
+def test_of_two_in_the_cut_the_nearer_one_tells_the_motion():
+    class TwoSeen(tracking.MediaPipeBackend):
+        "Sees a far face first and the true one second, without any model."
+
+        def __init__(self):
+            self.cuts = []
+
+        def detect(self, cut):
+            self.cuts.append(cut.shape)
+            five = 20 * tracking.BOX_POINTS + [28, 24]  # in the cut around the face below
+            return [
+                tracking.Face(np.zeros(4), five + x, 1.0, np.full(52, x), np.full((9, 2), x))
+                for x in (25, 1)
+            ]
+
+    frames = np.zeros((3, 120, 160, 3), np.uint8)
+    five = 20 * tracking.BOX_POINTS + [60, 50]
+    told = TwoSeen().motion(frames, np.stack([five] * 5), start=2)
+    assert told.expression.shape == (3, 52) and (told.expression == 1).all()
+    assert (told.mouth == 1).all()
+
+
 def test_two_threads_keep_the_order_and_few_frames():
     film = Passing(60)
 
