@@ -257,7 +257,7 @@ def _uniform(low: float, high: float, *shape):
 def _warp(mel):
     "Another tempo, a shift, and another length of the vocal tract."
     B, M, L = mel.shape
-    tract = _uniform(0.92, 1.08, B)
+    tract = _uniform(0.85, 1.15, B)
     warp = torch.zeros(B, 2, 3)
     warp[:, 0, 0] = _uniform(0.9, 1.12, B)
     warp[:, 0, 2] = _uniform(-0.05, 0.05, B)

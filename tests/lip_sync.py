@@ -122,7 +122,7 @@ def moved(wav, seconds: float):
 
 @torch.no_grad()
 def measure(model, clips: list, backend) -> list:  # a row for each clip
-    "Scores of each clip with its sound, moved, with the next clip's sound, and with silence."
+    "Scores of each clip with its sound, moved, with another clip's sound, and with silence."
     videos = [read_video(e.path) for e in clips]
     sounds = [np.asarray(video.wav) for video in videos]
     rows = []
