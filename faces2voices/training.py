@@ -1047,6 +1047,7 @@ def build_seeded(
     init,  # this and the others as of `train_system`
     adapt: bool,
     seed: int,
+    lips=None,
 ) -> tuple:  # the model to train, and the one that `init` names or None
     """Seed, and only then build: the weights that training starts from are the seed's too.
 
@@ -1055,12 +1056,14 @@ def build_seeded(
     seed_everything(seed)
     first = FacesToVoices.from_pretrained(init, device="cpu") if init else None
     model = first if adapt else FacesToVoices(preset.to_json())
+    if not adapt:
+        load_lip_encoder(model, lips, first)
     return model.to(make_accelerator().device), first
 
-# %% ../nbs/16_training.ipynb #6c0f8685
+
 _ADAPT_KEEPS = "locator", "units", "speaker"  # parts that `adapt` leaves as they are
 
-
+# %% ../nbs/16_training.ipynb #6c0f8685
 def train_system(
     preset: Preset,
     out,  # folder of the run
@@ -1078,9 +1081,7 @@ def train_system(
     "Train units, speaker encoder, hierarchy, decoder and vocoder, and save them as one model."
     run = Path(out)
     seed = whole_seed(seed)
-    model, first = build_seeded(preset, init, adapt, seed)
-    if not adapt:
-        load_lip_encoder(model, lips, first)
+    model, first = build_seeded(preset, init, adapt, seed, lips)
     reader = fingerprint(model.hierarchy.lips) if lips else None
     on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed, reader))
     writer = open_board(run) if board and make_accelerator().is_main_process else None
