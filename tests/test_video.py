@@ -641,13 +641,13 @@ def no_models_named(monkeypatch, home):
 
 
 def test_backends_that_are_not_there(tmp_path, monkeypatch):
-    with pytest.raises(ToolMissingError, match="Unpack a pack"):
+    with pytest.raises(ToolMissingError, match="download faces --pack"):
         tracking.make_backend("insightface", tmp_path)
     with pytest.raises(ToolMissingError, match="drawn talkers"):
         tracking.make_backend("locator")
     with pytest.raises(ToolMissingError, match="Choose"):
         tracking.make_backend("wizard")
-    with pytest.raises(ToolMissingError, match="Unpack a pack"):
+    with pytest.raises(ToolMissingError, match="download faces --pack"):
         tracking.make_backend("auto", tmp_path)  # what is named must serve
     no_models_named(monkeypatch, tmp_path)
     assert tracking.make_backend("auto").name == "cascade"
