@@ -34,6 +34,7 @@ TEMPERATURE = 0.3
 NOTATION = [  # symbol, name in code, shape, unit and rate
     ("video", "frames", "(B, T, H, W, 3) uint8", "25 fps"),
     ("lips", "lips", "(B, 1, T, 88, 88)", "25 fps, grey, (x − 0.421) / 0.165"),
+    ("mouth", "mouth", "(B, T, 9, 2)", "25 fps, px from the middle between the eyes"),
     ("face", "face", "(B, 3, 112, 112)", "one aligned crop"),
     ("expression", "expression", "(B, T, E)", "25 fps"),
     ("units", "units", "(B, 2T) int in [0, K)", "50 Hz"),

@@ -242,7 +242,7 @@ def prepared(folder, splits):
         [0.1 * torch.randn(6400, generator=torch.Generator().manual_seed(s)) for s in range(4)]
     )
     return SimpleNamespace(
-        hierarchy=SimpleNamespace(lips=Lips()),
+        hierarchy=SimpleNamespace(lips=Lips(), lip_input=lambda b: b.lips),
         units=units,
         preset=SMALL,
         device=torch.device("cpu"),

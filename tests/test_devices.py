@@ -24,6 +24,7 @@ from torch.fx.experimental import _config as functorch_config
 from faces2voices import (
     audio,
     avhubert,
+    eigenlips,
     hierarchy,
     lipreading,
     runs,
@@ -116,6 +117,7 @@ def meta(monkeypatch):
     answered("cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu"))
     monkeypatch.setattr(torch, "autocast", lambda *a, **kw: nullcontext())
     monkeypatch.setattr(lipreading, "packed_rnn", over_the_padded)
+    monkeypatch.setattr(eigenlips, "packed_rnn", over_the_padded)
     monkeypatch.setattr(vocoder, "istft", one_hop_a_column)
     with functorch_config.patch(meta_nonzero_assume_all_nonzero=True):
         yield device
@@ -135,13 +137,14 @@ def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tm
         module.eval()
 
     monkeypatch.setattr(training, "load_or_train", train)
-    monkeypatch.setattr(training, "training_clips", lambda data, needs_words=False: ds)
+    monkeypatch.setattr(training, "training_clips", lambda *a: ds)
     monkeypatch.setattr(training, "sample_batch", lambda folder: collate([ds[0]]))
     monkeypatch.setattr(training, "SampleLogger", partial(runs.SampleLogger, every=1))
     monkeypatch.setattr(training, "assemble", lambda model, *a: model)
     monkeypatch.setattr(training.Trainer, "save_checkpoint", lambda trainer: None)
     monkeypatch.setattr(training.Trainer, "save_average", lambda trainer: None)
     monkeypatch.setattr(training, "claim_run", lambda *a: None)  # no folder of clips is read
+    monkeypatch.setattr(training, "load_lip_encoder", lambda *a: None)  # no file of weights
     model = training.train_system(preset, tmp_path, "DATA")
     assert set(seen) == set(PARTS) - ({"locator"} if preset.face_backend != "locator" else set())
     assert all(devices == {meta} for devices in seen.values()), seen
@@ -157,6 +160,7 @@ def fake(monkeypatch):
     "A mode in which tensors say that they are on a GPU; what is built before is real, on the CPU."
     caches = audio._mel_filters, hierarchy.third_octaves, vocoder._nearest_bands, units._mfcc
     monkeypatch.setattr(lipreading, "packed_rnn", over_the_padded)
+    monkeypatch.setattr(eigenlips, "packed_rnn", over_the_padded)
     monkeypatch.setattr(vocoder, "istft", one_hop_a_column)
     monkeypatch.setattr(torch.nn.GRU, "forward", of_its_shape)
     aten = torch.ops.aten

@@ -532,6 +532,9 @@ class Echo(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(gain))
 
+    def inputs(self, b):
+        return b.lips, b.face, b.identity, b.expression, b.mask
+
     def forward(self, lips, face, identity, expression, mask):
         mu = self.gain * lips.mean((1, 3, 4)).repeat_interleave(4, 1)[:, None].expand(-1, 80, -1)
         return SimpleNamespace(
@@ -826,7 +829,7 @@ def test_a_head_for_words_is_not_trained_on_nothing(tmp_path, monkeypatch):
     class Wordless(list):
         word_times = {"a": (), "b": ()}
 
-    monkeypatch.setattr(runs, "ClipDataset", lambda data, split: Wordless("ab"))
+    monkeypatch.setattr(runs, "ClipDataset", lambda data, split, synchronised: Wordless("ab"))
     with pytest.raises(CorpusError, match="no word times"):
         training.train_system(GRID, tmp_path, "DATA")
     assert training.training_clips("DATA") == ["a", "b"]
