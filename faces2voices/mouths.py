@@ -8,14 +8,13 @@ __all__ = ['MouthClip', 'read_landmarks', 'mouth_clip', 'prepared_mouths', 'read
            'mouth_batches']
 
 # %% ../nbs/engine/06_mouths.ipynb #57403eb7
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from .core import GRID_WORDS, UNITS_PER_FRAME, whole_seed
-from .corpora import ClipDataset, word_labels
+from .corpora import ClipDataset, person_chances, word_labels
 from .errors import CorpusError
 from .manifests import grid_text
 
@@ -89,10 +88,7 @@ def prepared_mouths(
 ) -> list[MouthClip]:
     "The mouths of prepared clips. CorpusError where their face backend told no mesh."
     dataset = ClipDataset(data, split=split)
-    clips = []
-    for i, name in enumerate(dataset.names):
-        times = dataset.word_times[name]
-        clips.append(mouth_clip(dataset.sound(i)._replace(word_times=times)))
+    clips = [mouth_clip(dataset.sound(i)) for i in range(len(dataset))]
     if clips and not all(len(clip.mouth[0]) for clip in clips):
         raise CorpusError(
             data,
@@ -280,14 +276,6 @@ def imagine_silence(
     return torch.where(away > 0, silent, mouth)
 
 # %% ../nbs/engine/06_mouths.ipynb #f6078659
-def _chances(
-    clips: list,  # of MouthClip
-) -> torch.Tensor:  # (n,)
-    "Of each clip to be drawn: those of a person add up to the root of their number."
-    of_person = Counter(clip.speaker_id for clip in clips)
-    return torch.tensor([of_person[clip.speaker_id] ** -0.5 for clip in clips])
-
-
 def mouth_batches(
     corpora: list,  # of lists of MouthClip
     batch: int,  # clips in a batch
@@ -296,7 +284,10 @@ def mouth_batches(
 ):  # a function: step → MouthBatch
     "Varied clips without end, in an order that the seed decides."
     seed = whole_seed(seed)
-    chances = [_chances(clips) for clips in corpora]
+    chances = []
+    for clips in corpora:
+        people = [clip.speaker_id for clip in clips]
+        chances.append(torch.from_numpy(person_chances(people, balance=0.5)))
     counts = [round(batch * share) for share in shares]
 
     def at(step: int) -> MouthBatch:

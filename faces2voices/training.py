@@ -687,8 +687,9 @@ def decoder_batches(
     def at(step):
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = []
-        numbers = draw(step)
-        if chances is not None:
+        if chances is None:
+            numbers = draw(step)
+        else:
             numbers = torch.multinomial(chances, batch, True, generator=g).tolist()
         for i in numbers:
             example = examples[i]
