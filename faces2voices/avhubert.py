@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from .errors import CheckpointError, atomic_path
-from .layers import BasicBlock
+from .layers import BasicBlock, Frozen
 
 # %% ../nbs/engine/06_avhubert.ipynb #cadc8165
 class LipResNet(nn.Module):
@@ -353,21 +353,12 @@ def _read_folder(folder: Path) -> dict:
         ) from None
 
 # %% ../nbs/engine/06_avhubert.ipynb #e5e60d71
-class FrozenAVHubert(nn.Module):
+class FrozenAVHubert(Frozen):
     "AV-HuBERT that never learns, with one learned weight for each layer."
 
     def __init__(self, net: AVHubert):
-        super().__init__()
-        self.net = net.requires_grad_(False)
-        self.dim = net.dim
+        super().__init__(net)
         self.weights = nn.Parameter(torch.zeros(net.n_layers + 1))
-        self.net.eval()
-
-    def train(self, mode: bool = True):
-        "Training mode for the weights alone: the network's BatchNorm keeps its statistics."
-        super().train(mode)
-        self.net.eval()
-        return self
 
     def forward(
         self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stack_frames', 'SlimTrunk', 'SlimLipEncoder', 'mouth_features', 'DilatedBlock', 'LipReader', 'read_clips',
-           'wrong_words', 'words_wrong', 'Frozen', 'load_reader', 'make_lip_encoder']
+           'wrong_words', 'words_wrong', 'load_reader', 'make_lip_encoder']
 
 # %% ../nbs/06_lipreading.ipynb #0db924be
 import torch
@@ -17,7 +17,7 @@ from .avhubert import AVHUBERT_SIZES, AVHubert, FrozenAVHubert, load_avhubert
 from .core import GRID_WORDS, Preset
 from .eigenlips import EigenlipEncoder
 from .errors import CheckpointError
-from .layers import BasicBlock, masked_batch_norm, packed_rnn
+from .layers import BasicBlock, Frozen, masked_batch_norm, packed_rnn
 from .mouths import MouthBatch, hold_gaps, pad_mouths
 from .sentences import grid_sentence
 
@@ -238,28 +238,6 @@ def words_wrong(
     return torch.tensor([sum(w) / len(w) for w in wrong])
 
 # %% ../nbs/06_lipreading.ipynb #9c3a44e7
-class Frozen(nn.Module):
-    "A lip encoder that never learns, whatever the mode: batch norm keeps its statistics too."
-
-    def __init__(self, net: LipReader):
-        super().__init__()
-        self.net = net.requires_grad_(False).eval()
-        self.dim = net.dim
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.net.eval()
-        return self
-
-    @torch.no_grad()
-    def forward(
-        self,
-        lips,  # what the encoder takes
-        mask,  # (B, T) bool
-    ):  # (B, T, D)
-        return self.net(lips, mask)
-
-
 def load_reader(
     path,  # reader.safetensors, as `faces2voices pretrain` writes it
 ) -> LipReader:

@@ -10,9 +10,8 @@ from lips import batch
 from faces2voices.core import EIGENLIPS, PAPER, TINY, seed_everything, test_same
 from faces2voices.eigenlips import EigenlipEncoder, Eigenlips
 from faces2voices.errors import CheckpointError
-from faces2voices.layers import influence
+from faces2voices.layers import Frozen, influence
 from faces2voices.lipreading import (
-    Frozen,
     LipReader,
     SlimLipEncoder,
     load_reader,
