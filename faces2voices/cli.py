@@ -619,7 +619,7 @@ def _pretrain(
 
     It needs no sound, so it may learn from more people than the rest of the system ever hears.
     Clips that a prepared folder keeps for validation or tests are left out, in the landmarks too.
-    A quarter of each batch is from prepared clips, where both are given. Stopped, it goes on where
+    Half of each batch is from prepared clips, where both are given. Stopped, it goes on where
     it was when the same command is given again.
 
     Example: `faces2voices pretrain landmarks prepared/grid -o runs/reader`"""

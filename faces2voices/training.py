@@ -730,7 +730,7 @@ def _with_words(clips: list) -> list:
     return [clip for clip in clips if (clip.words >= 0).any()]
 
 # %% ../nbs/16_training.ipynb #c9979364
-PREPARED_SHARE = 0.25  # of a batch, where there are landmarks too
+PREPARED_SHARE = 0.5  # of a batch, where there are landmarks too
 READER_BATCH = 48  # clips in a step
 READER_RATE = 2e-3  # peak learning rate
 
