@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch, torch.nn as nn, torch.nn.functional as F
 from fastcore.basics import patch
 from .audio import MEL
-from .errors import CorpusError
 from .corpora import Batch
+from .mouths import need_mouth
 from .lipreading import make_lip_encoder
 from .content import Content, ContentEncoder, content_loss, word_loss
 from .timbre import FaceEncoder, FiLM, TimbreEncoder, timbre_loss
@@ -328,12 +328,7 @@ def lip_input(
     "What the lip encoder takes. CorpusError where that are points, and the clips hold none."
     if self.preset.lip_encoder != "landmarks":
         return batch.lips
-    if batch.mouth is None or not batch.mouth.numel():
-        raise CorpusError(
-            batch.names[0],
-            "holds no points of the mouth",
-            "Prepare it with a face mesh: --backend mediapipe+insightface",
-        )
+    need_mouth(batch.mouth, batch.names[0])
     return batch.mouth
 
 

@@ -30,6 +30,7 @@ from .soundfiles import save_wav
 from .audio import MEL, griffin_lim
 from .manifests import read_manifest
 from .corpora import Batch, ClipDataset, collate
+from .mouths import need_mouth
 from .storage import load_weights
 
 # %% ../nbs/engine/16_runs.ipynb #2e90b7d6
@@ -248,12 +249,8 @@ def _check_sizes(dataset, preset: Preset):
                 f"Prepare it with --backend {preset.face_backend}, "
                 "or choose another model or preset",
             )
-    if preset.lip_encoder == "landmarks" and (clip.mouth is None or not clip.mouth.numel()):
-        raise CorpusError(
-            dataset.folder,
-            "was prepared without points of the mouth",
-            f"Prepare it with --backend {preset.face_backend}",
-        )
+    if preset.lip_encoder == "landmarks":
+        need_mouth(clip.mouth, dataset.folder)
 
 # %% ../nbs/engine/16_runs.ipynb #cdb5fc2e
 def claim_run(run, preset: Preset, data, init, voices, adapt, seed, lips=None):

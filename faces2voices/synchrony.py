@@ -299,7 +299,7 @@ def heard_mouths(
         raise CorpusError(
             data,
             f"holds no clip of the split {split} with sound and a mesh of the mouth",
-            "Prepare it again: --backend mediapipe+insightface",
+            "Prepare it again: --backend mediapipe+mobilefacenet",
         )
     return found
 
