@@ -179,6 +179,7 @@ class HierarchyConfig:
     envelope_weight: float = 0.0  # of the loss that asks μ to rise and fall as speech does
     dropout: float = 0.1
     speaker_dim: int = 256
+    speaker_noise: float = 0.0  # how far FiLM's speakers are moved in training, see `vary_speaker`
 
 # %% ../nbs/00_core.ipynb #4654ce68
 @dataclass(frozen=True)
@@ -270,6 +271,7 @@ _RANGES = dict(  # name → smallest and largest value; whole numbers where both
     condition_drop=(0.0, 1.0),
     label_smoothing=(0.0, 0.99),
     dropout=(0.0, 0.99),
+    speaker_noise=(0.0, 1.0),
     sigma_min=(0.0, 0.99),
 )
 _LISTS = dict(  # name → smallest and largest value of each entry, and fewest and most entries
@@ -358,19 +360,34 @@ TINY = Preset()
 GRID = replace(
     TINY,
     name="grid",
-    face_backend="insightface",
+    face_backend="mediapipe+mobilefacenet",
     identity_dim=128,
-    lip_encoder="eigenlips",
+    expression_dim=52,
+    lip_encoder="landmarks",
+    lip_memory=256,
     words=GRID_WORDS,
     teacher_forcing=0.0,
     prior_weight=10.0,
     envelope_weight=5.0,
     dropout=0.2,
-    steps=TINY.steps | dict(hierarchy=1200),
+    speaker_noise=0.5,
+    balance=0.5,
+    steps=TINY.steps | dict(hierarchy=1000),
     batch=TINY.batch | dict(hierarchy=16),
     lr=TINY.lr | dict(hierarchy=3e-3),
 )
-EIGENLIPS = replace(GRID, name="eigenlips", words=())
+EIGENLIPS = replace(
+    GRID,
+    name="eigenlips",
+    face_backend="insightface",
+    expression_dim=TINY.expression_dim,
+    lip_encoder="eigenlips",
+    lip_memory=TINY.lip_memory,
+    words=(),
+    speaker_noise=0.0,
+    balance=0.0,
+    steps=TINY.steps | dict(hierarchy=1200),
+)
 SLIM = replace(
     TINY,
     name="slim",

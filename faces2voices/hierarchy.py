@@ -17,7 +17,7 @@ from .corpora import Batch
 from .mouths import need_mouth
 from .lipreading import make_lip_encoder
 from .content import Content, ContentEncoder, content_loss, word_loss
-from .timbre import FaceEncoder, FiLM, TimbreEncoder, timbre_loss
+from .timbre import FaceEncoder, FiLM, TimbreEncoder, timbre_loss, vary_speaker
 from .layers import ConvNorm
 from .prosody import ExpressionEncoder, Prosody, ProsodyEncoder, prosody_loss
 
@@ -274,7 +274,9 @@ def add_timbre(
         return nobody, nobody, hidden
     speaker = self.timbre(face, identity)
     fed = self._fed_speaker(speaker, teacher)
-    return speaker, fed, self.film(hidden, fed)
+    noise = self.preset.speaker_noise if self.training else 0.0
+    varied = vary_speaker(fed, noise) if noise else fed
+    return speaker, fed, self.film(hidden, varied)
 
 # %% ../nbs/10_hierarchy.ipynb #0ff84c19
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SpeakerEncoder', 'ge2e_similarity', 'ge2e_loss', 'draw_windows', 'train_loop', 'train_speaker_encoder',
            'remove_pauses', 'to_loudness', 'resemblyzer_embedding', 'FaceEncoder', 'TimbreEncoder', 'timbre_loss',
-           'train_timbre', 'arcface_loss', 'train_arcface', 'FiLM']
+           'train_timbre', 'arcface_loss', 'train_arcface', 'FiLM', 'vary_speaker']
 
 # %% ../nbs/08_timbre.ipynb #cc642506
 import math
@@ -373,3 +373,14 @@ class FiLM(nn.Module):
         "(1 + γ(s)) · LN(h) + β(s), the same γ and β at every frame."
         gamma, beta = self.to_film(speaker)[:, None].chunk(2, -1)
         return (1 + gamma) * self.norm(hidden) + beta
+
+# %% ../nbs/08_timbre.ipynb #f31793f9
+def vary_speaker(
+    speaker,  # (B, D) unit norm
+    amount: float,  # longest part of the way to another voice, and typical length of the step
+):  # (B, D) unit norm
+    "Voices moved at random, for a layer that shall know what lies between those of training."
+    others = speaker[torch.randperm(len(speaker), device=speaker.device)]
+    share = amount * torch.rand(len(speaker), 1, device=speaker.device)
+    step = amount * torch.randn_like(speaker) / speaker.shape[1] ** 0.5
+    return F.normalize(torch.lerp(speaker, others, share) + step, dim=-1)

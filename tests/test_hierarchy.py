@@ -229,6 +229,19 @@ def test_speaker_coin():
     assert model._fed_speaker(said, None).max() == 0
 
 
+def test_speaker_noise_reaches_film_in_training_and_nothing_else(monkeypatch):
+    model = Hierarchy(replace(SMALL, speaker_noise=0.5))
+    heard = {}
+    model.film.register_forward_pre_hook(lambda film, args: heard.update(film=args[1]))
+    model.prosody.register_forward_pre_hook(lambda prosody, args: heard.update(prosody=args[1]))
+    batch = toy_batch(SMALL, 8, 4)
+    for training in (True, False):
+        model.train(training)
+        model(*model.inputs(batch))
+        moved = (heard["film"] - heard["prosody"]).norm(dim=-1)
+        assert moved.min() > 0.1 if training else moved.max() == 0
+
+
 @pytest.fixture(scope="module")
 def learned():
     "A model fitted to one tiny batch, and its first and last loss."

@@ -112,6 +112,19 @@ def test_film_starts_as_the_layer_norm():
     same(film(h, s).detach(), 2 * F.layer_norm(h, (12,)) + 3, atol=1e-5)
 
 
+def test_a_varied_voice_is_of_unit_norm_and_lies_as_far_off_as_asked():
+    two = torch.eye(256)[:2].repeat(2000, 1)  # two voices at a right angle
+    same(vary_speaker(two, 0.0), two)
+    varied = vary_speaker(two, 0.5)
+    same(varied.norm(dim=-1), torch.ones(len(two)), atol=1e-5)
+    own, other = varied[::2, 0], varied[::2, 1]
+    ratio = other / own  # share / (1 − share) for the half that met the other voice
+    assert 0.25 < (ratio > 0.2).float().mean() < 0.42
+    assert 0.8 < ratio.quantile(0.99) < 1.3
+    rest = varied[:, 2:] / varied[:, :2].norm(dim=-1, keepdim=True)
+    assert 0.4 < rest.norm(dim=-1).median() < 0.8  # a step of length 0.5 from a length of 0.7 to 1
+
+
 def test_retrieval_ranks():
     true = torch.eye(4)
     assert rank_voices(true, true)[:3] == (1.0, 1.0, 0.25)
