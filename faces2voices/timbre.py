@@ -383,4 +383,4 @@ def vary_speaker(
     others = speaker[torch.randperm(len(speaker), device=speaker.device)]
     share = amount * torch.rand(len(speaker), 1, device=speaker.device)
     step = amount * torch.randn_like(speaker) / speaker.shape[1] ** 0.5
-    return F.normalize(torch.lerp(speaker, others, share) + step, dim=-1)
+    return F.normalize(speaker + share * (others - speaker) + step, dim=-1)

@@ -237,9 +237,10 @@ def test_speaker_noise_reaches_film_in_training_and_nothing_else(monkeypatch):
     batch = toy_batch(SMALL, 8, 4)
     for training in (True, False):
         model.train(training)
-        model(*model.inputs(batch))
+        with torch.autocast("cpu", torch.bfloat16, enabled=training):
+            model(*model.inputs(batch))
         moved = (heard["film"] - heard["prosody"]).norm(dim=-1)
-        assert moved.min() > 0.1 if training else moved.max() == 0
+        assert moved.min() > 0.1 if training else not moved.any()
 
 
 @pytest.fixture(scope="module")
