@@ -24,12 +24,12 @@ from .records import commit, machine
 from .core import EULER_STEPS, seed_everything, whole_seed
 from .soundfiles import save_wav
 from .audio import MEL
-from .corpora import ClipDataset, batches, collate
+from .corpora import ClipDataset, collate
 from .hierarchy import Hierarchy
 from .vocoder import excitation
 from .storage import WEIGHTS_DIR
 from .synthesis import FacesToVoices
-from .training import fit, fit_eigenlips
+from .training import fit_hierarchy
 from .judges import grammar_of, pocketsphinx_recogniser, word_errors
 from faces2voices.evaluation import (
     Sound,
@@ -170,18 +170,8 @@ def train_variant(
     preset = shared.preset
     seed_everything(seed)
     hierarchy = Hierarchy(preset, VARIANTS[name])
-    fit_eigenlips(hierarchy, shared.train, seed=seed)
-    log = fit(
-        hierarchy.loss,
-        hierarchy,
-        batches(shared.train, preset.batch["hierarchy"], seed, preset.vary),
-        steps,
-        preset.lr["hierarchy"],
-        name=f"{name}-{steps}-{seed}",
-        run_dir=out,
-        bf16=True,
-        seed=seed,
-    )
+    run = f"{name}-{steps}-{seed}"
+    log = fit_hierarchy(hierarchy, shared.train, preset, steps, seed, name=run, run_dir=out)
     weights = sum(p.numel() for p in hierarchy.parameters())
     row = dict(clips=len(shared.val), weights=weights, seconds=log[-1]["seconds"])
     return evaluate_variant(hierarchy, shared.val, shared.speaker_encoder) | row

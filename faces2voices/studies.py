@@ -43,7 +43,7 @@ from .audio import MEL, griffin_lim
 # %% ../nbs/engine/18_studies.ipynb #7a1259ee
 from .talkers import make_talker
 from .manifests import read_manifest
-from .corpora import Batch, Clip, ClipDataset, batches, collate, load_clip, sound_shifts
+from .corpora import Batch, Clip, ClipDataset, collate, load_clip, sound_shifts
 from .units import phone_labels, fit_phone_classifier, predict_phones
 from .content import ContentEncoder, logit_accuracy, train_content
 from faces2voices.retrieval import (
@@ -78,7 +78,7 @@ from faces2voices.synchrony import (
     sound_offset,
     train_synchroniser,
 )
-from .training import fit, fit_eigenlips, load_lip_encoder, shuffled, train_speaker
+from .training import fit_hierarchy, load_lip_encoder, shuffled, train_speaker
 from .sentences import grid_sentence
 from faces2voices.judges import (
     dnsmos,
@@ -993,20 +993,9 @@ def adaptation_study(
     held = {speaker: clips(speaker, "val", "test") for speaker in (first, then)}
     seed_everything(seed)
     hierarchy = Hierarchy(preset)
-    fit_eigenlips(hierarchy, seen[first], seed=seed)
     rows = []
     for when, speaker, n, rate in (("before", first, steps, 1.0), ("after", then, more, 1 / 3)):
-        fit(
-            hierarchy.loss,
-            hierarchy,
-            batches(seen[speaker], preset.batch["hierarchy"], seed, preset.vary),
-            n,
-            rate * preset.lr["hierarchy"],
-            name=when,
-            run_dir=out,
-            bf16=True,
-            seed=seed,
-        )
+        fit_hierarchy(hierarchy, seen[speaker], preset, n, seed, rate, name=when, run_dir=out)
         for whose, ds in held.items():
             row = dict(when=when, speaker=whose, clips=len(ds))
             rows.append(row | evaluate_variant(hierarchy, ds, shared.speaker_encoder))
@@ -1068,18 +1057,8 @@ def _train_pairs(dataset, preset, reader, run: Path, steps: int, seed: int):
     "A hierarchy that learned from the clips of a data set, in eval mode."
     kind = "synchronised" if dataset.shifts else "plain"
     hierarchy = _sync_model(preset, reader, seed).hierarchy
-    fit_eigenlips(hierarchy, dataset, seed=seed)
-    fit(
-        hierarchy.loss,
-        hierarchy,
-        batches(dataset, preset.batch["hierarchy"], seed, preset.vary, preset.balance),
-        steps,
-        preset.lr["hierarchy"],
-        name=f"{kind}-{seed}",
-        run_dir=run,
-        bf16=True,
-        seed=seed,
-    )
+    name = f"{kind}-{seed}"
+    fit_hierarchy(hierarchy, dataset, preset, steps, seed, name=name, run_dir=run)
     return hierarchy.cpu().eval()
 
 # %% ../nbs/engine/18_studies.ipynb #1a5dac04

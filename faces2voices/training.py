@@ -7,8 +7,9 @@ __all__ = ['SEGMENT_COLUMNS', 'PREPARED_SHARE', 'READER_BATCH', 'READER_RATE', '
            'loss_terms', 'average_gradients', 'broadcast_weights', 'batch_number', 'TrainConfig', 'Learner', 'fit',
            'Trainer', 'StepDataset', 'show_history', 'DecoderExample', 'DecoderExamples', 'precompute_mu',
            'decoder_batches', 'reader_corpora', 'fit_reader', 'pretrain_reader', 'reader_errors', 'load_lip_encoder',
-           'fit_eigenlips', 'train_hierarchy', 'train_speaker', 'train_vocoder', 'train_model_vocoder', 'decoder_loss',
-           'train_decoder', 'train_model_locator', 'train_units', 'make_world', 'build_seeded', 'train_system', 'adapt']
+           'fit_eigenlips', 'fit_hierarchy', 'train_hierarchy', 'train_speaker', 'train_vocoder', 'train_model_vocoder',
+           'decoder_loss', 'train_decoder', 'train_model_locator', 'train_units', 'make_world', 'build_seeded',
+           'train_system', 'adapt']
 
 # %% ../nbs/16_training.ipynb #787aaa54
 import copy
@@ -838,25 +839,44 @@ def fit_eigenlips(hierarchy, dataset, limit: int = 300, seed: int = 0):
     seeded(seed, lambda: lips.fit(frames, mask))
 
 # %% ../nbs/16_training.ipynb #0bdc8894
-def train_hierarchy(model, dataset, preset, run, seed, board=None, workers=0):
+def fit_hierarchy(
+    hierarchy,  # what learns
+    dataset: ClipDataset,  # with targets
+    preset: Preset,  # of batches, learning rate, and steps where none are given
+    steps: int | None = None,
+    seed: int = 0,
+    rate: float = 1.0,  # of the preset's learning rate
+    **options,  # of `fit`
+) -> list:  # lines of the log
     "All losses of the three stages and of μ, at once."
-    fit_eigenlips(model.hierarchy, dataset, seed=seed)
+    fit_eigenlips(hierarchy, dataset, seed=seed)
+    return fit(
+        hierarchy.loss,
+        hierarchy,
+        batches(dataset, preset.batch["hierarchy"], seed, preset.vary, preset.balance),
+        steps or preset.steps["hierarchy"],
+        rate * preset.lr["hierarchy"],
+        bf16=True,
+        seed=seed,
+        **options,
+    )
+
+
+def train_hierarchy(model, dataset, preset, run, seed, board=None, workers=0):
+    "Fit the hierarchy of a model, and show how a clip comes along."
     b = sample_batch(dataset.folder).to(model.device)
 
     def make_mel(hierarchy):
         return hierarchy(*hierarchy.inputs(b)).mu[0]
 
-    fit(
-        model.hierarchy.loss,
+    fit_hierarchy(
         model.hierarchy,
-        batches(dataset, preset.batch["hierarchy"], seed, preset.vary, preset.balance),
-        preset.steps["hierarchy"],
-        preset.lr["hierarchy"],
+        dataset,
+        preset,
+        seed=seed,
         name="hierarchy",
         run_dir=run,
-        bf16=True,
         workers=workers,
-        seed=seed,
         callback=SampleLogger(run, "hierarchy", make_mel, b.mel[0], board=board),
     )
 

@@ -824,14 +824,14 @@ def test_critics_judge_every_batch_of_a_step():
 
 
 def test_a_head_for_words_is_not_trained_on_nothing(tmp_path, monkeypatch):
-    from faces2voices.core import GRID
+    from faces2voices.core import EIGENLIPS, GRID_WORDS
 
     class Wordless(list):
         word_times = {"a": (), "b": ()}
 
     monkeypatch.setattr(runs, "ClipDataset", lambda data, split, synchronised: Wordless("ab"))
     with pytest.raises(CorpusError, match="no word times"):
-        training.train_system(GRID, tmp_path, "DATA")
+        training.train_system(replace(EIGENLIPS, words=GRID_WORDS), tmp_path, "DATA")
     assert training.training_clips("DATA") == ["a", "b"]
 
 
