@@ -72,6 +72,7 @@ def _empty_clip(preset: Preset, wav) -> Clip:
         lips=grey(T, 96, 96),
         face=grey(112, 112, 3),
         expression=torch.zeros(T, preset.expression_dim),
+        mouth=torch.zeros(T, 9, 2),
         identity=torch.zeros(preset.identity_dim),
         wav=wav,
         log_f0=contour,

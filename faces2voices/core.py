@@ -149,12 +149,12 @@ class InputConfig:
     face_backend: str = "locator"  # `locator` (drawn faces), or as in `make_backend`
     identity_dim: int = 0  # size of the identity vector; 0: learn one from the face crop
     expression_dim: int = 1152  # E; 1152 is a 24 × 48 strip of brows and eyes
-    # `slim`, `eigenlips`, `landmarks`, `avhubert-base` or `avhubert-large`
+    # `slim`, `eigenlips`, `landmarks`, the two at once, `avhubert-base` or `avhubert-large`
     lip_encoder: str = "slim"
     lip_width: int = 16  # channels of the slim encoder's stem
     eigenlips: int = 96  # principal pictures, where the encoder is made of them
-    # units of each direction of that encoder's GRU, or channels of a reader of landmarks
-    lip_memory: int = 192
+    lip_memory: int = 192  # units of each direction of that encoder's GRU
+    reader_dim: int = 256  # channels of a reader of landmarks
     lip_scale: int = 2  # `slim` and `eigenlips` shrink the 88 × 88 lips by this factor first
 
 # %% ../nbs/00_core.ipynb #9f7b9558
@@ -215,6 +215,11 @@ class Preset(InputConfig, HierarchyConfig, DecoderConfig):
     batch: dict = field(default_factory=_BATCH.copy)
     lr: dict = field(default_factory=_LR.copy)
 
+    @property
+    def reads_landmarks(self) -> bool:
+        "Does it read lips from points of a mesh, alone or beside pixels?"
+        return "landmarks" in self.lip_encoder
+
     def to_json(self) -> dict:
         "A dict that JSON can hold."
         return asdict(self)
@@ -240,10 +245,15 @@ def _tuples(v):
     return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
 # %% ../nbs/00_core.ipynb #36584f08
-_CHOICES = dict(
-    lip_encoder=("slim", "eigenlips", "landmarks", "avhubert-base", "avhubert-large"),
-    unit_features=("mfcc", "hubert"),
+_LIP_ENCODERS = (
+    "slim",
+    "eigenlips",
+    "landmarks",
+    "landmarks+eigenlips",
+    "avhubert-base",
+    "avhubert-large",
 )
+_CHOICES = dict(lip_encoder=_LIP_ENCODERS, unit_features=("mfcc", "hubert"))
 _BACKENDS = "locator", "mediapipe", "insightface", "mobilefacenet", "cascade"
 _RANGES = dict(  # name → smallest and largest value; whole numbers where both are
     identity_dim=(0, 2**14),
@@ -251,6 +261,7 @@ _RANGES = dict(  # name → smallest and largest value; whole numbers where both
     lip_width=(1, 2**10),
     eigenlips=(1, 2**12),
     lip_memory=(1, 2**12),
+    reader_dim=(1, 2**12),
     lip_scale=(1, 8),
     n_units=(2, 2**16),
     dim=(2, 2**13),
@@ -363,8 +374,8 @@ GRID = replace(
     face_backend="mediapipe+mobilefacenet",
     identity_dim=128,
     expression_dim=52,
-    lip_encoder="landmarks",
-    lip_memory=256,
+    lip_encoder="landmarks+eigenlips",
+    lip_memory=128,
     words=GRID_WORDS,
     teacher_forcing=0.0,
     prior_weight=10.0,

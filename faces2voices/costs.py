@@ -10,6 +10,7 @@ __all__ = ['WARMUP_STEPS', 'SPEEDS_DIR', 'LoaderSpeed', 'bench_loader', 'show_su
 import json
 import os
 import time
+from types import SimpleNamespace
 from typing import NamedTuple
 import torch
 from accelerate import Accelerator
@@ -129,9 +130,16 @@ def _one_second(
         return torch.zeros(1, *shape, device=device)
 
     def hierarchy():
-        lips, face, identity = zeros(1, 25, 88, 88), zeros(3, 112, 112), zeros(p.identity_dim)
-        expression, mask = zeros(25, p.expression_dim), zeros(25) == 0
-        return model.hierarchy(lips, face, identity, expression, mask).mu
+        seen = SimpleNamespace(
+            names=[""],
+            lips=zeros(1, 25, 88, 88),
+            mouth=zeros(25, 9, 2),
+            face=zeros(3, 112, 112),
+            identity=zeros(p.identity_dim),
+            expression=zeros(25, p.expression_dim),
+            mask=zeros(25) == 0,
+        )
+        return model.hierarchy(*model.hierarchy.inputs(seen)).mu
 
     def vocoder():
         return model.vocoder(zeros(80, 100), zeros(2, SAMPLE_RATE))

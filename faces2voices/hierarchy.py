@@ -326,12 +326,14 @@ def _flat(self: Hierarchy, lips, face, identity, expression, mask) -> Mu:
 @patch
 def lip_input(
     self: Hierarchy, batch: Batch
-) -> torch.Tensor:  # (B, 1, T, 88, 88), or (B, T, 9, 2) for a reader of landmarks
-    "What the lip encoder takes. CorpusError where that are points, and the clips hold none."
-    if self.preset.lip_encoder != "landmarks":
+):  # pixels (B, 1, T, 88, 88), points (B, T, 9, 2), or the points and the pixels
+    "What the lip encoder takes. CorpusError where it takes points, and the clips hold none."
+    if not self.preset.reads_landmarks:
         return batch.lips
     need_mouth(batch.mouth, batch.names[0])
-    return batch.mouth
+    if self.preset.lip_encoder == "landmarks":
+        return batch.mouth
+    return batch.mouth, batch.lips
 
 
 @patch

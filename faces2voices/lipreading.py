@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stack_frames', 'SlimTrunk', 'SlimLipEncoder', 'mouth_features', 'DilatedBlock', 'LipReader', 'read_clips',
-           'wrong_words', 'words_wrong', 'load_reader', 'make_lip_encoder']
+           'wrong_words', 'words_wrong', 'modality_dropout', 'PointsAndPixels', 'load_reader', 'make_lip_encoder']
 
 # %% ../nbs/06_lipreading.ipynb #0db924be
 import torch
@@ -237,6 +237,35 @@ def words_wrong(
     wrong = [wrong_words(read, clip.text) for read, clip in zip(sentences, clips)]
     return torch.tensor([sum(w) / len(w) for w in wrong])
 
+# %% ../nbs/06_lipreading.ipynb #a8c41b92
+def modality_dropout(
+    points,  # (B, T, D) features of one kind
+    pixels,  # (B, T, E) features of another
+) -> tuple:  # the same, zeros where a clip lost them
+    "Each clip keeps both kinds, the first alone or the second alone: a third of them each."
+    draw = torch.rand(len(points), 1, 1, device=points.device)
+    return points * (draw > 1 / 3), pixels * ((draw < 1 / 3) | (draw > 2 / 3))
+
+
+class PointsAndPixels(nn.Module):
+    "A frozen reader of points beside an encoder of pixels that learns."
+
+    def __init__(self, reader: LipReader, pixels: EigenlipEncoder):
+        super().__init__()
+        self.points = Frozen(reader)
+        self.pixels = pixels
+        self.dim = reader.dim + pixels.dim
+
+    def forward(
+        self,
+        lips,  # points (B, T, 9, 2), pixels (B, 1, T, 88, 88)
+        mask,  # (B, T) bool
+    ):  # (B, T, dim)
+        features = self.points(lips[0], mask), self.pixels(lips[1], mask)
+        if self.training:
+            features = modality_dropout(*features)
+        return torch.cat(features, -1)
+
 # %% ../nbs/06_lipreading.ipynb #9c3a44e7
 def load_reader(
     path,  # reader.safetensors, as `faces2voices pretrain` writes it
@@ -262,7 +291,12 @@ def make_lip_encoder(
         return SlimLipEncoder(preset.lip_width, preset.dim, preset.lip_scale, preset.dropout)
     if preset.lip_encoder == "eigenlips":
         return EigenlipEncoder(preset.eigenlips, preset.lip_memory, preset.lip_scale)
-    if preset.lip_encoder == "landmarks":
-        return Frozen(LipReader(preset.lip_memory) if weights is None else load_reader(weights))
+    if preset.reads_landmarks:
+        reader = LipReader(preset.reader_dim) if weights is None else load_reader(weights)
+        if preset.lip_encoder == "landmarks":
+            return Frozen(reader)
+        return PointsAndPixels(
+            reader, EigenlipEncoder(preset.eigenlips, preset.lip_memory, preset.lip_scale)
+        )
     size = AVHUBERT_SIZES[preset.lip_encoder.removeprefix("avhubert-")]
     return FrozenAVHubert(AVHubert(**size) if weights is None else load_avhubert(weights))

@@ -249,7 +249,7 @@ def _check_sizes(dataset, preset: Preset):
                 f"Prepare it with --backend {preset.face_backend}, "
                 "or choose another model or preset",
             )
-    if preset.lip_encoder == "landmarks":
+    if preset.reads_landmarks:
         need_mouth(clip.mouth, dataset.folder)
 
 # %% ../nbs/engine/16_runs.ipynb #cdb5fc2e

@@ -1079,7 +1079,7 @@ def sync_study(
     shared = clips_with_targets(data, out, 0)
     preset = shared.preset
     if reader is not None:
-        preset = replace(preset, lip_encoder="landmarks", lip_memory=load_reader(reader).dim)
+        preset = replace(preset, lip_encoder="landmarks", reader_dim=load_reader(reader).dim)
     run = out / "pairs"
     run.mkdir(exist_ok=True)
     setting = dict(steps=steps, most=most, preset=preset.to_json())

@@ -331,7 +331,7 @@ def _real_face_backend(
     A model of blendshapes or of mouth points needs the mesh; no model needs an identity."""
     there = backends_at_hand(root)
     finds = "insightface" if "insightface" in there else "auto"
-    if preset.expression_dim != 52 and preset.lip_encoder != "landmarks":
+    if preset.expression_dim != 52 and not preset.reads_landmarks:
         finder = make_backend(finds, root)
         return CombinedBackend(finder, motion=FaceBackend()) if finder.finds_motion else finder
     if preset.face_backend.startswith(finds):

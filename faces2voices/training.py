@@ -808,8 +808,8 @@ def load_lip_encoder(
 
     CheckpointError where a preset needs one and none is given, or takes none."""
     preset = model.preset
-    frozen = preset.lip_encoder in ("landmarks", "avhubert-base", "avhubert-large")
-    if lips is not None and not frozen:
+    pretrained = preset.reads_landmarks or preset.lip_encoder.startswith("avhubert")
+    if lips is not None and not pretrained:
         raise CheckpointError(
             lips,
             f"is not needed: the preset `{preset.name}` trains its own lip encoder",
@@ -817,9 +817,9 @@ def load_lip_encoder(
         )
     if lips is not None:
         model.hierarchy.lips = make_lip_encoder(preset, lips).to(model.device)
-    elif frozen and first is not None and first.preset.lip_encoder == preset.lip_encoder:
+    elif pretrained and first is not None and first.preset.lip_encoder == preset.lip_encoder:
         model.hierarchy.lips.load_state_dict(first.hierarchy.lips.state_dict())
-    elif frozen:
+    elif pretrained:
         raise CheckpointError(
             "--lips",
             f"is needed: the preset `{preset.name}` takes a pre-trained lip encoder",
@@ -829,7 +829,7 @@ def load_lip_encoder(
 # %% ../nbs/16_training.ipynb #de387811
 def fit_eigenlips(hierarchy, dataset, limit: int = 300, seed: int = 0):
     "The principal pictures of some training clips, for a hierarchy that has eigenlips, none yet."
-    lips = hierarchy.lips
+    lips = getattr(hierarchy.lips, "pixels", hierarchy.lips)
     if not isinstance(lips, EigenlipEncoder) or lips.eigen.basis.any():
         return
     numbers = shuffled(len(dataset), min(limit, len(dataset)), seed)(0)

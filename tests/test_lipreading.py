@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from lips import batch
-from faces2voices.core import EIGENLIPS, PAPER, TINY, seed_everything, test_same
+from faces2voices.core import EIGENLIPS, PAPER, TINY, seed_everything, seeded, test_same
 from faces2voices.eigenlips import EigenlipEncoder, Eigenlips
 from faces2voices.errors import CheckpointError
 from faces2voices.layers import Frozen, influence
@@ -267,9 +267,32 @@ def test_a_reader_is_loaded_as_it_was_saved(tmp_path):
         test_same(
             load_reader(tmp_path / "reader.safetensors")(mouth, mask), reader.eval()(mouth, mask)
         )
-    preset = replace(EIGENLIPS, lip_encoder="landmarks", lip_memory=8)
+    preset = replace(EIGENLIPS, lip_encoder="landmarks", reader_dim=8)
     encoder = make_lip_encoder(preset, tmp_path / "reader.safetensors")
     assert isinstance(encoder, Frozen) and encoder.dim == 16
+
+
+def test_points_and_pixels_stand_side_by_side_and_one_may_be_silent_in_training(tmp_path):
+    mouth, mask = points()
+    pixels = torch.rand(len(mouth), 1, mouth.shape[1], 88, 88)
+    reader = LipReader(dim=16)
+    save_file(reader.state_dict(), tmp_path / "reader.safetensors")
+    preset = replace(EIGENLIPS, lip_encoder="landmarks+eigenlips", eigenlips=8, lip_memory=8)
+    encoder = make_lip_encoder(preset, tmp_path / "reader.safetensors").eval()
+    seeded(0, lambda: encoder.pixels.fit(pixels, mask))
+    both = encoder((mouth, pixels), mask)
+    assert both.shape[-1] == encoder.dim == 16 + 16
+    test_same(both[..., :16], reader.eval()(mouth, mask))
+    test_same(both[..., 16:], encoder.pixels(pixels, mask))
+    encoder.train()
+    silent = set()
+    for _ in range(30):
+        out = encoder((mouth, pixels), mask)
+        lost = [not kind.any() for kind in out[0].split(16, -1)]
+        silent.add(tuple(lost))
+        if not lost[0]:
+            test_same(out[0, :, :16], both[0, :, :16])  # frozen: no dropout, no batch statistics
+    assert silent == {(False, False), (True, False), (False, True)}
 
 
 def test_a_file_that_holds_no_reader_is_named(tmp_path):
