@@ -670,6 +670,15 @@ def _train(
             )
         ),
     ] = None,
+    vocoder: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "Take the vocoder from this model as it is, and learn to tell speakers apart from "
+                "these clips."
+            )
+        ),
+    ] = None,
     lips: Annotated[
         Optional[Path],
         typer.Option(
@@ -735,6 +744,7 @@ def _train(
         make_folder(out),
         data,
         init=init,
+        vocoder=vocoder,
         lips=lips,
         voices=voices,
         only=parts,

@@ -253,7 +253,7 @@ def _check_sizes(dataset, preset: Preset):
         need_mouth(clip.mouth, dataset.folder)
 
 # %% ../nbs/engine/16_runs.ipynb #cdb5fc2e
-def claim_run(run, preset: Preset, data, init, voices, adapt, seed, lips=None):
+def claim_run(run, preset: Preset, data, init, voices, adapt, seed, lips=None, vocoder=None):
     "As `claim`, by the arguments of `train_system`; data that cannot serve claim no folder."
     if data is not None:
         needs_words = preset.words and not adapt
@@ -267,6 +267,7 @@ def claim_run(run, preset: Preset, data, init, voices, adapt, seed, lips=None):
         voices=clips_identity(voices),
         adapt=adapt,
         lips=lips,
+        vocoder=vocoder and str(vocoder),
     )
 
 # %% ../nbs/engine/16_runs.ipynb #b2c760c8

@@ -1090,6 +1090,7 @@ def train_system(
     out,  # folder of the run
     data=None,  # prepared clips; None: `tiny` makes its world first
     init: str | None = None,  # a model whose speaker encoder and vocoder are kept
+    vocoder: str | None = None,  # a model whose vocoder is kept, and nothing else
     lips=None,  # file of a pre-trained lip encoder; see `load_lip_encoder`
     voices=None,  # more prepared clips, for the vocoder alone
     adapt: bool = False,  # go on from `init` altogether
@@ -1104,7 +1105,8 @@ def train_system(
     seed = whole_seed(seed)
     model, first = build_seeded(preset, init, adapt, seed, lips)
     reader = fingerprint(model.hierarchy.lips) if lips else None
-    on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed, reader))
+    on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed, reader, vocoder))
+    speaks = FacesToVoices.from_pretrained(vocoder, device="cpu") if vocoder else first
     writer = open_board(run) if board and make_accelerator().is_main_process else None
 
     def step(name, module, train, *args):
@@ -1127,7 +1129,7 @@ def train_system(
 
     def train_on_all(model):
         worlds = [clips, training_clips(voices)] if voices else [clips]
-        train_model_vocoder(model, worlds, preset, run, first, seed, workers)
+        train_model_vocoder(model, worlds, preset, run, speaks, seed, workers)
 
     step("vocoder", model.vocoder, train_on_all)
     return on_main(lambda: assemble(model, run, clips, command))
