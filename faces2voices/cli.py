@@ -1196,6 +1196,35 @@ def _study_synchroniser(
     found = synchroniser_study(data, reader, steps, clips, seed)
     _record_and_print(ctx, found, seed, [data], out=out)
 
+# %% ../nbs/20_cli.ipynb #5a256b93
+@study_app.command("strangers")
+def _study_strangers(
+    ctx: typer.Context,
+    data: GridDataArgument,
+    reader: Annotated[
+        Path, typer.Option(help="A reader of lips: what `pretrain` wrote.", show_default=False)
+    ],
+    run: Annotated[
+        Path, typer.Option("-o", "--run", help="Folder of the runs and of strangers.json.")
+    ] = Path("runs/strangers"),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 600,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs.")] = "0,1,2",
+    split: OneSplitOption = "unseen",
+):
+    """What voices that are moved in training do for people who were not in it (lesson 18).
+
+    Stopped, it goes on where it was when the same command is given again."""
+    from faces2voices.records import data_of, record
+    from faces2voices.studies import show_strangers, stranger_study
+
+    make_folder(run)
+    chosen = parse_seeds(seeds)
+    found = stranger_study(data, run, reader, steps, chosen, split)
+    command = command_line(ctx)
+    out = run / "strangers.json"
+    kept = record(found, command, chosen, data_of(data), out=out, overwrite=True)
+    console.print(show_strangers(kept), markup=False)
+
 # %% ../nbs/20_cli.ipynb #5aaa82f8
 @study_app.command("stages")
 def _study_stages(

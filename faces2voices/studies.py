@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'MU_MEASURES', 'CONTENT_MEASURES', 'CLIP_METRICS', 'PROBES', 'STAGE_GOALS', 'GIVEN_TRUTHS', 'SYNC_MEASURES',
-           'COPY_MEASURES', 'COPY_PAIRS', 'preset_for', 'loudness', 'evaluate_mu', 'evaluate_variant', 'SharedTargets',
-           'clips_with_targets', 'lip_features_and_units', 'evaluate_content', 'recorded_gain', 'masked_ce_study',
-           'plot_masked_ce', 'EnrolledTalkers', 'enroll_talkers', 'retrieval_scores', 'search_voices', 'link_study',
-           'unseen_entries', 'clip_scores', 'clip_metrics', 'ProbeClip', 'collect_probe_data', 'probe_targets',
-           'probe_stages', 'load_labelled_clip', 'train_phone_reader', 'stage_study', 'show_clip_metrics',
-           'plot_probes', 'error_given_truth', 'given_true_words', 'teacher_study', 'show_teacher', 'lip_read',
-           'slot_study', 'wrong_by_slot', 'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study',
-           'show_adaptation', 'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync', 'synchroniser_study',
-           'show_synchroniser', 'shift_study', 'copy_scores', 'copy_study', 'compare_copies']
+           'STRANGER_MEASURES', 'COPY_MEASURES', 'COPY_PAIRS', 'preset_for', 'loudness', 'evaluate_mu',
+           'evaluate_variant', 'SharedTargets', 'clips_with_targets', 'lip_features_and_units', 'evaluate_content',
+           'recorded_gain', 'masked_ce_study', 'plot_masked_ce', 'EnrolledTalkers', 'enroll_talkers',
+           'retrieval_scores', 'search_voices', 'link_study', 'unseen_entries', 'clip_scores', 'clip_metrics',
+           'ProbeClip', 'collect_probe_data', 'probe_targets', 'probe_stages', 'load_labelled_clip',
+           'train_phone_reader', 'stage_study', 'show_clip_metrics', 'plot_probes', 'error_given_truth',
+           'given_true_words', 'teacher_study', 'show_teacher', 'lip_read', 'slot_study', 'wrong_by_slot',
+           'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study', 'show_adaptation',
+           'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync', 'synchroniser_study', 'show_synchroniser',
+           'score_stranger', 'stranger_study', 'show_strangers', 'shift_study', 'copy_scores', 'copy_study',
+           'compare_copies']
 
 # %% ../nbs/engine/18_studies.ipynb #e1c6f648
 import time
@@ -37,7 +39,7 @@ from faces2voices.statistics import (
     paired_difference,
     ratio,
 )
-from .core import GRID, TINY, Preset, seed_everything, whole_seed
+from .core import EIGENLIPS, GRID, GRID_WORDS, TINY, Preset, seed_everything, whole_seed
 from .audio import MEL, griffin_lim
 
 # %% ../nbs/engine/18_studies.ipynb #7a1259ee
@@ -107,8 +109,9 @@ if not RESULTS.is_dir():
 def preset_for(clip: Clip) -> Preset:
     """The small preset that fits prepared clips.
 
-    For drawn faces without an identity vector, or for real ones with it."""
-    base = GRID if len(clip.identity) else TINY
+    For drawn faces without an identity vector, or for real ones with it. Whatever it needs is
+    learned from these clips: no lip encoder that was trained before."""
+    base = replace(EIGENLIPS, words=GRID_WORDS) if len(clip.identity) else TINY
     return replace(base, identity_dim=len(clip.identity), expression_dim=clip.expression.shape[1])
 
 # %% ../nbs/engine/18_studies.ipynb #4d409630
@@ -1045,7 +1048,7 @@ def score_out_of_step(
     return rows
 
 # %% ../nbs/engine/18_studies.ipynb #139632a1
-def _sync_model(preset: Preset, reader, seed: int) -> FacesToVoices:
+def _system_to_train(preset: Preset, reader, seed: int) -> FacesToVoices:
     "A system to train, with the reader of lips in its place where the preset takes one."
     seed_everything(seed)
     model = FacesToVoices(preset.to_json())
@@ -1056,7 +1059,7 @@ def _sync_model(preset: Preset, reader, seed: int) -> FacesToVoices:
 def _train_pairs(dataset, preset, reader, run: Path, steps: int, seed: int):
     "A hierarchy that learned from the clips of a data set, in eval mode."
     kind = "synchronised" if dataset.shifts else "plain"
-    hierarchy = _sync_model(preset, reader, seed).hierarchy
+    hierarchy = _system_to_train(preset, reader, seed).hierarchy
     name = f"{kind}-{seed}"
     fit_hierarchy(hierarchy, dataset, preset, steps, seed, name=name, run_dir=run)
     return hierarchy.cpu().eval()
@@ -1118,6 +1121,11 @@ def _clips_of_study(data, shared, known, split, most: int, moved: bool, out) -> 
         )
     chosen = set(names[:: -(-len(names) // most)])
     dataset = ClipDataset(data, names=chosen, synchronised=moved, cache=4e8)
+    return _with_targets_of(shared, dataset, out)
+
+
+def _with_targets_of(shared, dataset, out) -> ClipDataset:
+    "Other clips, with targets by the same units and the same speaker encoder."
     units = shared.train.targets["units"]
     stored = write_targets(dataset, units, shared.speaker_encoder, spare=out, progress=False)
     return stored.add(words=shared.preset.words)
@@ -1200,6 +1208,89 @@ def show_synchroniser(
     head = ["split", "speaker", "clips", "r", "sd by sound, ms", "sd by words", "sd of difference"]
     text = f"trained on {found['training']} clips, {found['steps']} steps" + _made_by(found)
     return markdown_table(head, [list(row.values()) for row in found["rows"]]) + f"\n\n{text}"
+
+# %% ../nbs/engine/18_studies.ipynb #d9220fb4
+STRANGER_MEASURES = {
+    "envelope match": "↑",
+    "envelope match, true voice": "↑",
+    "voice similarity": "↑",
+    "pitch error, cents": "↓",
+}
+
+
+@torch.no_grad()
+def score_stranger(
+    hierarchy,
+    clip: Clip,  # with its targets
+) -> dict:  # measure of STRANGER_MEASURES → number
+    "μ of one clip with the voice seen in the face and with the true one, and that voice's pitch."
+    b = collate([clip])
+    out = hierarchy(*hierarchy.inputs(b))
+    lips = hierarchy.lips(hierarchy.lip_input(b), b.mask)
+    hidden = hierarchy.film(hierarchy.add_content(lips, b.mask)[1], b.speaker)
+    _, hidden = hierarchy.add_prosody(hidden, b.speaker, b.expression, b.mask)
+    true_voice = hierarchy.to_mu(hidden, b.mask)
+    octaves = out.prosody.log_f0.median() - b.log_f0[b.voiced > 0.5].median()
+    values = (
+        envelope_match(out.mu[0], b.mel[0]),
+        envelope_match(true_voice[0], b.mel[0]),
+        out.speaker[0] @ b.speaker[0],
+        1200 / np.log(2) * octaves.abs(),
+    )
+    return {k: round(float(x), 5) for k, x in zip(STRANGER_MEASURES, values)}
+
+# %% ../nbs/engine/18_studies.ipynb #3a00b681
+def stranger_study(
+    data,  # folder of prepared clips with a mesh of the mouth and a split of strangers
+    out,  # folder of the runs
+    reader,  # file of a pre-trained reader, the lip encoder of all runs
+    steps: int = 600,
+    seeds: tuple = (0, 1, 2),
+    split: str = "unseen",  # of the strangers
+    noises: tuple = (0.0, GRID.speaker_noise),  # values of `speaker_noise`
+) -> dict:  # what JSON can hold
+    "Train with and without moved voices, the same recipe; judge on people who were not there."
+    out, seeds = Path(out), [whole_seed(s) for s in seeds]
+    shared = clips_with_targets(data, out, 0)
+    strangers = _with_targets_of(shared, _split_with_sound(data, split), out)
+    lips = dict(lip_encoder="landmarks", reader_dim=load_reader(reader).dim)
+    preset = replace(shared.preset, **lips, balance=GRID.balance)
+    run = out / "strangers"
+    run.mkdir(exist_ok=True)
+    claim(run, steps=steps, preset=preset.to_json(), reader=_weights_of(reader))
+    rows = []
+    for noise, seed in product(noises, seeds):
+        recipe = replace(preset, speaker_noise=noise)
+        hierarchy = _system_to_train(recipe, reader, seed).hierarchy
+        name = f"{noise}-{seed}"
+        fit_hierarchy(hierarchy, shared.train, recipe, steps, seed, name=name, run_dir=run)
+        scores = [score_stranger(hierarchy.cpu().eval(), clip) for clip in strangers]
+        measured = {k: [row[k] for row in scores] for k in STRANGER_MEASURES}
+        rows.append(dict(speaker_noise=noise, seed=seed, of_clips=measured))
+    counts = dict(training=len(shared.train), judged=len(strangers))
+    return dict(steps=steps, seeds=seeds, split=split, clips=counts, rows=rows)
+
+
+def show_strangers(
+    found: dict,  # from `stranger_study`
+) -> str:  # Markdown
+    "Both recipes; bold is a change whose interval over seeds and clips leaves out zero."
+    noises = sorted({row["speaker_noise"] for row in found["rows"]})
+    body = []
+    for k, arrow in STRANGER_MEASURES.items():
+        without, moved = (
+            np.array([r["of_clips"][k] for r in found["rows"] if r["speaker_noise"] == noise])
+            for noise in noises
+        )
+        change = crossed_interval(moved - without)
+        mark = "**" if change.low * change.high > 0 else ""
+        means = [f"{x.mean():.3f}" for x in (without, moved)]
+        body.append([f"{k} {arrow}", *means, f"{mark}{change:+.3f}{mark}"])
+    head = ["measure", "voices as they are", "moved voices", "change"]
+    clips = found["clips"]
+    text = f"{clips['training']} training clips, {found['steps']} steps, seeds {found['seeds']}, "
+    text += f"{clips['judged']} clips of the split {found['split']}"
+    return markdown_table(head, body) + f"\n\n{text}" + _made_by(found)
 
 # %% ../nbs/engine/18_studies.ipynb #0473a0f9
 def shift_study(

@@ -335,7 +335,7 @@ def test_a_model_sees_the_kind_of_motion_that_it_knows(
     monkeypatch, there, size, trained_with, expected
 ):
     from faces2voices import synthesis
-    from faces2voices.core import GRID
+    from faces2voices.core import EIGENLIPS
 
     class Named(synthesis.FaceBackend):
         def __init__(self, name, root=None):
@@ -346,5 +346,5 @@ def test_a_model_sees_the_kind_of_motion_that_it_knows(
 
     monkeypatch.setattr(synthesis, "make_backend", Named)
     monkeypatch.setattr(synthesis, "backends_at_hand", lambda root: there.split())
-    preset = replace(GRID, expression_dim=size, face_backend=trained_with)
+    preset = replace(EIGENLIPS, expression_dim=size, face_backend=trained_with)
     assert FacesToVoices(preset.to_json()).face_backend.name == expected
