@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from faces2voices import synchrony
 from faces2voices.audio import energy, vowel
-from faces2voices.core import GRID_WORDS, TINY, test_same
-from faces2voices.corpora import Clip, ClipDataset, move_sound, save_clip, with_targets
+from faces2voices.core import GRID_WORDS, TINY, seeded, test_same
+from faces2voices.corpora import Clip, ClipDataset, collate, move_sound, save_clip, with_targets
 from faces2voices.errors import CorpusError, F2VError
 from faces2voices.lipreading import LipReader
 from faces2voices.manifests import Entry, Word, read_manifest, write_manifest
@@ -378,14 +378,22 @@ def test_two_witnesses_of_an_offset_are_compared(folder, readers):
     assert "trained on 4 clips, 1 steps" in show_synchroniser(found)
 
 
-def test_the_study_compares_both_kinds_of_pairs(folder, tmp_path, monkeypatch):
+@pytest.fixture()
+def small(monkeypatch):
+    "Studies of tiny hierarchies."
     from faces2voices import studies
 
     sizes = dict(dim=16, n_blocks=1, lip_width=4, n_units=8, expression_dim=6, identity_dim=4)
     steps = TINY.steps | dict(speaker=1)
     batch = TINY.batch | dict(hierarchy=2, speaker=2)
-    small = replace(TINY, **sizes, words=GRID_WORDS, steps=steps, batch=batch)
-    monkeypatch.setattr(studies, "preset_for", lambda clip: small)
+    preset = replace(TINY, **sizes, words=GRID_WORDS, steps=steps, batch=batch)
+    monkeypatch.setattr(studies, "preset_for", lambda clip: preset)
+    return preset
+
+
+def test_the_study_compares_both_kinds_of_pairs(folder, small, tmp_path, monkeypatch):
+    from faces2voices import studies
+
     monkeypatch.setattr(studies, "grid_recogniser", lambda: lambda wav: "ah")
     monkeypatch.setattr(studies, "stoi", lambda a, b, extended: float((a * b).mean()))
     options = dict(steps=1, seeds=(0, 1), split="test", model="talkers")
@@ -404,3 +412,39 @@ def test_the_study_compares_both_kinds_of_pairs(folder, tmp_path, monkeypatch):
     plain, moved, change = studies.compare_pairs(found, "as it is", "mel error")
     assert change.estimate == pytest.approx(moved - plain)
     assert "synchronised pairs" in studies.show_sync(found)
+
+
+def test_a_stranger_is_judged_with_the_guessed_and_with_the_true_voice(small):
+    from faces2voices.hierarchy import Hierarchy
+    from faces2voices.studies import score_stranger
+
+    clip = with_targets(made_clip("c0"))._replace(units=torch.zeros(40).long())
+    clip = clip._replace(voice=torch.eye(256)[0])
+    hierarchy = seeded(0, lambda: Hierarchy(small)).eval()
+    torch.nn.init.normal_(hierarchy.film.to_film.weight)
+    batch = collate([clip])
+    seen = hierarchy(*hierarchy.inputs(batch)).speaker[0]
+    right = score_stranger(hierarchy, clip._replace(voice=seen.detach()))
+    assert right["voice similarity"] == pytest.approx(1)
+    assert right["envelope match"] == right["envelope match, true voice"]
+    wrong = score_stranger(hierarchy, clip._replace(voice=-seen.detach()))
+    assert wrong["voice similarity"] == pytest.approx(-1)
+    assert wrong["envelope match"] == right["envelope match"]
+    assert wrong["envelope match, true voice"] != right["envelope match, true voice"]
+
+
+def test_the_study_of_strangers_trains_with_and_without_moved_voices(
+    folder, readers, small, tmp_path
+):
+    from faces2voices import studies
+
+    run = tmp_path / "run"
+    options = dict(reader=readers[0], steps=1, seeds=(0, 1), split="test")
+    found = studies.stranger_study(folder, run, **options)
+    kinds = [(row["speaker_noise"], row["seed"]) for row in found["rows"]]
+    assert kinds == [(0.0, 0), (0.0, 1), (0.5, 0), (0.5, 1)]
+    assert found["clips"] == dict(training=4, judged=3)
+    first, other = found["rows"][0]["of_clips"], found["rows"][2]["of_clips"]
+    assert all(len(values) == 3 for values in first.values()) and first != other
+    assert studies.stranger_study(folder, run, **options) == found  # goes on at its end
+    assert "moved voices" in studies.show_strangers(found)
