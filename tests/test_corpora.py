@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -49,6 +49,7 @@ from faces2voices.manifests import (
 )
 from faces2voices.corpora import (
     BucketSampler,
+    person_chances,
     Clip,
     ClipDataset,
     _spliced,
@@ -1414,6 +1415,18 @@ def test_buckets_cover_everything_and_pad_little():
         < 0.5
         < padded(np.random.default_rng(1).permutation(960).reshape(-1, 16))
     )
+
+
+def test_people_are_drawn_as_evenly_as_their_balance_says():
+    people = ["ann"] * 90 + ["bob"] * 9 + ["cat"]
+    half = np.sqrt([90, 9, 1])
+    expected = {0.0: [0.9, 0.09, 0.01], 0.5: half / half.sum(), 1.0: [1 / 3] * 3}
+    for balance, shares in expected.items():
+        sampler = BucketSampler([20] * 100, 10, 0, person_chances(people, balance))
+        drawn = np.concatenate([np.ravel(sampler.plan(epoch)) for epoch in range(100)])
+        counts = Counter(people[i] for i in drawn)
+        found = [counts[name] / len(drawn) for name in ("ann", "bob", "cat")]
+        np.testing.assert_allclose(found, shares, atol=0.02)  # 10 000 draws: 4 σ
 
 
 def test_the_sampler_drives_a_dataloader():
