@@ -634,7 +634,8 @@ def _pretrain(
     given = prepared[0] if prepared else "PREPARED"
     console.print(
         f"reader in {_plain(reader)}; {found if len(wrong) else ''}next: "
-        f"[bold]faces2voices train {_plain(given)} --preset grid --lips {_plain(reader)}[/]"
+        f"[bold]faces2voices train {_plain(given)} --preset grid --vocoder talkers "
+        f"--lips {_plain(reader)}[/]"
     )
 
 # %% ../nbs/20_cli.ipynb #d0689706
