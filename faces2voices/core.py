@@ -178,6 +178,8 @@ class HierarchyConfig:
     prior_weight: float = 1.0  # of the distance from μ to the mel, among the losses
     envelope_weight: float = 0.0  # of the loss that asks μ to rise and fall as speech does
     dropout: float = 0.1
+    # share of training clips of which μ hears units and words alone
+    content_dropout: float = 0.0
     speaker_dim: int = 256
     speaker_noise: float = 0.0  # how far FiLM's speakers are moved in training, see `vary_speaker`
 
@@ -282,6 +284,7 @@ _RANGES = dict(  # name → smallest and largest value; whole numbers where both
     condition_drop=(0.0, 1.0),
     label_smoothing=(0.0, 0.99),
     dropout=(0.0, 0.99),
+    content_dropout=(0.0, 1.0),
     speaker_noise=(0.0, 1.0),
     sigma_min=(0.0, 0.99),
 )
@@ -381,6 +384,7 @@ GRID = replace(
     prior_weight=10.0,
     envelope_weight=5.0,
     dropout=0.2,
+    content_dropout=0.5,
     speaker_noise=0.5,
     balance=0.5,
     steps=TINY.steps | dict(hierarchy=1000),
@@ -395,6 +399,7 @@ EIGENLIPS = replace(
     lip_encoder="eigenlips",
     lip_memory=TINY.lip_memory,
     words=(),
+    content_dropout=0.0,
     speaker_noise=0.0,
     balance=0.0,
     steps=TINY.steps | dict(hierarchy=1200),

@@ -242,8 +242,14 @@ def from_content(
     self: Hierarchy,
     content,  # Content
 ):  # (B, 2T, dim)
-    "The content features, plus linear maps of the softmax over units and, if there is one, words."
-    hidden = content.hidden + self.from_units(content.logits.softmax(-1))
+    """The content features, plus linear maps of the softmax over units and, if there is one, words.
+
+    In training, some clips go without the features: what is said must be in the rest too."""
+    hidden = content.hidden
+    if self.training and self.preset.content_dropout:
+        draw = torch.rand(len(hidden), 1, 1, device=hidden.device)
+        hidden = hidden * (draw >= self.preset.content_dropout)
+    hidden = hidden + self.from_units(content.logits.softmax(-1))
     if content.word_logits is None:
         return hidden
     return hidden + self.from_words(content.word_logits.softmax(-1))
