@@ -229,6 +229,19 @@ def test_speaker_coin():
     assert model._fed_speaker(said, None).max() == 0
 
 
+def test_without_their_features_clips_are_left_with_units_and_words():
+    preset = replace(SMALL, words=("ah", "oh"), content_dropout=0.5)
+    model, batch = Hierarchy(preset), toy_batch(preset, 400, 4)
+    content = model.content(model.lips(batch.lips, batch.mask), batch.mask)
+    rest = model.from_units(content.logits.softmax(-1))
+    rest = rest + model.from_words(content.word_logits.softmax(-1))
+    same(model.eval().from_content(content), content.hidden + rest, atol=1e-5)
+    heard = model.train().from_content(content) - rest
+    without = heard.abs().amax((1, 2)) < 1e-5
+    assert 0.4 < without.float().mean() < 0.6
+    same(heard[~without], content.hidden[~without], atol=1e-5)
+
+
 def test_speaker_noise_reaches_film_in_training_and_nothing_else(monkeypatch):
     model = Hierarchy(replace(SMALL, speaker_noise=0.5))
     heard = {}
