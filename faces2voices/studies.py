@@ -1270,7 +1270,7 @@ def stranger_study(
     counts = dict(training=len(shared.train), judged=len(strangers))
     return dict(steps=steps, seeds=seeds, split=split, clips=counts, rows=rows)
 
-
+# %% ../nbs/engine/18_studies.ipynb #d282d9fa
 def show_strangers(
     found: dict,  # from `stranger_study`
 ) -> str:  # Markdown
