@@ -13,21 +13,24 @@ import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
-from faces2voices.errors import CorpusError, F2VError, check
+from faces2voices.errors import CorpusError, F2VError, ToolMissingError, check
 from faces2voices.core import NOTATION
 from faces2voices import course
+from faces2voices.grading import Grading
+from faces2voices.notebooks import read_notebook, source
+from faces2voices.sandbox import Sandbox, choose_sandbox
+from faces2voices.submissions import answers_in
 from faces2voices.course import (
     ERRORS,
     exercises,
     grade,
+    is_hidden,
     is_solution,
     leaks,
     lessons,
     collect_errors,
-    read_notebook,
     read_table,
     rooms_markdown,
-    source,
     write_student_edition,
     strings_in,
     write_teacher_edition,
@@ -151,7 +154,7 @@ def test_no_solution_is_anywhere_in_the_student_edition(handout):
 def test_the_student_edition_keeps_all_else(handout):
     for name, nb in ALL.items():
         new = read_notebook(handout / "nbs" / f"{name}.ipynb")["cells"]
-        places = [i for i, c in enumerate(nb["cells"]) if not is_solution(c)]
+        places = [i for i, c in enumerate(nb["cells"]) if not is_solution(c) and not is_hidden(c)]
         old = [nb["cells"][i] for i in places]
         todo = exercises(nb["cells"])
         stubs = {e.stub for e in todo}
@@ -260,7 +263,7 @@ def test_solutions_pass_and_stubs_do_not(handout, tmp_path):
                 for e in exercises(cells)
             },
         )
-    marks = grade(tmp_path / "in", tmp_path / "marks.csv", NBS)
+    marks = grade(tmp_path / "in", tmp_path / "marks.csv", NBS).marks
     wanted = {}
     for student, name in product(("solver", "idle", "stub"), CHEAP):
         for e in exercises(LESSONS[name]):
@@ -279,10 +282,11 @@ TOY = dict(
     cells=[
         dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=s)
         for s in (
-            "from pathlib import Path\nfrom faces2voices.errors import check\nbase = 2",
+            "import torch\nfrom faces2voices.errors import check\nbase = 2",
             "#| eval: false\ndef double(x): return 0",
             '#| code-summary: "Solution"\ndef double(x): return base*x',
             "check(double(21), 42, 'add it to itself')",
+            '#| code-summary: "Hidden cases"\nx = torch.rand(3)\ncheck(double(x), x + x)',
             "#| eval: false\ndef treble(x): return 0",
             '#| code-summary: "Solution"\ndef treble(x): return double(x) + x',
             "check(treble(5), 15)",
@@ -291,84 +295,162 @@ TOY = dict(
 )
 
 
-def test_no_submission_harms_another(tmp_path):
-    mark = tmp_path / "outside.txt"
-    hostile = dict(
-        right="def double(x): return base*x",
-        wrong="def double(x): return x**2",
-        loop="while True: pass",
-        exits="import os; os._exit(0)",
-        crash="import ctypes\nctypes.string_at(0)",
-        outside=f"open({str(mark)!r}, 'w').write('x')\ndef double(x): return 2*x",
-        inside=(
-            "open('notes.txt', 'w').write('x')\n"
-            "def double(x): return 2*len(open('notes.txt').read())*x"
-        ),
-        loud="for _ in range(1000): print('x'*10**6)\ndef double(x): return 2*x",
-        greedy="double = bytearray(10**12)",
-        forks="import os; os.fork()",
-        shell=f"import os; os.system('touch {mark}')",
-        killer="import os; os.kill(os.getppid(), 9)",
-        closes="import os; os.closerange(3, 99)\nwhile True: pass",
-        judge="def check(*a): return 'right'\ndef double(x): return 5",
-        removes=f"import shutil; shutil.rmtree({str(tmp_path)!r})",
-        syntax="def double(x) return",
-        renamed="def Double(x): return 2*x",
-        empty="",
-        recursion="def double(x): return double(x)",
-        big="open('big', 'wb').write(bytes(2*10**8))",
-        leaves="raise SystemExit",
-    )
+# what students may write: tiny, and each bad in its own way
+FORGED = dict(
+    judge="def check(*a): return 'right'\ndef double(x): return 5",
+    code="check.__code__ = (lambda *a, **k: 'right').__code__\ndef double(x): return 5",
+    subclass="class Any(float):\n    __eq__ = lambda s, o: True\n"
+    "    __abs__ = __sub__ = __rsub__ = lambda *a: 0.0\ndef double(x): return Any(5)",
+    frames="import sys\ndef double(x):\n    f, seen = sys._getframe(), []\n    while f:\n"
+    "        seen += [v for v in f.f_locals.values() if 'base' + '*x' in repr(v)]\n"
+    "        f = f.f_back\n    return 2*x if seen else 5",
+    objects="import gc\ndef double(x):\n    held = [o for o in gc.get_objects() if hasattr(o, "
+    "'solution') or isinstance(o, dict) and 'solution' in o]\n    return 2*x if held else 5",
+    disk="import json\ndef double(x):\n    open('01_toy.ipynb')\n    return 2*x",
+    folder=f"import io\ndef double(x):\n    io.open({str(NBS / '00_core.ipynb')!r})\n    return 2*x",
+    descriptors="import os\nfor fd in range(256):\n    try:\n"
+    "        os.write(fd, b'\\0\\0\\0\\2\"\"' * 9)\n    except OSError: pass\n"
+    "def double(x): return 5",
+    sender="from multiprocessing.connection import Connection\nsend = Connection.send_bytes\n"
+    "Connection.send_bytes = lambda self, b: send(self, b'\"\"')\ndef double(x): return 5",
+    by_name="from multiprocessing.connection import Connection\nsend = Connection.send_bytes\n"
+    "def double(x):\n    Connection.send_bytes = lambda self, b: send(self, "
+    "b'[\"value\", {\"shared\": \"expected\"}]')\n    return 5",
+    pickled="import numpy as np\ndouble = lambda x: np.array([print], object)",
+    constant="double = lambda x: 42",
+    rows="open('marks.csv', 'a').write('rows,01_toy,double,True,,0')\ndouble = lambda x: 5",
+    atexit="import atexit\natexit.register(lambda: None)\ndouble = lambda x: 5",
+)
+HARMFUL = dict(
+    loop="while True: pass",
+    sleeps="import time; time.sleep(99)",
+    exits="import os; os._exit(0)",
+    aborts="import os; os.abort()",
+    crash="import ctypes\nctypes.string_at(0)",
+    greedy="double = bytearray(10**12)",
+    forks="import os; os.fork()",
+    shell="import os; os.system('touch OUTSIDE')",
+    killer="import os; os.kill(os.getppid(), 9)",
+    library="import ctypes, os\nctypes.CDLL(None).kill(os.getppid(), 9)",
+    past_python="import cffi, os\nf = cffi.FFI()\nf.cdef('int kill(int, int);')\n"
+    "f.dlopen(None).kill(os.getppid(), 9)",
+    daemon="import cffi, os, time\nf = cffi.FFI()\nf.cdef('int fork(void); int setsid(void);')\n"
+    "c = f.dlopen(None)\nif c.fork() == 0:\n    c.setsid()\n    time.sleep(60)\n"
+    "raise ValueError('left one')",
+    group="import os; os.killpg(0, 9)",
+    closes="import os; os.closerange(3, 99)\nwhile True: pass",
+    outside="open('OUTSIDE', 'w').write('x')\ndef double(x): return 2*x",
+    removes="import shutil; shutil.rmtree('TMP')",
+    memory_of="import os\nopen(f'/proc/{os.getppid()}/mem', 'r+b')",
+    syntax="def double(x) return",
+    renamed="def Double(x): return 2*x",
+    empty="",
+    recursion="def double(x): return double(x)",
+    big="open('big', 'wb').write(bytes(2*10**8))",
+    huge="import numpy as np\ndouble = lambda x: np.zeros(10**7)",
+    leaves="raise SystemExit",
+    mute="class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute",
+    wrong="def double(x): return x**2",
+)
+GOOD = dict(
+    right="def double(x): return base*x",
+    inside="open('notes.txt', 'w').write('x')\n"
+    "def double(x): return 2*len(open('notes.txt').read())*x",
+    redefines="base = 3\ncheck = None\nimport torch\ndef double(x): return torch.add(x, x)",
+)
+SAYS = dict(
+    judge="largest difference is 37",
+    code="largest difference is 37",
+    subclass="largest difference is 37",
+    disk="notebooks may not be read",
+    folder="notebooks may not be read",
+    pickled="ValueError",
+    by_name="what is no value",
+    constant="hidden case",
+    loop="stopped after 2 seconds",
+    exits="exit 0",
+    aborts="SIGABRT",
+    crash="SIGSEGV",
+    greedy="MemoryError",
+    forks="os.fork is not allowed",
+    shell="os.system is not allowed",
+    killer="os.kill is not allowed",
+    library="ctypes.dlsym is not allowed",
+    past_python="ended the lesson's process",
+    daemon="left one",
+    outside="working folder alone",
+    removes="PermissionError",
+    syntax="SyntaxError",
+    renamed="does not define `double`",
+    empty="does not define",
+    recursion="RecursionError",
+    big="OSError",
+    huge="too large to hand over",
+    leaves="SystemExit",
+    wrong="largest difference is 399. Hint: add it",
+    broken="cannot be read",
+    absent="not handed in",
+)
+
+
+@pytest.fixture(scope="module", params=["none", "bwrap"])
+def hostile(request, tmp_path_factory):
+    "A class of which most are up to something, graded once."
+    try:
+        sandbox = choose_sandbox(Sandbox(request.param))
+    except ToolMissingError as e:
+        pytest.skip(str(e))
+    tmp_path = tmp_path_factory.mktemp("hostile")
     nb = dict(TOY, cells=course.student_cells(TOY["cells"]))
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs" / "01_toy.ipynb").write_text(json.dumps(TOY))
-    for who, code in hostile.items():
-        hand_in(
-            nb,
-            tmp_path / "in" / who,
-            "01_toy",
-            {"double": code, "treble": "def treble(x): return 3*x"},
-        )
-    (tmp_path / "in" / "broken").mkdir()
-    (tmp_path / "in" / "broken" / "01_toy.ipynb").write_text('{"cells": [{"cell_type": "code"')
-    (tmp_path / "in" / "absent").mkdir()
-    (tmp_path / "in" / "absent" / "02_other.ipynb").write_text("{}")
-    folders = [tmp_path / name for name in ("in", "marks.csv", "nbs")]
-    given = grade(*folders, seconds=3, memory=2)
-    marks = {(m.student, m.exercise): m for m in given}
-    passed = {
-        who for who, exercise in marks if exercise == "double" and marks[who, exercise].passed
-    }
-    assert passed - {"loud"} == {"right", "inside"}  # a gigabyte may take too long
-    failed = {who for who in hostile if not marks[who, "treble"].passed}
+    places = {"OUTSIDE": str(tmp_path / "outside.txt"), "TMP": str(tmp_path)}
+    for who, code in (FORGED | HARMFUL | GOOD).items():
+        for word, place in places.items():
+            code = code.replace(word, place)
+        answers = {"double": code, "treble": "def treble(x): return 3*x"}
+        hand_in(nb, tmp_path / "in" / who, "01_toy", answers)
+    for who, name, text in (
+        ("broken", "01_toy", '{"cells": [{"cell_type": "code"'),
+        ("absent", "02_other", "{}"),
+    ):
+        (tmp_path / "in" / who).mkdir()
+        (tmp_path / "in" / who / f"{name}.ipynb").write_text(text)
+    before = {p for p in (tmp_path / "in").rglob("*")}
+    how = Grading(seconds=2, memory=2, sandbox=sandbox, seed=1)
+    graded = grade(tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs", how)
+    assert {p for p in (tmp_path / "in").rglob("*")} == before
+    return tmp_path, graded, {(m.student, m.exercise): m for m in graded.marks}
+
+
+def test_no_submission_gains_a_mark(hostile):
+    _, _, marks = hostile
+    assert len(FORGED | HARMFUL) >= 30
+    passed = {who for who, e in marks if e == "double" and marks[who, e].passed}
+    assert passed == set(GOOD), {who: marks[who, "double"].message for who in passed ^ set(GOOD)}
+
+
+def test_no_submission_harms_another(hostile):
+    tmp_path, graded, marks = hostile
+    failed = {who for who in FORGED | HARMFUL | GOOD if not marks[who, "treble"].passed}
     assert not failed, "the second exercise of a bad submission is judged by itself"
-    says = dict(
-        wrong="largest difference is 399. Hint: add it",
-        loop="stopped after 3 seconds",
-        exits="exit 0",
-        crash="SIGSEGV",
-        outside="working folder alone",
-        greedy="MemoryError",
-        forks="os.fork is not allowed",
-        shell="os.system is not allowed",
-        killer="os.kill is not allowed",
-        judge="largest difference is 37",
-        removes="PermissionError",
-        syntax="SyntaxError",
-        renamed="does not define `double`",
-        empty="does not define",
-        recursion="RecursionError",
-        big="OSError",
-        leaves="SystemExit",
-        broken="cannot be read",
-    )
-    for who, text in says.items():
-        assert text in marks[who, "double"].message, marks[who, "double"]
-    assert not mark.exists() and len(list((tmp_path / "in").iterdir())) == len(hostile) + 2
+    assert not (tmp_path / "outside.txt").exists()
     rows = list(csv.DictReader((tmp_path / "marks.csv").open()))
-    assert len(rows) == 2 * (len(hostile) + 1) and {r["passed"] for r in rows} == {"True", "False"}
+    everybody = {*FORGED, *HARMFUL, *GOOD, "broken", "absent"}
+    assert sorted((r["student"], r["exercise"]) for r in rows) == sorted(
+        product(everybody, ["double", "treble"])
+    )
+    assert {r["passed"] for r in rows} == {"True", "False"}
+    assert [str(path) for path in graded.handed.unmatched] == ["absent/02_other.ipynb"]
     with pytest.raises(F2VError, match="already exists"):
         grade(tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs")
+
+
+def test_each_submission_is_told_a_word(hostile):
+    _, _, marks = hostile
+    for who, text in SAYS.items():
+        assert text in marks[who, "double"].message, marks[who, "double"]
+    assert all(m.passed or m.message for m in marks.values())
 
 
 def test_a_fault_of_the_lesson_is_nobodys_fault(tmp_path):
@@ -382,7 +464,7 @@ def test_a_fault_of_the_lesson_is_nobodys_fault(tmp_path):
         "01_toy",
         {"double": "def double(x): return 2*x"},
     )
-    marks = grade(tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs")
+    marks = grade(tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs").marks
     assert [(m.passed, "the lesson" in m.message) for m in marks] == [(None, True), (None, True)]
 
 
@@ -390,7 +472,8 @@ def test_a_mark_that_an_editor_dropped_is_no_loss(tmp_path):
     nb = dict(TOY, cells=[c | dict(metadata={}) for c in course.student_cells(TOY["cells"])])
     nb["cells"][1]["source"] = ["def double(x):\n", "    return 2*x"]
     (tmp_path / "a.ipynb").write_text(json.dumps(nb))
-    assert course.answers_of(tmp_path / "a.ipynb")["double"] == "def double(x):\n    return 2*x"
+    answers = answers_in(read_notebook(tmp_path / "a.ipynb"), [], {"double": ["double"]})
+    assert answers == {"double": ["def double(x):\n    return 2*x"]}
 
 
 # tables and pages
