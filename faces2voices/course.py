@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['course_app', 'LessonsOption', 'NewFolderArgument', 'ERRORS', 'DEFAULT_CURES', 'Exercise', 'is_solution', 'is_stub',
-           'is_hidden', 'exercises', 'lessons', 'student_cells', 'strings_in', 'leaks', 'read_table', 'teacher_notes',
-           'teacher_cells', 'atomic_folder', 'write_edition', 'write_student_edition', 'write_teacher_edition',
-           'lesson_steps', 'Graded', 'grade', 'ErrorEntry', 'collect_errors', 'errors_markdown', 'exercises_markdown',
-           'rooms_markdown', 'anchor', 'traceability_markdown']
+           'is_hidden', 'exercises', 'lessons', 'nbgrader_mark', 'student_cells', 'strings_in', 'leaks', 'read_table',
+           'teacher_notes', 'teacher_cells', 'worth_of', 'atomic_folder', 'write_edition', 'student_readme',
+           'write_student_edition', 'notes_by_lesson', 'write_teacher_edition', 'lesson_steps', 'Graded', 'grade',
+           'give_back', 'ErrorEntry', 'collect_errors', 'errors_markdown', 'exercises_markdown', 'rooms_markdown',
+           'anchor', 'traceability_markdown']
 
 # %% ../nbs/19_course.ipynb #f5fc5172
 import ast
@@ -29,6 +30,8 @@ from typing import Annotated, NamedTuple, Optional
 import typer
 from .errors import CheckpointError, CorpusError, F2VError, MediaError
 from .errors import NoFaceError, ToolMissingError, atomic_path
+from .gradebook import Row, score_levels, score_marks, write_canvas, write_feedback
+from .gradebook import write_items, write_moodle, write_totals
 from .grading import Grading, Mark, Task, grade_lesson
 from .notebooks import names_defined, names_used, read_notebook, source
 from .sandbox import Sandbox, choose_sandbox
@@ -107,12 +110,30 @@ def _without_output(cell) -> dict:
         return cell
     return cell | dict(outputs=[], execution_count=None)
 
+# %% ../nbs/19_course.ipynb #8675ed65
+def nbgrader_mark(
+    name: str,  # of the exercise
+    points: float = 0.0,  # of a check; none: the cell is the student's
+) -> dict:
+    "The metadata by which nbgrader knows a cell."
+    return dict(
+        schema_version=3,
+        grade_id=f"{name}-check" if points else name,
+        grade=bool(points),
+        solution=not points,
+        locked=bool(points),
+        task=False,
+        **(dict(points=points) if points else {}),
+    )
+
 # %% ../nbs/19_course.ipynb #4a41e352
 def student_cells(
     cells: list,  # of a lesson
+    worth: dict = {},  # exercise → points; 1 where it is not named
 ) -> list:
     "The cells without solutions, and without outputs in which one could be read."
     todo = {e.stub: e.name for e in exercises(cells)}
+    checks = {e.check: e.name for e in exercises(cells)}
     kept = []
     secret = set()  # names that solutions define
     for i, cell in enumerate(cells):
@@ -122,8 +143,11 @@ def student_cells(
             continue
         elif i in todo:
             lines = without_directives(source(cell)).splitlines(True)
-            mark = dict(tags=["exercise"], exercise=todo[i])
+            mark = dict(tags=["exercise"], exercise=todo[i], nbgrader=nbgrader_mark(todo[i]))
             kept.append(_without_output(cell) | dict(source=lines, metadata=mark))
+        elif i in checks:
+            mark = nbgrader_mark(checks[i], worth.get(checks[i], 1.0))
+            kept.append(_without_output(cell) | dict(metadata=dict(nbgrader=mark)))
         elif secret & names_used(source(cell)):
             kept.append(_without_output(cell))
         else:
@@ -165,16 +189,47 @@ def teacher_notes(nbs) -> dict:
 # %% ../nbs/19_course.ipynb #6902c9c7
 def teacher_cells(
     cells: list,  # of a lesson
-    notes: dict,  # exercise → minutes, mistake
+    notes: dict,  # exercise → minutes, mistake, points
 ) -> list:
-    "The cells as they are, and after each check a note for the teacher."
-    names = {e.check: e.name for e in exercises(cells)}
+    "The cells with solutions and hidden cases as nbgrader wants them, and notes for the teacher."
     kept = []
-    for i, cell in enumerate(cells):
-        kept.append(cell)
-        if names.get(i) in notes:
-            kept.append(_note_cell(i, notes[names[i]]))
-    return kept
+    done = 0
+    for e in exercises(cells):
+        note = notes.get(e.name, {})
+        kept += cells[done : e.stub] + [_solution_cell(cells, e)]
+        kept += cells[e.solution + 1 : e.check] + [_check_cell(cells, e, worth_of(note))]
+        if note:
+            kept.append(_note_cell(e.check, note))
+        done = max((e.check, *e.hidden)) + 1
+    return kept + cells[done:]
+
+
+def worth_of(note: dict) -> float:
+    "The points of an exercise; 1 where its note does not say."
+    return float(note.get("points") or 1)
+
+
+def _between(kind: str, code: str) -> str:
+    "Code between the marks by which nbgrader finds what to take out."
+    return f"\n### BEGIN {kind}\n{code.strip()}\n### END {kind}\n"
+
+
+def _solution_cell(cells: list, e: Exercise) -> dict:
+    "The stub, and the solution in its place."
+    stub, solution = (without_directives(source(cells[i])).rstrip() for i in (e.stub, e.solution))
+    code = f"{stub}\n{_between('SOLUTION', solution)}"
+    mark = dict(tags=["exercise"], exercise=e.name, nbgrader=nbgrader_mark(e.name))
+    return cells[e.solution] | dict(source=code.splitlines(True), metadata=mark)
+
+
+def _check_cell(cells: list, e: Exercise, points: float) -> dict:
+    "The check, and the hidden cases behind it."
+    hidden = [without_directives(source(cells[i])) for i in e.hidden]
+    code = source(cells[e.check]).rstrip() + "\n"
+    if hidden:
+        code += _between("HIDDEN TESTS", "\n".join(hidden))
+    mark = dict(nbgrader=nbgrader_mark(e.name, points))
+    return cells[e.check] | dict(source=code.splitlines(True), metadata=mark)
 
 
 def _note_cell(i: int, note: dict) -> dict:
@@ -216,17 +271,22 @@ def write_edition(
     nbs,  # folder of the lessons
     out,  # a new folder
     change,  # (name of a notebook, its cells) → cells
+    readme: str = "",
 ) -> list[str]:
-    """Write all notebooks, changed, with the pictures and clips that they use.
+    """Write all notebooks, changed, with the pictures, clips and versions that they use.
 
     Gives the names of the notebooks."""
     found = lessons(nbs)
     with atomic_folder(out) as tmp:
         shutil.copytree(nbs, tmp / "nbs", ignore=shutil.ignore_patterns(*_NOT_COPIED))
         _copy_rooms(Path(nbs) / "engine", tmp / "nbs" / "engine")
-        clips = Path(nbs).resolve().parent / "data_samples"
-        if clips.is_dir():
-            shutil.copytree(clips, tmp / "data_samples")
+        root = Path(nbs).resolve().parent
+        if (root / "data_samples").is_dir():
+            shutil.copytree(root / "data_samples", tmp / "data_samples")
+        if (root / "constraints.txt").exists():
+            shutil.copy(root / "constraints.txt", tmp)
+        if readme:
+            (tmp / "README.md").write_text(readme, encoding="utf-8")
         for name, nb in found.items():
             told = nb.get("metadata", {})
             kept = {k: told[k] for k in ("kernelspec", "language_info") if k in told}
@@ -243,23 +303,79 @@ def _copy_rooms(rooms: Path, out: Path):
     if rooms.is_dir():
         shutil.copytree(rooms, out, ignore=ignore, dirs_exist_ok=True)
 
+# %% ../nbs/19_course.ipynb #c10e8a63
+_README = """# Faces to voices: for students
+
+You need Python 3.10 to 3.13, 5 GB of disk for the packages, and no GPU. In this folder:
+
+    python -m venv venv
+    source venv/bin/activate      (Windows: venv\\\\Scripts\\\\activate)
+    pip install -c constraints.txt {package} jupyterlab
+    jupyter lab nbs/index.ipynb
+
+The download takes some minutes. Without an installation: a lesson's first cell installs what it
+needs in Google Colab; upload the lesson there.
+
+| lesson | exercises | minutes for them |
+|---|---|---|
+{table}
+
+## How to hand in
+
+Write into the cells marked as exercises. Helpers may stand in cells of your own. Run the check
+below each exercise: it says where you are wrong. It is not the whole examination: when you are
+marked, your answer is also tried on inputs that you do not see.
+
+Save, and hand in the notebook (`nbs/NAME.ipynb`), or a zip of several. You may rename it, but do
+not copy cells into a new notebook: it is recognised by what is stored in it. You may hand in
+again; for each exercise the best answer counts. Only your answers are run, not the rest of the
+notebook. An answer may take a minute, write files into its working folder alone, and neither
+start programs nor use the network.
+"""
+_PACKAGE = '"faces2voices[talkers,metrics] @ git+https://github.com/faces2voices/faces2voices"'
+
+
+def student_readme(
+    nbs,  # folder of the lessons
+) -> str:
+    "What a student has to know: how to install, what to do, how to hand in."
+    notes = notes_by_lesson(nbs)
+    rows = []
+    for name, nb in lessons(nbs).items():
+        if names := [e.name for e in exercises(nb["cells"])]:
+            minutes = sum(int(notes[name].get(e, {}).get("minutes", 0)) for e in names)
+            rows.append(f"| {name} | {len(names)} | {minutes} |")
+    return _README.format(package=_PACKAGE, table="\n".join(rows))
+
 # %% ../nbs/19_course.ipynb #2650c541
 def write_student_edition(
     nbs,  # folder of the lessons
     out,  # a new folder
 ) -> list[str]:
     "Write the edition for students: stubs, checks, and no solution anywhere in the files."
-    return write_edition(nbs, out, lambda name, cells: student_cells(cells))
+    notes = notes_by_lesson(nbs)
+
+    def change(name, cells):
+        return student_cells(cells, {e: worth_of(note) for e, note in notes[name].items()})
+
+    return write_edition(nbs, out, change, student_readme(nbs))
+
+
+def notes_by_lesson(nbs) -> dict:  # lesson → {exercise: row}
+    "The rows of teacher_notes.csv, where there is one."
+    notes = defaultdict(dict)
+    if (Path(nbs) / "teacher_notes.csv").exists():
+        for (lesson, exercise), row in teacher_notes(nbs).items():
+            notes[lesson][exercise] = row
+    return notes
 
 # %% ../nbs/19_course.ipynb #2008c15e
 def write_teacher_edition(
     nbs,  # folder of the lessons
     out,  # a new folder
 ) -> list[str]:
-    "Write the edition for teachers: solutions, times and common mistakes."
-    notes = defaultdict(dict)
-    for (lesson, exercise), row in teacher_notes(nbs).items():
-        notes[lesson][exercise] = row
+    "Write the edition for teachers: solutions, hidden cases, times and common mistakes."
+    notes = notes_by_lesson(nbs)
     return write_edition(nbs, out, lambda name, cells: teacher_cells(cells, notes[name]))
 
 # %% ../nbs/19_course.ipynb #f636f2e1
@@ -392,6 +508,39 @@ def _write_marks(marks: list, numbers: dict, path):
             row = m._replace(passed=passed, seconds=f"{m.seconds:.2f}")
             table.writerow((*row, numbers[m.student]))
 
+# %% ../nbs/19_course.ipynb #e12c8af0
+def give_back(
+    marks_csv,  # as `grade` writes it
+    out,  # a new folder
+    nbs="nbs",  # folder of the lessons, with teacher_notes.csv and rubric.csv
+    levels_csv=None,  # student, part, level: what a person has judged
+) -> list[Row]:
+    "Write feedback for students, tables for gradebooks, and a table of how each exercise went."
+    notes = {key: worth_of(note) for key, note in teacher_notes(nbs).items()}
+    marks = _columns(marks_csv, {*Mark._fields, "number"})
+    rows = score_marks(marks, notes)
+    if levels_csv:
+        levels = _columns(levels_csv, {"student", "part", "level"})
+        numbers = {mark["student"]: mark["number"] for mark in marks}
+        rubric = read_table(Path(nbs) / "rubric.csv")
+        rows += score_levels(levels, rubric, numbers, levels_csv)
+    with atomic_folder(out) as tmp:
+        write_feedback(rows, tmp / "feedback")
+        write_totals(rows, tmp / "totals.csv")
+        write_canvas(rows, tmp / "canvas.csv")
+        write_moodle(rows, tmp / "moodle.csv")
+        write_items(rows, tmp / "items.csv")
+    return rows
+
+
+def _columns(path, wanted: set) -> list[dict]:
+    "The rows of a CSV file that has these columns."
+    rows = read_table(path)
+    if missing := wanted - set(rows[0] if rows else ()):
+        reason = f"has no column {', '.join(sorted(missing))}"
+        raise CorpusError(path, reason, "Give the file that `course grade` has written")
+    return rows
+
 # %% ../nbs/19_course.ipynb #90951a67
 course_app = typer.Typer(
     no_args_is_help=True,
@@ -414,20 +563,19 @@ NewFolderArgument = Annotated[
 @course_app.command("student")
 def _student(out: NewFolderArgument, lessons: LessonsOption = Path("nbs")):
     """Write the students' edition: every lesson, the stubs to fill in, the checks, and no solution.
-    Hand out the folder; the package must be installed."""
+    Hand out the folder."""
     written = write_student_edition(lessons, out)
-    print(
-        f"{len(written)} notebooks in {out}/nbs; students hand them in under their own name, "
-        "then: faces2voices course grade SUBMISSIONS"
-    )
+    print(f"{len(written)} notebooks in {out}/nbs; {out}/README.md tells students what to do")
+    print("next: hand out the folder, collect, then: faces2voices course grade SUBMISSIONS")
 
 
 @course_app.command("teacher")
 def _teacher(out: NewFolderArgument, lessons: LessonsOption = Path("nbs")):
-    """Write the teacher's edition: every lesson with solutions, minutes to plan, and what people
-    get wrong."""
+    """Write the teacher's edition: every lesson with solutions, hidden cases, minutes to plan, and
+    what people get wrong. It is what nbgrader calls the source of an assignment."""
     written = write_teacher_edition(lessons, out)
     print(f"{len(written)} notebooks in {out}/nbs")
+    print("next: faces2voices course student OUT; or, with nbgrader: copy a lesson to source/")
 
 # %% ../nbs/19_course.ipynb #82e08370
 @course_app.command("grade")
@@ -463,9 +611,27 @@ def _grade(
     unjudged = sum(m.passed is None for m in marks)
     print(f"{passed} of {len(marks)} answers pass; {unjudged} could not be judged; {out} says why")
     print(f"sandbox: {how.sandbox.value}; hidden cases: --seed {seed}")
+    print(f"next: faces2voices course return {out} BACK")
     for path in handed.unmatched:
         print(f"{path}: of no student or no lesson that is known; it was not marked")
     raise typer.Exit(int(bool(handed.unmatched)))
+
+# %% ../nbs/19_course.ipynb #d55acdf9
+@course_app.command("return")
+def _return(
+    marks: Annotated[Path, typer.Argument(help="The marks that `course grade` has written.")],
+    out: NewFolderArgument,
+    lessons: LessonsOption = Path("nbs"),
+    levels: Annotated[
+        Optional[Path],
+        typer.Option(help="CSV: student, part, level. What you judged by rubric.csv."),
+    ] = None,
+):
+    """Write what goes back: a page a student, totals, tables for Canvas and Moodle, and how each
+    exercise went."""
+    rows = give_back(marks, out, lessons, levels)
+    print(f"{len({row.student for row in rows})} students: {out}/feedback, one page each")
+    print(f"next: import {out}/canvas.csv or {out}/moodle.csv, and read {out}/items.csv")
 
 # %% ../nbs/19_course.ipynb #7c9b0b1b
 _KINDS = MediaError, NoFaceError, CorpusError, CheckpointError, ToolMissingError, F2VError

@@ -125,8 +125,9 @@ def serve_answer(
 ):
     "Do what the judge asks for, one question after the other, until it hangs up."
     code = ""
+    lesson = dict(space)  # an answer may put something else in its place
     while True:
-        question = from_message(channel.recv_bytes(), space, space)
+        question = from_message(channel.recv_bytes(), lesson, lesson)
         try:
             if question[0] == "run":
                 code = question[1][-1]
@@ -156,11 +157,11 @@ def _run_answer(cells: list, defines: list, beside: str, space: dict) -> dict:
     return dict(functions=functions, values=values)
 
 # %% ../nbs/engine/19_grading.ipynb #d06e7552
-def ask(channel: Connection, space: dict, *question):
+def ask(channel: Connection, lesson: dict, *question):
     "Ask an answer's process for a value. AnswerError where none comes back."
     try:
-        channel.send_bytes(to_message(question, space))
-        kind, said = from_message(channel.recv_bytes(MAX_MESSAGE_BYTES), records=space)
+        channel.send_bytes(to_message(question, lesson))
+        kind, said = from_message(channel.recv_bytes(MAX_MESSAGE_BYTES), records=lesson)
     except (EOFError, OSError) as e:
         raise AnswerError("ended the process") from e
     except ValueError as e:
@@ -170,18 +171,19 @@ def ask(channel: Connection, space: dict, *question):
     return said
 
 
-def stand_in(channel: Connection, space: dict, name: str):
+def stand_in(channel: Connection, lesson: dict, name: str):
     "A function that is run where the answer is."
 
     def call(*args, **options):
-        return ask(channel, space, "call", name, args, options)
+        return ask(channel, lesson, "call", name, args, options)
 
     return call
 
 # %% ../nbs/engine/19_grading.ipynb #8ccc2ff2
 def judge_answer(
     channel: Connection,  # to the answer's process
-    space: dict,  # names of the lesson, and of what its check does before; changed
+    lesson: dict,  # names that the answer's process holds too
+    before: dict,  # names that the check defines before it needs an answer
     cells: list,  # code of the student: helpers, then the exercise
     task: Task,
     seed: int = 0,  # of the hidden cases
@@ -189,11 +191,11 @@ def judge_answer(
     "What is wrong with an answer; nothing if all is well."
     parts = [(where, code, split_check(code, task.defines)) for where, code in task.checks]
     beside = "\n".join(part.beside for _, _, part in parts)
-    lent = dict(space)  # by name, to the answer's process, which holds the same
+    space = lesson | before
     try:
-        found = ask(channel, lent, "run", cells, task.defines, beside)
+        found = ask(channel, lesson, "run", cells, task.defines, beside)
         space |= dict(found["values"])
-        space |= {name: stand_in(channel, lent, name) for name in found["functions"]}
+        space |= {name: stand_in(channel, lesson, name) for name in found["functions"]}
     except (AnswerError, TypeError, KeyError) as e:
         return str(e) if isinstance(e, AnswerError) else "its process sends what is no value"
     for i, (where, code, part) in enumerate(parts):
@@ -279,21 +281,23 @@ def serve_judge(grader: Connection, desk: Connection, space: dict):
     *fields, seed = json.loads(grader.recv_bytes())
     task = Task(*fields)
     where, code = task.checks[0]
-    before = split_check(code, task.defines).before
-    grader.send_bytes(json.dumps(run_code(before, where, space, code)).encode())
+    part = split_check(code, task.defines).before
+    before = dict(space)
+    grader.send_bytes(json.dumps(run_code(part, where, before, code)).encode())
     while True:
         cells, seconds, memory = json.loads(grader.recv_bytes())
         answer = Connection(recv_handle(desk))
-        grader.send_bytes(_judge_in_time(answer, space, cells, task, seed, seconds, memory))
+        judge = partial(judge_answer, answer, space, before, cells, task, seed)
+        grader.send_bytes(_judge_in_time(judge, seconds, memory))
         answer.close()
 
 
-def _judge_in_time(answer, space, cells, task, seed, seconds, memory) -> bytes:
+def _judge_in_time(judge: partial, seconds: float, memory: float) -> bytes:
     "Judge in a copy of this process, which is ended when the time is up. Gives JSON."
     near, far = Pipe(duplex=False)
     if not (pid := os.fork()):
         limit(2 * seconds, memory)
-        said = judge_answer(answer, space, cells, task, seed)
+        said = judge()
         far.send_bytes(json.dumps(said).encode())
         os._exit(0)
     far.close()

@@ -4,9 +4,12 @@ Editions without answers, marking that no submission can hurt, tables that agree
 
 import ast
 import csv
+import io
 import json
 import pkgutil
 import re
+import shutil
+import zipfile
 from itertools import chain, product
 from pathlib import Path
 import numpy as np
@@ -19,7 +22,7 @@ from faces2voices import course
 from faces2voices.grading import Grading
 from faces2voices.notebooks import read_notebook, source
 from faces2voices.sandbox import Sandbox, choose_sandbox
-from faces2voices.submissions import answers_in
+from faces2voices.submissions import answers_in, collect
 from faces2voices.course import (
     ERRORS,
     exercises,
@@ -214,13 +217,20 @@ def test_the_teacher_edition_has_solutions_notes_and_times(tmp_path):
     notes = teacher_notes(NBS)
     for name, cells in LESSONS.items():
         new = read_notebook(tmp_path / "empty" / "nbs" / f"{name}.ipynb")["cells"]
-        assert [source(c) for c in new if is_solution(c)] == [
-            source(c) for c in cells if is_solution(c)
-        ]
+        code = {
+            c["metadata"]["nbgrader"]["grade_id"]: c for c in new if "nbgrader" in c["metadata"]
+        }
         said = "\n".join(source(c) for c in new if "teacher" in c["metadata"].get("tags", []))
+        assert len(code) == 2 * len(exercises(cells))
         for e in exercises(cells):
-            if row := notes.get((name, e.name)):
-                assert row["mistake"] in said and f"{row['minutes']} minutes" in said
+            _, solution, _ = re.split("### (?:BEGIN|END) SOLUTION", source(code[e.name]))
+            assert solution.strip() in source(cells[e.solution])
+            check = code[f"{e.name}-check"]
+            assert source(check).startswith(source(cells[e.check]).rstrip())
+            assert ("### BEGIN HIDDEN TESTS" in source(check)) == bool(e.hidden)
+            row = notes[name, e.name]
+            assert row["mistake"] in said and f"{row['minutes']} minutes" in said
+            assert check["metadata"]["nbgrader"]["points"] == float(row["points"])
 
 
 def test_every_note_belongs_to_an_exercise():
@@ -229,6 +239,7 @@ def test_every_note_belongs_to_an_exercise():
     gone = [(lesson, e) for lesson, e in notes if e not in there.get(lesson, ())]
     assert not gone, "the exercise was renamed or taken out"
     assert all(int(r["minutes"]) > 0 and len(r["mistake"]) > 20 for r in notes.values())
+    assert all(float(r["points"]) > 0 for r in notes.values())
 
 
 def test_there_are_enough_exercises():
@@ -476,6 +487,167 @@ def test_a_mark_that_an_editor_dropped_is_no_loss(tmp_path):
     assert answers == {"double": ["def double(x):\n    return 2*x"]}
 
 
+# the whole cycle
+
+
+def zipped(files: dict) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def toy_lessons(folder):
+    "Lessons of which one has exercises, with the teacher's tables."
+    folder.mkdir()
+    (folder / "01_toy.ipynb").write_text(json.dumps(TOY))
+    table = "lesson,exercise,minutes,points,mistake\n"
+    table += "01_toy,double,3,2,Squares are right for two alone.\n"
+    (folder / "teacher_notes.csv").write_text(table)
+    (folder / "rubric.csv").write_text("part,level,points,description\nlab book,whole,10,All\n")
+
+
+def run_course(*words):
+    return CliRunner().invoke(course.course_app, list(map(str, words)))
+
+
+def test_the_whole_cycle(tmp_path):
+    """Edition, submissions as browsers, people and learning platforms leave them, marks, feedback
+    and gradebooks."""
+    nbs = tmp_path / "nbs"
+    toy_lessons(nbs)
+    assert run_course("student", tmp_path / "s", "--lessons", nbs).exit_code == 0
+    told = (tmp_path / "s" / "README.md").read_text()
+    assert "| 01_toy | 2 | 3 |" in told and "pip install -c constraints.txt" in told
+    edition = read_notebook(tmp_path / "s" / "nbs" / "01_toy.ipynb")
+    right = {"double": "def double(x): return x + x", "treble": "def treble(x): return 3*x"}
+    wrong = right | {"double": "def double(x): return 42"}
+
+    def text(answers, *more):
+        hand_in(edition, tmp_path / "desk", "work", answers)
+        nb = read_notebook(tmp_path / "desk" / "work.ipynb")
+        extra = [dict(cell_type="code", metadata={}, outputs=[], source=s) for s in more]
+        return json.dumps(dict(nb, cells=extra + nb["cells"]))
+
+    helped = {"double": "def double(x): return two*x", "treble": right["treble"]}
+    files = {
+        "ada/01_toy.ipynb": text(helped, "x = 7 / 0", "two = one + one", "one = base / 2"),
+        "helper/01_toy.ipynb": text(helped, "one = base / 2", "two = one + one"),
+        "cylin_4711_99_01_toy-1.ipynb": text(right),
+        "danlee_LATE_4712_98_01_toy (1).ipynb": text(wrong),
+        "danlee_4712_97_Untitled.ipynb": text(right | {"treble": "treble = None"}),
+        "Eve O'Neil_815_assignsubmission_file_/toy.ipynb": text(wrong),
+        "fay.zip": zipped({"work/my toy.ipynb": text(right), "__MACOSX/._x": ""}),
+        "gus/essay.docx": "x",
+        "hal/01_toy.ipynb": "{",
+        "stray.ipynb": text(right),
+    }
+    for name, content in files.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    marks_csv = tmp_path / "marks.csv"
+    graded = run_course("grade", tmp_path / "in", "-o", marks_csv, "--lessons", nbs, "--seed", 3)
+    assert graded.exit_code == 1, graded.output
+    assert "gus/essay.docx" in graded.output and "stray.ipynb" in graded.output
+    assert "sandbox: " in graded.output and f"course return {marks_csv}" in graded.output
+    rows = {(r["student"], r["exercise"]): r for r in read_table(marks_csv)}
+    people = {student for student, _ in rows}
+    named = {"cylin", "danlee", "Eve O'Neil", "fay", "gus", "hal", "ada", "helper"}
+    assert people == named
+    failed = {key: row["message"] for key, row in rows.items() if row["passed"] != "True"}
+    assert sorted(failed) == [
+        ("Eve O'Neil", "double"),
+        ("ada", "double"),
+        ("gus", "double"),
+        ("gus", "treble"),
+        ("hal", "double"),
+        ("hal", "treble"),
+    ]
+    assert "hidden case" in failed["Eve O'Neil", "double"]
+    assert failed["ada", "double"].startswith("helper, line 1: NameError: name 'one'")
+    assert (failed["gus", "double"], failed["hal", "double"]) == (
+        "not handed in",
+        "its notebook cannot be read",
+    )
+    levels = tmp_path / "levels.csv"
+    levels.write_text("student,part,level\nfay,lab book,whole\n")
+    back = tmp_path / "back"
+    done = run_course("return", marks_csv, back, "--lessons", nbs, "--levels", levels)
+    assert done.exit_code == 0 and "8 students" in done.output
+    assert len(list((back / "feedback").glob("*.html"))) == 8
+    page = (back / "feedback" / "815 Eve O_Neil.html").read_text()
+    assert "1 of 3 points" in page and "hidden case" in page
+    totals = {r["student"]: (r["total"], r["of"]) for r in read_table(back / "totals.csv")}
+    assert totals["fay"] == ("13.0", "13.0") and totals["danlee"] == ("3.0", "3.0")
+    canvas = {r["Student"]: r for r in read_table(back / "canvas.csv")}
+    assert (canvas["danlee"]["ID"], canvas["danlee"]["01_toy"]) == ("4712", "3.0")
+    moodle = {r["Identifier"]: r for r in read_table(back / "moodle.csv")}
+    assert moodle["Participant 815"]["Grade"] == "1.0"
+    items = {r["exercise"]: r for r in read_table(back / "items.csv")}
+    assert (items["double"]["judged"], items["double"]["share of points"]) == ("8", "0.5")
+
+
+def test_nothing_to_mark_is_an_error(tmp_path):
+    toy_lessons(tmp_path / "nbs")
+    (tmp_path / "in" / "ada").mkdir(parents=True)
+    (tmp_path / "in" / "ada" / "notes.txt").write_text("x")
+    words = "grade", tmp_path / "in", "-o", tmp_path / "marks.csv", "--lessons", tmp_path / "nbs"
+    assert "holds no notebook of a lesson" in str(run_course(*words).exception)
+    assert not (tmp_path / "marks.csv").exists()
+
+
+def test_a_zip_cannot_write_or_fill_anything(tmp_path):
+    huge = zipped({"01_toy.ipynb": b" " * 40_000_000})
+    wicked = zipped({"../../x.ipynb": "{}", "/etc/y.ipynb": "{}", "a/huge.zip": huge})
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ada.zip").write_bytes(wicked)
+    (tmp_path / "in" / "bob.zip").write_bytes(wicked[:-30])
+    found = collect(tmp_path / "in", {"01_toy": ["double"]})
+    assert not found.attempts and {path.parts[0] for path in found.unmatched} == {"ada", "bob"}
+    assert found.unreadable == [("ada", "01_toy")], "the one that is too large"
+    assert [p.name for p in tmp_path.rglob("*")] == ["in", "ada.zip", "bob.zip"] or len(
+        list(tmp_path.rglob("*"))
+    ) == 3
+
+
+def test_nbgrader_takes_the_editions(tmp_path):
+    "A lesson through nbgrader: release, a right and a wrong submission, marks and feedback."
+    pytest.importorskip("nbgrader", reason="nbgrader is not installed (extra: nbgrader)")
+    from nbgrader.apps import NbGraderAPI
+    from traitlets.config import Config
+
+    name = "00_core"
+    write_teacher_edition(NBS, tmp_path / "t")
+    write_student_edition(NBS, tmp_path / "s")
+    config = Config()
+    config.CourseDirectory.root = str(tmp_path / "class")
+    source_folder = tmp_path / "class" / "source" / "week1"
+    source_folder.mkdir(parents=True)
+    shutil.copy(tmp_path / "t" / "nbs" / f"{name}.ipynb", source_folder)
+    api = NbGraderAPI(config=config)
+    assert api.generate_assignment("week1")["success"]
+    released = read_notebook(tmp_path / "class" / "release" / "week1" / f"{name}.ipynb")
+    text = "\n".join(strings_in(released))
+    assert "MELS_PER_FRAME * T" not in text and "torch.randint" not in text
+    answers = {e.name: source(LESSONS[name][e.solution]) for e in exercises(LESSONS[name])}
+    submitted = tmp_path / "class" / "submitted"
+    hand_in(released, submitted / "ada" / "week1", name, answers)
+    ours = read_notebook(tmp_path / "s" / "nbs" / f"{name}.ipynb")
+    wrong = answers | {"lengths": "def lengths(T): return 196, 31360"}
+    hand_in(ours, submitted / "bob" / "week1", name, wrong)
+    worth = {e: float(teacher_notes(NBS)[name, e]["points"]) for e in answers}
+    for who, points in (("ada", sum(worth.values())), ("bob", worth["caught"])):
+        done = api.autograde("week1", who)
+        assert done["success"], done
+        assert api.generate_feedback("week1", who)["success"]
+        with api.gradebook as gradebook:
+            found = gradebook.find_submission("week1", who)
+            assert (found.score, found.max_score) == (points, sum(worth.values())), who
+    assert (tmp_path / "class" / "feedback" / "bob" / "week1" / f"{name}.html").exists()
+
+
 # tables and pages
 
 
@@ -569,20 +741,17 @@ def test_the_syllabus_names_every_lesson():
 
 
 def test_commands(tmp_path):
-    def run(*words):
-        return CliRunner().invoke(course.course_app, list(map(str, words)))
-
-    for command in ("student", "teacher", "grade"):
-        assert run(command, "--help").exit_code == 0
-    (tmp_path / "nbs").mkdir()
-    (tmp_path / "nbs" / "01_toy.ipynb").write_text(json.dumps(TOY))
-    (tmp_path / "nbs" / "teacher_notes.csv").write_text(
-        "lesson,exercise,minutes,mistake\n01_toy,double,3,Squares are right for two alone.\n"
-    )
-    done = run("student", tmp_path / "s", "--lessons", tmp_path / "nbs")
-    assert done.exit_code == 0 and "1 notebooks" in done.stdout
+    for command in ("student", "teacher", "grade", "return"):
+        assert run_course(command, "--help").exit_code == 0
+    toy_lessons(tmp_path / "nbs")
+    done = run_course("student", tmp_path / "s", "--lessons", tmp_path / "nbs")
+    assert done.exit_code == 0 and "1 notebooks" in done.stdout and "next: " in done.stdout
     assert not leaks("base*x", read_notebook(tmp_path / "s" / "nbs" / "01_toy.ipynb"))
-    assert run("teacher", tmp_path / "t", "--lessons", tmp_path / "nbs").exit_code == 0
-    assert isinstance(
-        run("student", tmp_path / "s", "--lessons", tmp_path / "nbs").exception, F2VError
+    assert run_course("teacher", tmp_path / "t", "--lessons", tmp_path / "nbs").exit_code == 0
+    again = run_course("student", tmp_path / "s", "--lessons", tmp_path / "nbs")
+    assert isinstance(again.exception, F2VError)
+    (tmp_path / "marks.csv").write_text("a,b\n1,2\n")
+    wrong = run_course(
+        "return", tmp_path / "marks.csv", tmp_path / "b", "--lessons", tmp_path / "nbs"
     )
+    assert "has no column exercise" in str(wrong.exception)
