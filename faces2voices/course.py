@@ -6,9 +6,9 @@
 __all__ = ['course_app', 'LessonsOption', 'NewFolderArgument', 'ERRORS', 'DEFAULT_CURES', 'Exercise', 'is_solution', 'is_stub',
            'is_hidden', 'exercises', 'lessons', 'nbgrader_mark', 'student_cells', 'strings_in', 'leaks', 'read_table',
            'teacher_notes', 'teacher_cells', 'worth_of', 'atomic_folder', 'write_edition', 'student_readme',
-           'write_student_edition', 'notes_by_lesson', 'write_teacher_edition', 'lesson_steps', 'Graded', 'grade',
-           'give_back', 'ErrorEntry', 'collect_errors', 'errors_markdown', 'exercises_markdown', 'rooms_markdown',
-           'anchor', 'traceability_markdown']
+           'write_student_edition', 'notes_by_lesson', 'write_teacher_edition', 'slide_cells', 'lesson_steps', 'Graded',
+           'grade', 'give_back', 'ErrorEntry', 'collect_errors', 'errors_markdown', 'exercises_markdown',
+           'rooms_markdown', 'rubric_markdown', 'anchor', 'traceability_markdown']
 
 # %% ../nbs/19_course.ipynb #f5fc5172
 import ast
@@ -378,6 +378,32 @@ def write_teacher_edition(
     notes = notes_by_lesson(nbs)
     return write_edition(nbs, out, lambda name, cells: teacher_cells(cells, notes[name]))
 
+# %% ../nbs/19_course.ipynb #928d908f
+def slide_cells(
+    cells: list,  # of a lesson
+) -> list:
+    "The cells for a lecture: headings with a paragraph, figures and sounds."
+    kept = []
+    for cell in cells:
+        text = source(cell)
+        if cell["cell_type"] == "markdown" and re.match("#{1,3} ", text):
+            heading, _, rest = text.partition("\n\n")
+            text = f"{heading}\n\n{rest.partition(chr(10) * 2)[0]}".strip()
+            kept.append(_slide(cell, "slide") | dict(source=text.splitlines(True)))
+        elif any(_is_shown(output) for output in cell.get("outputs", ())):
+            kept.append(_slide(cell, "subslide"))
+    return kept
+
+
+def _slide(cell: dict, kind: str) -> dict:
+    "A cell that begins a slide of this kind."
+    return cell | dict(metadata=dict(slideshow=dict(slide_type=kind)))
+
+
+def _is_shown(output: dict) -> bool:
+    "Is this output a figure, a sound or a page, and no text?"
+    return any(kind.startswith(("image/", "text/html")) for kind in output.get("data", {}))
+
 # %% ../nbs/19_course.ipynb #f636f2e1
 def lesson_steps(
     cells: list,  # of a lesson
@@ -576,6 +602,13 @@ def _teacher(out: NewFolderArgument, lessons: LessonsOption = Path("nbs")):
     written = write_teacher_edition(lessons, out)
     print(f"{len(written)} notebooks in {out}/nbs")
     print("next: faces2voices course student OUT; or, with nbgrader: copy a lesson to source/")
+
+
+@course_app.command("slides")
+def _slides(out: NewFolderArgument, lessons: LessonsOption = Path("nbs")):
+    """Write the lessons for a lecture: headings, first paragraphs, figures and sounds."""
+    write_edition(lessons, out, lambda name, cells: slide_cells(cells))
+    print(f"next: jupyter nbconvert --to slides --no-input {out}/nbs/01_audio.ipynb")
 
 # %% ../nbs/19_course.ipynb #82e08370
 @course_app.command("grade")
@@ -792,6 +825,14 @@ def rooms_markdown(
         link = f"[{title.removeprefix('# ')}](engine/{path.name})"
         rows.append((path.name[:2], link, summary.removeprefix("> ")))
     return _table(["first used in", "engine room", "what it holds"], rows)
+
+# %% ../nbs/19_course.ipynb #559ce6a8
+def rubric_markdown(
+    path,  # rubric.csv
+) -> str:
+    "What a person judges, with levels and points, as a table."
+    rows = [(r["part"], r["level"], r["points"], r["description"]) for r in read_table(path)]
+    return _table(["part", "level", "points", "when"], rows)
 
 # %% ../nbs/19_course.ipynb #3120375e
 def anchor(heading: str) -> str:

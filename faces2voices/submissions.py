@@ -189,7 +189,7 @@ def collect(
             found.students[name] = student.number
         if file.path.suffix == ".ipynb":
             _sort_in(found, name, file, lessons)
-        elif not student.name or student not in with_notebook:
+        elif file.path.suffix == ".zip" or not student.name or student not in with_notebook:
             found.unmatched.append(file.path)
     return found
 
