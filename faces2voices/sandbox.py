@@ -118,9 +118,10 @@ def confine(
 
 def silence():
     "Lead this process's input and output to nowhere."
+    nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
-        os.dup2(os.open(os.devnull, os.O_RDWR), fd)
-    sys.stdout = open(os.devnull, "w")
+        os.dup2(nowhere, fd)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stdout
 
 # %% ../nbs/engine/19_sandbox.ipynb #20f51b34

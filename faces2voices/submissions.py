@@ -140,8 +140,10 @@ def answers_in(
     taken = set()
     for code in given:
         taken |= set(names_defined(code))
-    helpers = {name: code for code in new for name in set(names_defined(code)) - taken}
-    helpers = {name: code for name, code in helpers.items() if code not in answers.values()}
+    helpers = {}
+    for code in new:
+        if code not in answers.values():
+            helpers |= dict.fromkeys(set(names_defined(code)) - taken, code)
     return {name: [*_helpers_of(code, helpers), code] for name, code in answers.items()}
 
 

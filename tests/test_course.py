@@ -320,7 +320,7 @@ FORGED = dict(
     objects="import gc\ndef double(x):\n    held = [o for o in gc.get_objects() if hasattr(o, "
     "'solution') or isinstance(o, dict) and 'solution' in o]\n    return 2*x if held else 5",
     disk="import json\ndef double(x):\n    open('01_toy.ipynb')\n    return 2*x",
-    folder=f"import io\ndef double(x):\n    io.open({str(NBS / '00_core.ipynb')!r})\n    return 2*x",
+    folder="import io\ndef double(x):\n    io.open('NBS/00_core.ipynb')\n    return 2*x",
     descriptors="import os\nfor fd in range(256):\n    try:\n"
     "        os.write(fd, b'\\0\\0\\0\\2\"\"' * 9)\n    except OSError: pass\n"
     "def double(x): return 5",
@@ -417,7 +417,7 @@ def hostile(request, tmp_path_factory):
     nb = dict(TOY, cells=course.student_cells(TOY["cells"]))
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs" / "01_toy.ipynb").write_text(json.dumps(TOY))
-    places = {"OUTSIDE": str(tmp_path / "outside.txt"), "TMP": str(tmp_path)}
+    places = {"OUTSIDE": str(tmp_path / "outside.txt"), "TMP": str(tmp_path), "NBS": str(NBS)}
     for who, code in (FORGED | HARMFUL | GOOD).items():
         for word, place in places.items():
             code = code.replace(word, place)
