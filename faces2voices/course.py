@@ -221,7 +221,7 @@ def _solution_cell(cells: list, e: Exercise) -> dict:
     mark = dict(tags=["exercise"], exercise=e.name, nbgrader=nbgrader_mark(e.name))
     return cells[e.solution] | dict(source=code.splitlines(True), metadata=mark)
 
-
+# %% ../nbs/19_course.ipynb #41baa3c1
 def _check_cell(cells: list, e: Exercise, points: float) -> dict:
     "The check, and the hidden cases behind it."
     hidden = [without_directives(source(cells[i])) for i in e.hidden]
@@ -501,7 +501,7 @@ def _answers(name: str, cells: list, handed: HandedIn) -> dict:  # (student, num
                 handed.unreadable.append((student, name))
     return attempts
 
-
+# %% ../nbs/19_course.ipynb #664a770a
 def _marks(name, cells, attempts, handed, nbs, how, tick) -> list[Mark]:
     "All marks of one lesson: of those who handed it in, the best of each; and of the others."
     best = {}

@@ -120,7 +120,7 @@ def write_canvas(rows: list, path):
         lines.append([who, numbers[who], "", "", "", *points])
     write_table(path, head, lines)
 
-
+# %% ../nbs/engine/19_gradebook.ipynb #a16566ca
 def write_moodle(rows: list, path):
     "The total of each student, for the offline grading worksheet of Moodle."
     numbers = {row.student: row.number for row in rows}

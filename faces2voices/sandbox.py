@@ -173,7 +173,7 @@ def end_process(pid: int, spare: tuple = ()) -> str:
         return signal.Signals(os.WTERMSIG(status)).name
     return f"exit {os.WEXITSTATUS(status)}"
 
-
+# %% ../nbs/engine/19_sandbox.ipynb #70cad531
 def _wait(pid: int, seconds: float):
     "The status of a child that ends in time; None of one that does not."
     until = time.monotonic() + seconds

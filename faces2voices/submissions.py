@@ -55,7 +55,7 @@ def _is_hidden(path: PurePosixPath) -> bool:
     "Does it begin with a dot, or was it made by a Mac?"
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
-
+# %% ../nbs/engine/19_submissions.ipynb #f3d64d22
 def _files_in_zip(inner: PurePosixPath, content: bytes, depth: int = 2) -> Iterator[HandedFile]:
     "The files in a zip, and in the zips in it."
     try:
@@ -195,7 +195,7 @@ def collect(
             found.unmatched.append(file.path)
     return found
 
-
+# %% ../nbs/engine/19_submissions.ipynb #ed5285f1
 def _sort_in(found: HandedIn, student: str, file: HandedFile, lessons: dict):
     "Put a notebook where it belongs."
     try:

@@ -50,7 +50,7 @@ def _tree(x, names: dict):
             return {kind: [_tree(y, names) for y in x]}
     raise TypeError(f"{type(x).__name__} is neither a number, text, an array nor made of them")
 
-
+# %% ../nbs/engine/19_values.ipynb #b178d25c
 def _npy(x) -> str:
     "An array as the text of an npy file."
     file = io.BytesIO()
