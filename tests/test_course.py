@@ -299,7 +299,8 @@ TOY = dict(
             "#| eval: false\ndef double(x): return 0",
             '#| code-summary: "Solution"\ndef double(x): return base*x',
             "check(double(21), 42, 'add it to itself')",
-            '#| code-summary: "Hidden cases"\nx = torch.rand(3)\ncheck(double(x), x + x)',
+            '#| code-summary: "Hidden cases"\nx = torch.rand(3)\n'
+            "expected = x + x\ncheck(double(x), expected)",
             "#| eval: false\ndef treble(x): return 0",
             '#| code-summary: "Solution"\ndef treble(x): return double(x) + x',
             "check(treble(5), 15)",
@@ -328,7 +329,7 @@ FORGED = dict(
     "Connection.send_bytes = lambda self, b: send(self, b'\"\"')\ndef double(x): return 5",
     by_name="from multiprocessing.connection import Connection\nsend = Connection.send_bytes\n"
     "def double(x):\n    Connection.send_bytes = lambda self, b: send(self, "
-    "b'[\"value\", {\"shared\": \"expected\"}]')\n    return 5",
+    "b'{\"tuple\": [\"value\", {\"shared\": \"expected\"}]}')\n    return 5",
     pickled="import numpy as np\ndouble = lambda x: np.array([print], object)",
     constant="double = lambda x: 42",
     rows="open('marks.csv', 'a').write('rows,01_toy,double,True,,0')\ndouble = lambda x: 5",
