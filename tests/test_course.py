@@ -4,30 +4,38 @@ Editions without answers, marking that no submission can hurt, tables that agree
 
 import ast
 import csv
+import io
 import json
+import os
 import pkgutil
 import re
+import shutil
+import sys
+import zipfile
 from itertools import chain, product
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
-from faces2voices.errors import CorpusError, F2VError, check
+from faces2voices.errors import CorpusError, F2VError, ToolMissingError, check
 from faces2voices.core import NOTATION
 from faces2voices import course
+from faces2voices.grading import Grading
+from faces2voices.notebooks import read_notebook, source
+from faces2voices.sandbox import Sandbox, choose_sandbox
+from faces2voices.submissions import answers_in, collect
 from faces2voices.course import (
     ERRORS,
     exercises,
     grade,
+    is_hidden,
     is_solution,
     leaks,
     lessons,
     collect_errors,
-    read_notebook,
     read_table,
     rooms_markdown,
-    source,
     write_student_edition,
     strings_in,
     write_teacher_edition,
@@ -151,7 +159,7 @@ def test_no_solution_is_anywhere_in_the_student_edition(handout):
 def test_the_student_edition_keeps_all_else(handout):
     for name, nb in ALL.items():
         new = read_notebook(handout / "nbs" / f"{name}.ipynb")["cells"]
-        places = [i for i, c in enumerate(nb["cells"]) if not is_solution(c)]
+        places = [i for i, c in enumerate(nb["cells"]) if not is_solution(c) and not is_hidden(c)]
         old = [nb["cells"][i] for i in places]
         todo = exercises(nb["cells"])
         stubs = {e.stub for e in todo}
@@ -198,7 +206,7 @@ def test_editions_never_overwrite_and_leave_nothing_half_done(tmp_path, monkeypa
             write_student_edition(NBS, tmp_path / out)
     with pytest.raises(CorpusError, match="holds no lessons"):
         write_student_edition(tmp_path / "empty", tmp_path / "new")
-    monkeypatch.setattr(course, "student_cells", lambda cells: 1 / 0)
+    monkeypatch.setattr(course, "student_cells", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_student_edition(NBS, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "mine"]
@@ -211,13 +219,20 @@ def test_the_teacher_edition_has_solutions_notes_and_times(tmp_path):
     notes = teacher_notes(NBS)
     for name, cells in LESSONS.items():
         new = read_notebook(tmp_path / "empty" / "nbs" / f"{name}.ipynb")["cells"]
-        assert [source(c) for c in new if is_solution(c)] == [
-            source(c) for c in cells if is_solution(c)
-        ]
+        code = {
+            c["metadata"]["nbgrader"]["grade_id"]: c for c in new if "nbgrader" in c["metadata"]
+        }
         said = "\n".join(source(c) for c in new if "teacher" in c["metadata"].get("tags", []))
+        assert len(code) == 2 * len(exercises(cells))
         for e in exercises(cells):
-            if row := notes.get((name, e.name)):
-                assert row["mistake"] in said and f"{row['minutes']} minutes" in said
+            _, solution, _ = re.split("### (?:BEGIN|END) SOLUTION", source(code[e.name]))
+            assert solution.strip() in source(cells[e.solution])
+            check = code[f"{e.name}-check"]
+            assert source(check).startswith(source(cells[e.check]).rstrip())
+            assert ("### BEGIN HIDDEN TESTS" in source(check)) == bool(e.hidden)
+            row = notes[name, e.name]
+            assert row["mistake"] in said and f"{row['minutes']} minutes" in said
+            assert check["metadata"]["nbgrader"]["points"] == float(row["points"])
 
 
 def test_every_note_belongs_to_an_exercise():
@@ -226,6 +241,7 @@ def test_every_note_belongs_to_an_exercise():
     gone = [(lesson, e) for lesson, e in notes if e not in there.get(lesson, ())]
     assert not gone, "the exercise was renamed or taken out"
     assert all(int(r["minutes"]) > 0 and len(r["mistake"]) > 20 for r in notes.values())
+    assert all(float(r["points"]) > 0 for r in notes.values())
 
 
 def test_there_are_enough_exercises():
@@ -260,7 +276,7 @@ def test_solutions_pass_and_stubs_do_not(handout, tmp_path):
                 for e in exercises(cells)
             },
         )
-    marks = grade(tmp_path / "in", tmp_path / "marks.csv", NBS)
+    marks = grade(tmp_path / "in", tmp_path / "marks.csv", NBS).marks
     wanted = {}
     for student, name in product(("solver", "idle", "stub"), CHEAP):
         for e in exercises(LESSONS[name]):
@@ -279,10 +295,12 @@ TOY = dict(
     cells=[
         dict(cell_type="code", metadata={}, outputs=[], execution_count=None, source=s)
         for s in (
-            "from pathlib import Path\nfrom faces2voices.errors import check\nbase = 2",
+            "import torch\nfrom faces2voices.errors import check\nbase = 2",
             "#| eval: false\ndef double(x): return 0",
             '#| code-summary: "Solution"\ndef double(x): return base*x',
             "check(double(21), 42, 'add it to itself')",
+            '#| code-summary: "Hidden cases"\nx = torch.rand(3)\n'
+            "expected = x + x\ncheck(double(x), expected)",
             "#| eval: false\ndef treble(x): return 0",
             '#| code-summary: "Solution"\ndef treble(x): return double(x) + x',
             "check(treble(5), 15)",
@@ -291,84 +309,162 @@ TOY = dict(
 )
 
 
-def test_no_submission_harms_another(tmp_path):
-    mark = tmp_path / "outside.txt"
-    hostile = dict(
-        right="def double(x): return base*x",
-        wrong="def double(x): return x**2",
-        loop="while True: pass",
-        exits="import os; os._exit(0)",
-        crash="import ctypes\nctypes.string_at(0)",
-        outside=f"open({str(mark)!r}, 'w').write('x')\ndef double(x): return 2*x",
-        inside=(
-            "open('notes.txt', 'w').write('x')\n"
-            "def double(x): return 2*len(open('notes.txt').read())*x"
-        ),
-        loud="for _ in range(1000): print('x'*10**6)\ndef double(x): return 2*x",
-        greedy="double = bytearray(10**12)",
-        forks="import os; os.fork()",
-        shell=f"import os; os.system('touch {mark}')",
-        killer="import os; os.kill(os.getppid(), 9)",
-        closes="import os; os.closerange(3, 99)\nwhile True: pass",
-        judge="def check(*a): return 'right'\ndef double(x): return 5",
-        removes=f"import shutil; shutil.rmtree({str(tmp_path)!r})",
-        syntax="def double(x) return",
-        renamed="def Double(x): return 2*x",
-        empty="",
-        recursion="def double(x): return double(x)",
-        big="open('big', 'wb').write(bytes(2*10**8))",
-        leaves="raise SystemExit",
-    )
+# what students may write: tiny, and each bad in its own way
+FORGED = dict(
+    judge="def check(*a): return 'right'\ndef double(x): return 5",
+    code="check.__code__ = (lambda *a, **k: 'right').__code__\ndef double(x): return 5",
+    subclass="class Any(float):\n    __eq__ = lambda s, o: True\n"
+    "    __abs__ = __sub__ = __rsub__ = lambda *a: 0.0\ndef double(x): return Any(5)",
+    frames="import sys\ndef double(x):\n    f, seen = sys._getframe(), []\n    while f:\n"
+    "        seen += [v for v in f.f_locals.values() if 'base' + '*x' in repr(v)]\n"
+    "        f = f.f_back\n    return 2*x if seen else 5",
+    objects="import gc\ndef double(x):\n    held = [o for o in gc.get_objects() if hasattr(o, "
+    "'solution') or isinstance(o, dict) and 'solution' in o]\n    return 2*x if held else 5",
+    disk="import json\ndef double(x):\n    open('01_toy.ipynb')\n    return 2*x",
+    folder="import io\ndef double(x):\n    io.open('NBS/00_core.ipynb')\n    return 2*x",
+    descriptors="import os\nfor fd in range(256):\n    try:\n"
+    "        os.write(fd, b'\\0\\0\\0\\2\"\"' * 9)\n    except OSError: pass\n"
+    "def double(x): return 5",
+    sender="from multiprocessing.connection import Connection\nsend = Connection.send_bytes\n"
+    "Connection.send_bytes = lambda self, b: send(self, b'\"\"')\ndef double(x): return 5",
+    by_name="from multiprocessing.connection import Connection\nsend = Connection.send_bytes\n"
+    "def double(x):\n    Connection.send_bytes = lambda self, b: send(self, "
+    "b'{\"tuple\": [\"value\", {\"shared\": \"expected\"}]}')\n    return 5",
+    pickled="import numpy as np\ndouble = lambda x: np.array([print], object)",
+    constant="double = lambda x: 42",
+    rows="open('marks.csv', 'a').write('rows,01_toy,double,True,,0')\ndouble = lambda x: 5",
+    atexit="import atexit\natexit.register(lambda: None)\ndouble = lambda x: 5",
+)
+HARMFUL = dict(
+    loop="while True: pass",
+    sleeps="import time; time.sleep(99)",
+    exits="import os; os._exit(0)",
+    aborts="import os; os.abort()",
+    crash="import ctypes\nctypes.string_at(0)",
+    greedy="double = bytearray(10**12)",
+    forks="import os; os.fork()",
+    shell="import os; os.system('touch OUTSIDE')",
+    killer="import os; os.kill(os.getppid(), 9)",
+    library="import ctypes, os\nctypes.CDLL(None).kill(os.getppid(), 9)",
+    past_python="import cffi, os\nf = cffi.FFI()\nf.cdef('int kill(int, int);')\n"
+    "f.dlopen(None).kill(os.getppid(), 9)",
+    daemon="import cffi, os, time\nf = cffi.FFI()\nf.cdef('int fork(void); int setsid(void);')\n"
+    "c = f.dlopen(None)\nif c.fork() == 0:\n    c.setsid()\n    time.sleep(60)\n"
+    "raise ValueError('left one')",
+    group="import os; os.killpg(0, 9)",
+    closes="import os; os.closerange(3, 99)\nwhile True: pass",
+    outside="open('OUTSIDE', 'w').write('x')\ndef double(x): return 2*x",
+    removes="import shutil; shutil.rmtree('TMP')",
+    memory_of="import os\nopen(f'/proc/{os.getppid()}/mem', 'r+b')",
+    syntax="def double(x) return",
+    renamed="def Double(x): return 2*x",
+    empty="",
+    recursion="def double(x): return double(x)",
+    big="open('big', 'wb').write(bytes(2*10**8))",
+    huge="import numpy as np\ndouble = lambda x: np.zeros(10**7)",
+    leaves="raise SystemExit",
+    mute="class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute",
+    wrong="def double(x): return x**2",
+)
+GOOD = dict(
+    right="def double(x): return base*x",
+    inside="open('notes.txt', 'w').write('x')\n"
+    "def double(x): return 2*len(open('notes.txt').read())*x",
+    redefines="base = 3\ncheck = None\nimport torch\ndef double(x): return torch.add(x, x)",
+)
+SAYS = dict(
+    judge="largest difference is 37",
+    code="largest difference is 37",
+    subclass="largest difference is 37",
+    disk="notebooks may not be read",
+    folder="notebooks may not be read",
+    pickled="ValueError",
+    by_name="what is no value",
+    constant="hidden case",
+    loop="stopped after 2 seconds",
+    exits="exit 0",
+    aborts="SIGABRT",
+    crash="SIGSEGV",
+    greedy="MemoryError",
+    forks="os.fork is not allowed",
+    shell="os.system is not allowed",
+    killer="os.kill is not allowed",
+    library="ctypes.dlsym is not allowed",
+    past_python="ended the lesson's process",
+    daemon="left one",
+    outside="working folder alone",
+    removes="PermissionError",
+    syntax="SyntaxError",
+    renamed="does not define `double`",
+    empty="does not define",
+    recursion="RecursionError",
+    big="OSError",
+    huge="too large to hand over",
+    leaves="SystemExit",
+    wrong="largest difference is 399. Hint: add it",
+    broken="cannot be read",
+    absent="not handed in",
+)
+
+
+@pytest.fixture(scope="module", params=["none", "bwrap"])
+def hostile(request, tmp_path_factory):
+    "A class of which most are up to something, graded once."
+    try:
+        sandbox = choose_sandbox(Sandbox(request.param))
+    except ToolMissingError as e:
+        pytest.skip(str(e))
+    tmp_path = tmp_path_factory.mktemp("hostile")
     nb = dict(TOY, cells=course.student_cells(TOY["cells"]))
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs" / "01_toy.ipynb").write_text(json.dumps(TOY))
-    for who, code in hostile.items():
-        hand_in(
-            nb,
-            tmp_path / "in" / who,
-            "01_toy",
-            {"double": code, "treble": "def treble(x): return 3*x"},
-        )
-    (tmp_path / "in" / "broken").mkdir()
-    (tmp_path / "in" / "broken" / "01_toy.ipynb").write_text('{"cells": [{"cell_type": "code"')
-    (tmp_path / "in" / "absent").mkdir()
-    (tmp_path / "in" / "absent" / "02_other.ipynb").write_text("{}")
-    folders = [tmp_path / name for name in ("in", "marks.csv", "nbs")]
-    given = grade(*folders, seconds=3, memory=2)
-    marks = {(m.student, m.exercise): m for m in given}
-    passed = {
-        who for who, exercise in marks if exercise == "double" and marks[who, exercise].passed
-    }
-    assert passed - {"loud"} == {"right", "inside"}  # a gigabyte may take too long
-    failed = {who for who in hostile if not marks[who, "treble"].passed}
+    places = {"OUTSIDE": str(tmp_path / "outside.txt"), "TMP": str(tmp_path), "NBS": str(NBS)}
+    for who, code in (FORGED | HARMFUL | GOOD).items():
+        for word, place in places.items():
+            code = code.replace(word, place)
+        answers = {"double": code, "treble": "def treble(x): return 3*x"}
+        hand_in(nb, tmp_path / "in" / who, "01_toy", answers)
+    for who, name, text in (
+        ("broken", "01_toy", '{"cells": [{"cell_type": "code"'),
+        ("absent", "02_other", "{}"),
+    ):
+        (tmp_path / "in" / who).mkdir()
+        (tmp_path / "in" / who / f"{name}.ipynb").write_text(text)
+    before = {p for p in (tmp_path / "in").rglob("*")}
+    how = Grading(seconds=2, memory=2, sandbox=sandbox, seed=1)
+    graded = grade(tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs", how)
+    assert {p for p in (tmp_path / "in").rglob("*")} == before
+    return tmp_path, graded, {(m.student, m.exercise): m for m in graded.marks}
+
+
+def test_no_submission_gains_a_mark(hostile):
+    _, _, marks = hostile
+    assert len(FORGED | HARMFUL) >= 30
+    passed = {who for who, e in marks if e == "double" and marks[who, e].passed}
+    assert passed == set(GOOD), {who: marks[who, "double"].message for who in passed ^ set(GOOD)}
+
+
+def test_no_submission_harms_another(hostile):
+    tmp_path, graded, marks = hostile
+    failed = {who for who in FORGED | HARMFUL | GOOD if not marks[who, "treble"].passed}
     assert not failed, "the second exercise of a bad submission is judged by itself"
-    says = dict(
-        wrong="largest difference is 399. Hint: add it",
-        loop="stopped after 3 seconds",
-        exits="exit 0",
-        crash="SIGSEGV",
-        outside="working folder alone",
-        greedy="MemoryError",
-        forks="os.fork is not allowed",
-        shell="os.system is not allowed",
-        killer="os.kill is not allowed",
-        judge="largest difference is 37",
-        removes="PermissionError",
-        syntax="SyntaxError",
-        renamed="does not define `double`",
-        empty="does not define",
-        recursion="RecursionError",
-        big="OSError",
-        leaves="SystemExit",
-        broken="cannot be read",
-    )
-    for who, text in says.items():
-        assert text in marks[who, "double"].message, marks[who, "double"]
-    assert not mark.exists() and len(list((tmp_path / "in").iterdir())) == len(hostile) + 2
+    assert not (tmp_path / "outside.txt").exists()
     rows = list(csv.DictReader((tmp_path / "marks.csv").open()))
-    assert len(rows) == 2 * (len(hostile) + 1) and {r["passed"] for r in rows} == {"True", "False"}
+    everybody = {*FORGED, *HARMFUL, *GOOD, "broken", "absent"}
+    assert sorted((r["student"], r["exercise"]) for r in rows) == sorted(
+        product(everybody, ["double", "treble"])
+    )
+    assert {r["passed"] for r in rows} == {"True", "False"}
+    assert [str(path) for path in graded.handed.unmatched] == ["absent/02_other.ipynb"]
     with pytest.raises(F2VError, match="already exists"):
         grade(tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs")
+
+
+def test_each_submission_is_told_a_word(hostile):
+    _, _, marks = hostile
+    for who, text in SAYS.items():
+        assert text in marks[who, "double"].message, marks[who, "double"]
+    assert all(m.passed or m.message for m in marks.values())
 
 
 def test_a_fault_of_the_lesson_is_nobodys_fault(tmp_path):
@@ -382,7 +478,7 @@ def test_a_fault_of_the_lesson_is_nobodys_fault(tmp_path):
         "01_toy",
         {"double": "def double(x): return 2*x"},
     )
-    marks = grade(tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs")
+    marks = grade(tmp_path / "in", tmp_path / "marks.csv", tmp_path / "nbs").marks
     assert [(m.passed, "the lesson" in m.message) for m in marks] == [(None, True), (None, True)]
 
 
@@ -390,7 +486,174 @@ def test_a_mark_that_an_editor_dropped_is_no_loss(tmp_path):
     nb = dict(TOY, cells=[c | dict(metadata={}) for c in course.student_cells(TOY["cells"])])
     nb["cells"][1]["source"] = ["def double(x):\n", "    return 2*x"]
     (tmp_path / "a.ipynb").write_text(json.dumps(nb))
-    assert course.answers_of(tmp_path / "a.ipynb")["double"] == "def double(x):\n    return 2*x"
+    answers = answers_in(read_notebook(tmp_path / "a.ipynb"), [], {"double": ["double"]})
+    assert answers == {"double": ["def double(x):\n    return 2*x"]}
+
+
+# the whole cycle
+
+
+def zipped(files: dict) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def toy_lessons(folder):
+    "Lessons of which one has exercises, with the teacher's tables."
+    folder.mkdir()
+    (folder / "01_toy.ipynb").write_text(json.dumps(TOY))
+    table = "lesson,exercise,minutes,points,mistake\n"
+    table += "01_toy,double,3,2,Squares are right for two alone.\n"
+    (folder / "teacher_notes.csv").write_text(table)
+    (folder / "rubric.csv").write_text("part,level,points,description\nlab book,whole,10,All\n")
+
+
+def run_course(*words):
+    return CliRunner().invoke(course.course_app, list(map(str, words)))
+
+
+def test_the_whole_cycle(tmp_path):
+    """Edition, submissions as browsers, people and learning platforms leave them, marks, feedback
+    and gradebooks."""
+    nbs = tmp_path / "nbs"
+    toy_lessons(nbs)
+    assert run_course("student", tmp_path / "s", "--lessons", nbs).exit_code == 0
+    told = (tmp_path / "s" / "README.md").read_text()
+    assert "| 01_toy | 2 | 3 |" in told and "pip install -c constraints.txt" in told
+    edition = read_notebook(tmp_path / "s" / "nbs" / "01_toy.ipynb")
+    right = {"double": "def double(x): return x + x", "treble": "def treble(x): return 3*x"}
+    wrong = right | {"double": "def double(x): return 42"}
+
+    def text(answers, *more):
+        hand_in(edition, tmp_path / "desk", "work", answers)
+        nb = read_notebook(tmp_path / "desk" / "work.ipynb")
+        extra = [dict(cell_type="code", metadata={}, outputs=[], source=s) for s in more]
+        return json.dumps(dict(nb, cells=extra + nb["cells"]))
+
+    helped = {"double": "def double(x): return two*x", "treble": right["treble"]}
+    files = {
+        "ada/01_toy.ipynb": text(helped, "x = 7 / 0", "two = one + one", "one = base / 2"),
+        "helper/01_toy.ipynb": text(helped, "one = base / 2", "two = one + one"),
+        "cylin_4711_99_01_toy-1.ipynb": text(right),
+        "danlee_LATE_4712_98_01_toy (1).ipynb": text(wrong),
+        "danlee_4712_97_Untitled.ipynb": text(right | {"treble": "treble = None"}),
+        "Eve O'Neil_815_assignsubmission_file_/toy.ipynb": text(wrong),
+        "fay.zip": zipped({"work/my toy.ipynb": text(right), "__MACOSX/._x": ""}),
+        "gus/essay.docx": "x",
+        "hal/01_toy.ipynb": "{",
+        "stray.ipynb": text(right),
+    }
+    for name, content in files.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    marks_csv = tmp_path / "marks.csv"
+    graded = run_course("grade", tmp_path / "in", "-o", marks_csv, "--lessons", nbs, "--seed", 3)
+    assert graded.exit_code == 1, graded.output
+    assert "gus/essay.docx" in graded.output and "stray.ipynb" in graded.output
+    assert "sandbox: " in graded.output and f"course return {marks_csv}" in graded.output
+    rows = {(r["student"], r["exercise"]): r for r in read_table(marks_csv)}
+    people = {student for student, _ in rows}
+    named = {"cylin", "danlee", "Eve O'Neil", "fay", "gus", "hal", "ada", "helper"}
+    assert people == named
+    failed = {key: row["message"] for key, row in rows.items() if row["passed"] != "True"}
+    assert sorted(failed) == [
+        ("Eve O'Neil", "double"),
+        ("ada", "double"),
+        ("gus", "double"),
+        ("gus", "treble"),
+        ("hal", "double"),
+        ("hal", "treble"),
+    ]
+    assert "hidden case" in failed["Eve O'Neil", "double"]
+    assert failed["ada", "double"].startswith("helper, line 1: NameError: name 'one'")
+    assert (failed["gus", "double"], failed["hal", "double"]) == (
+        "not handed in",
+        "its notebook cannot be read",
+    )
+    levels = tmp_path / "levels.csv"
+    levels.write_text("student,part,level\nfay,lab book,whole\n")
+    back = tmp_path / "back"
+    done = run_course("return", marks_csv, back, "--lessons", nbs, "--levels", levels)
+    assert done.exit_code == 0 and "8 students" in done.output
+    assert len(list((back / "feedback").glob("*.html"))) == 8
+    page = (back / "feedback" / "815 Eve O_Neil.html").read_text()
+    assert "1 of 3 points" in page and "hidden case" in page
+    totals = {r["student"]: (r["total"], r["of"]) for r in read_table(back / "totals.csv")}
+    assert totals["fay"] == ("13.0", "13.0") and totals["danlee"] == ("3.0", "3.0")
+    canvas = {r["Student"]: r for r in read_table(back / "canvas.csv")}
+    assert (canvas["danlee"]["ID"], canvas["danlee"]["01_toy"]) == ("4712", "3.0")
+    moodle = {r["Identifier"]: r for r in read_table(back / "moodle.csv")}
+    assert moodle["Participant 815"]["Grade"] == "1.0"
+    items = {r["exercise"]: r for r in read_table(back / "items.csv")}
+    assert (items["double"]["judged"], items["double"]["share of points"]) == ("8", "0.5")
+
+
+def test_nothing_to_mark_is_an_error(tmp_path):
+    toy_lessons(tmp_path / "nbs")
+    (tmp_path / "in" / "ada").mkdir(parents=True)
+    (tmp_path / "in" / "ada" / "notes.txt").write_text("x")
+    words = "grade", tmp_path / "in", "-o", tmp_path / "marks.csv", "--lessons", tmp_path / "nbs"
+    assert "holds no notebook of a lesson" in str(run_course(*words).exception)
+    assert not (tmp_path / "marks.csv").exists()
+
+
+def test_a_zip_cannot_write_or_fill_anything(tmp_path):
+    huge = zipped({"01_toy.ipynb": b" " * 40_000_000})
+    wicked = zipped({"../../x.ipynb": "{}", "/etc/y.ipynb": "{}", "a/huge.zip": huge})
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ada.zip").write_bytes(wicked)
+    (tmp_path / "in" / "bob").mkdir()
+    (tmp_path / "in" / "bob" / "all.zip").write_bytes(wicked[:99])
+    (tmp_path / "in" / "bob" / "01_toy.ipynb").write_text('{"cells": []}')
+    before = sorted(tmp_path.rglob("*"))
+    found = collect(tmp_path / "in", {"01_toy": ["double"]})
+    assert list(found.attempts) == [("bob", "01_toy")]
+    assert found.unreadable == [("ada", "01_toy")], "the one that is too large"
+    unmatched = [str(path) for path in found.unmatched]
+    assert unmatched == ["ada/etc/y.ipynb", "bob/all/broken.zip"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nbgrader_takes_the_editions(tmp_path, monkeypatch):
+    "A lesson through nbgrader: release, a right and a wrong submission, marks and feedback."
+    pytest.importorskip("nbgrader", reason="nbgrader is not installed (extra: nbgrader)")
+    from nbgrader.apps import NbGraderAPI
+    from traitlets.config import Config
+
+    here = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", here + os.pathsep + os.environ["PATH"])  # it runs alembic
+    name = "00_core"
+    write_teacher_edition(NBS, tmp_path / "t")
+    write_student_edition(NBS, tmp_path / "s")
+    config = Config()
+    config.CourseDirectory.root = str(tmp_path / "class")
+    source_folder = tmp_path / "class" / "source" / "week1"
+    source_folder.mkdir(parents=True)
+    shutil.copy(tmp_path / "t" / "nbs" / f"{name}.ipynb", source_folder)
+    api = NbGraderAPI(config=config)
+    assert api.generate_assignment("week1")["success"]
+    released = read_notebook(tmp_path / "class" / "release" / "week1" / f"{name}.ipynb")
+    text = "\n".join(strings_in(released))
+    assert "return MELS_PER_FRAME * T" not in text and "torch.randint" not in text
+    answers = {e.name: source(LESSONS[name][e.solution]) for e in exercises(LESSONS[name])}
+    submitted = tmp_path / "class" / "submitted"
+    hand_in(released, submitted / "ada" / "week1", name, answers)
+    ours = read_notebook(tmp_path / "s" / "nbs" / f"{name}.ipynb")
+    wrong = answers | {"lengths": "def lengths(T): return 196, 31360"}
+    hand_in(ours, submitted / "bob" / "week1", name, wrong)
+    worth = {e: float(teacher_notes(NBS)[name, e]["points"]) for e in answers}
+    for who, points in (("ada", sum(worth.values())), ("bob", worth["caught"])):
+        done = api.autograde("week1", who)
+        assert done["success"], done
+        assert api.generate_feedback("week1", who)["success"]
+        with api.gradebook as gradebook:
+            found = gradebook.find_submission("week1", who)
+            assert (found.score, found.max_score) == (points, sum(worth.values())), who
+    assert (tmp_path / "class" / "feedback" / "bob" / "week1" / f"{name}.html").exists()
 
 
 # tables and pages
@@ -486,20 +749,17 @@ def test_the_syllabus_names_every_lesson():
 
 
 def test_commands(tmp_path):
-    def run(*words):
-        return CliRunner().invoke(course.course_app, list(map(str, words)))
-
-    for command in ("student", "teacher", "grade"):
-        assert run(command, "--help").exit_code == 0
-    (tmp_path / "nbs").mkdir()
-    (tmp_path / "nbs" / "01_toy.ipynb").write_text(json.dumps(TOY))
-    (tmp_path / "nbs" / "teacher_notes.csv").write_text(
-        "lesson,exercise,minutes,mistake\n01_toy,double,3,Squares are right for two alone.\n"
-    )
-    done = run("student", tmp_path / "s", "--lessons", tmp_path / "nbs")
-    assert done.exit_code == 0 and "1 notebooks" in done.stdout
+    for command in ("student", "teacher", "grade", "return"):
+        assert run_course(command, "--help").exit_code == 0
+    toy_lessons(tmp_path / "nbs")
+    done = run_course("student", tmp_path / "s", "--lessons", tmp_path / "nbs")
+    assert done.exit_code == 0 and "1 notebooks" in done.stdout and "next: " in done.stdout
     assert not leaks("base*x", read_notebook(tmp_path / "s" / "nbs" / "01_toy.ipynb"))
-    assert run("teacher", tmp_path / "t", "--lessons", tmp_path / "nbs").exit_code == 0
-    assert isinstance(
-        run("student", tmp_path / "s", "--lessons", tmp_path / "nbs").exception, F2VError
+    assert run_course("teacher", tmp_path / "t", "--lessons", tmp_path / "nbs").exit_code == 0
+    again = run_course("student", tmp_path / "s", "--lessons", tmp_path / "nbs")
+    assert isinstance(again.exception, F2VError)
+    (tmp_path / "marks.csv").write_text("a,b\n1,2\n")
+    wrong = run_course(
+        "return", tmp_path / "marks.csv", tmp_path / "b", "--lessons", tmp_path / "nbs"
     )
+    assert "has no column exercise" in str(wrong.exception)

@@ -63,7 +63,7 @@ def test_pip_takes_torch_and_torchaudio_of_one_release():
     assert len(pair) == 2 and len({version.release[:2] for version in pair}) == 1, pair
 
 
-EXTRAS = "dev talkers metrics judges whisper mos cluster".split()
+EXTRAS = "dev talkers metrics judges whisper mos cluster nbgrader".split()
 TESTED = ["requirements", *(f"{name}_requirements" for name in EXTRAS)]
 
 
@@ -228,6 +228,8 @@ NAMED_BY_DESIGN = set(
 NEEDED_BESIDES = {
     "setup.py",  # hands settings.ini to setuptools
     "MANIFEST.in",  # what the sdist needs besides the package
+    ".binder",  # a lesson in a browser, with nothing installed
+    ".devcontainer",  # the same, in Codespaces
     "nbdev.yml",  # settings of the site that nbdev writes and _quarto.yml reads
     ".gitignore",
     ".gitattributes",
