@@ -304,7 +304,9 @@ def show_draws(
         cells += [r["frechet"], r.get("told apart")]
         body.append([name, *(f"{x:.3f}" if isinstance(x, float) else x for x in cells)])
     clips = f"`{found['model']}`, {found['clips']} clips of the split {found['split']}, "
-    steps = ", ".join(f"{n} over {k}" for k, n in found["steps_for_95_percent"].items())
+    steps = ", ".join(
+        f"{n or 'no gain'} over {k}" for k, n in found["steps_for_95_percent"].items()
+    )
     text = f"{clips}{found['draws']} draws each; Euler steps for 95 % of the gain: {steps}"
     made = f"; made by `{found['command']}` on {found['machine']}" if "command" in found else ""
     return f"{markdown_table(head, body)}\n\n{text}{made}"

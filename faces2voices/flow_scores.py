@@ -77,7 +77,7 @@ def frechet_distance(
     cov = np.cov(b.T)
     cross = np.linalg.eigvalsh(root @ cov @ root).clip(min=0)
     gap = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(gap + values.sum() + np.trace(cov) - 2 * np.sqrt(cross).sum())
+    return float(max(0.0, gap + values.sum() + np.trace(cov) - 2 * np.sqrt(cross).sum()))
 
 # %% ../nbs/engine/17_flow_scores.ipynb #d05aad7e
 def classifier_accuracy(
