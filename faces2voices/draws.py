@@ -20,6 +20,7 @@ from .decoder import mel_noise
 from .errors import CorpusError, atomic_path
 from .figures import markdown_table
 from faces2voices.flow_scores import (
+    add_roughness,
     classifier_accuracy,
     crps,
     energy_score,
@@ -218,7 +219,7 @@ def _cloud_distances(patches: list, seed: int) -> dict:  # name → measure → 
         distance = frechet_distance((real - middle) @ axes, (made - middle) @ axes)
         found[name] = dict(frechet=round(distance, 4))
         if len(patches) > 1:
-            told = classifier_accuracy(real, made, clips, clips, seed)
+            told = classifier_accuracy(*map(add_roughness, (real, made)), clips, clips, seed)
             found[name]["told apart"] = round(told, 4)
     return found
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['energy_score', 'crps', 'mel_patches', 'variety_and_bias', 'modulation_power', 'frechet_distance',
-           'classifier_accuracy']
+           'classifier_accuracy', 'add_roughness']
 
 # %% ../nbs/engine/17_flow_scores.ipynb #a68523af
+import warnings
 import numpy as np
 import torch
 from .core import MEL_RATE
@@ -98,7 +99,19 @@ def classifier_accuracy(
     groups = np.concatenate([real_clips, made_clips])
     right = []
     for learn, guess in GroupKFold(2, shuffle=True, random_state=seed).split(x, y, groups):
-        net = MLPClassifier(64, alpha=1.0, early_stopping=True, max_iter=100, random_state=seed)
-        found = make_pipeline(StandardScaler(), net).fit(x[learn], y[learn]).predict(x[guess])
+        net = MLPClassifier(64, alpha=1.0, max_iter=40, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it stops after its 40 passes, and says so
+            judge = make_pipeline(StandardScaler(), net).fit(x[learn], y[learn])
+        found = judge.predict(x[guess])
         right += [np.mean(found[y[guess] == k] == k) for k in (0, 1)]
     return float(np.mean(right))
+
+# %% ../nbs/engine/17_flow_scores.ipynb #026432e2
+def add_roughness(
+    patches,  # of `mel_patches`, (n, 640)
+):  # (n, 640 + 80 + 8)
+    "Patches with their mean absolute change along time (80) and along the bins (8)."
+    x = np.asarray(patches).reshape(len(patches), 80, -1)
+    along_time, along_bins = (np.abs(np.diff(x, axis=k)).mean(k) for k in (2, 1))
+    return np.concatenate([np.asarray(patches), along_time, along_bins], 1)

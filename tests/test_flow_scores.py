@@ -6,6 +6,7 @@ import pytest
 import torch
 from faces2voices.core import test_same as same
 from faces2voices.flow_scores import (
+    add_roughness,
     classifier_accuracy,
     crps,
     energy_score,
@@ -112,3 +113,12 @@ def test_classifier_is_asked_about_clips_that_it_never_saw():
     real = np.c_[colour, label + 0.1 * rng.normal(size=800)]
     made = np.c_[colour, 1 - label + 0.1 * rng.normal(size=800)]
     assert abs(classifier_accuracy(real, made, clips, clips) - 0.5) < 0.2
+
+
+def test_roughness_is_the_mean_change_along_time_and_bins():
+    wave = 3 * torch.tensor([0.0, 1.0]).repeat(4).expand(80, 8)
+    ramp = 0.5 * torch.arange(80.0)[:, None].expand(80, 8)
+    found = add_roughness(mel_patches(wave + ramp))
+    assert found.shape == (1, 728)
+    same(found[0, 640:720], torch.full((80,), 3.0))
+    same(found[0, 720:], torch.full((8,), 0.5))
