@@ -293,7 +293,8 @@ def test_scale_is_the_root_mean_square_of_the_residual_over_all_frames():
     d, mu = make(RESIDUAL), torch.randn(80, 30, generator=gen())
     lengths = 10, 20  # a longer clip counts for more
     rests = [c * torch.ones(80, n) for c, n in zip((1.0, 2.0), lengths)]
-    rests[1][0] = rests[0][0] = 0.0  # a bin that never varies
+    for rest in rests:
+        rest[0] = 0.0  # a bin that never varies
     parts = mu.split(lengths, 1)
     d.measure_scale((m + r, m) for m, r in zip(parts, rests))
     expected = torch.full((80,), ((10 * 1 + 20 * 4) / 30) ** 0.5)
