@@ -1278,6 +1278,31 @@ def _study_link(ctx: typer.Context, out: OutOption = None):
 
     _record_and_print(ctx, link_study(), 0, [], ("espeakng-loader",), out)
 
+# %% ../nbs/20_cli.ipynb #97806134
+@study_app.command("flow")
+def _study_flow(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model: a name, or its folder.")],
+    data: DataArgument,
+    split: OneSplitOption = "val",
+    limit: LimitOption = 30,
+    draws: Annotated[int, typer.Option(min=2, help="Draws of each clip and setting.")] = 8,
+    seed: SeedOption = 0,
+    run: Annotated[Path, typer.Option(help="Folder of what is kept of each clip.")] = Path(
+        "runs/flow-study"
+    ),
+    out: OutOption = None,
+):
+    """What the flow's draws are worth beside μ, μ with noise, and the truth, by steps, solver,
+    guidance and temperature (lesson 18).
+
+    Stopped, it goes on where it was when the same command is given again."""
+    from faces2voices.draws import draw_study, show_draws
+
+    found = draw_study(model, data, make_folder(run), split, limit, draws, seed=seed)
+    kept = _record(ctx, found, seed, [data], ("scikit-learn",), out)
+    console.print(show_draws(kept), markup=False)
+
 # %% ../nbs/20_cli.ipynb #7d3b6a9c
 @study_app.command("copy")
 def _study_copy(

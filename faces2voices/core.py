@@ -192,6 +192,9 @@ class DecoderConfig:
     decoder_mid: int = 2
     sigma_min: float = 1e-4
     condition_drop: float = 0.1  # share of examples without condition, for guidance
+    # what the noise becomes: the `mel`, as in Matcha-TTS, or the `residual` mel − μ in units of s
+    flow_target: str = "mel"
+    flow_times: str = "uniform"  # of training: `uniform` or `logit-normal`
     vocoder_channels: int = 128
     vocoder_blocks: int = 7  # of a vocoder that shapes a source of tones and hiss
     vocoder_kernels: tuple = ()  # of HiFi-GAN's residual blocks; none: a vocoder with a source
@@ -255,7 +258,12 @@ _LIP_ENCODERS = (
     "avhubert-base",
     "avhubert-large",
 )
-_CHOICES = dict(lip_encoder=_LIP_ENCODERS, unit_features=("mfcc", "hubert"))
+_CHOICES = dict(
+    lip_encoder=_LIP_ENCODERS,
+    unit_features=("mfcc", "hubert"),
+    flow_target=("mel", "residual"),
+    flow_times=("uniform", "logit-normal"),
+)
 _BACKENDS = "locator", "mediapipe", "insightface", "mobilefacenet", "cascade"
 _RANGES = dict(  # name → smallest and largest value; whole numbers where both are
     identity_dim=(0, 2**14),

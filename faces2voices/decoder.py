@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from .core import whole_seed
 from .audio import MEL
-from .flow import cfm_loss
+from .flow import cfm_loss, draw_times
 from .solvers import euler, guide, time_grid
 
 # %% ../nbs/13_decoder.ipynb #0c94931d
@@ -144,6 +144,8 @@ class Decoder(nn.Module):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="linear")
         for p in (*self.out.parameters(), *self.gates.parameters()):
             nn.init.zeros_(p)
+        if preset.flow_target == "residual":  # other models store no scale
+            self.register_buffer("residual_scale", torch.ones(MEL.n_mels))
 
 # %% ../nbs/13_decoder.ipynb #36cddca0
 @patch
@@ -167,6 +169,45 @@ def forward(
     gate_x, gate_mu = self.gates(emb)[:, :, None].chunk(2, 1)
     return (v + gate_x * xt + gate_mu * mu) * mask
 
+# %% ../nbs/13_decoder.ipynb #be8ffd38
+@patch
+def to_flow(
+    self: Decoder,
+    mel,  # normalised ln mel, (..., 80, L)
+    mu,  # the same shape
+):  # (..., 80, L)
+    "Data as the flow knows them: the mel itself, or what it has more than μ, in units of s."
+    if self.preset.flow_target == "mel":
+        return mel
+    return (mel - mu) / self.residual_scale[:, None]
+
+
+@patch
+def from_flow(
+    self: Decoder,
+    x,  # (..., 80, L)
+    mu,  # normalised ln mel, broadcasts with x
+):  # normalised ln mel, (..., 80, L)
+    "The way back of `to_flow`."
+    if self.preset.flow_target == "mel":
+        return x
+    return mu + self.residual_scale[:, None] * x
+
+# %% ../nbs/13_decoder.ipynb #b6fe6c4e
+@patch
+@torch.no_grad()
+def measure_scale(
+    self: Decoder,
+    pairs,  # iterable of normalised ln mel (80, L) and its μ (80, L)
+):
+    "Set s, for each mel bin the root mean square of mel − μ, to what training data say."
+    squares, frames = 0.0, 0
+    for mel, mu in pairs:
+        squares = squares + (mel.double() - mu.double()).square().sum(1)
+        frames += mel.shape[1]
+    scale = (squares / frames).sqrt().clamp(min=0.01)  # a bin that never varies divides by no zero
+    self.residual_scale.copy_(scale)
+
 # %% ../nbs/13_decoder.ipynb #f432559d
 @patch
 def loss(
@@ -180,12 +221,14 @@ def loss(
     "The flow-matching loss; some items lose their whole condition (μ and speaker become zero)."
     drawn = torch.rand(len(x1), generator=generator, device=x1.device)
     keep = (drawn >= self.preset.condition_drop).to(x1.dtype)
+    x1 = self.to_flow(x1, mu)
     mu, speaker = mu * keep[:, None, None], speaker * keep[:, None]
 
     def field(xt, t):
         return self(xt, t, mu, mask, speaker)
 
-    return cfm_loss(field, x1, mask, self.preset.sigma_min, generator)
+    t = draw_times(len(x1), self.preset.flow_times, generator, x1.device)
+    return cfm_loss(field, x1, mask, self.preset.sigma_min, generator, t=t)
 
 # %% ../nbs/13_decoder.ipynb #51dcbc87
 def mel_noise(
@@ -206,7 +249,10 @@ def mel_noise(
 # %% ../nbs/13_decoder.ipynb #15b62fb3
 @patch
 def field(self: Decoder, mu, mask, speaker, guidance: float = 1.0):
-    "The field(x, t) that a solver follows; guidance takes both velocities from one batch of 2 B."
+    """The field(x, t) that a solver follows, where x is as of `to_flow`.
+
+    Guidance takes both velocities from one batch of 2 B.
+    """
     if guidance == 1:
         return lambda x, t: self(x, t, mu, mask, speaker)
     mu = torch.cat([mu, 0 * mu])
@@ -247,6 +293,7 @@ def sample(
     x0 = temperature * x0.to(mu) * mask
     if steps:
         xs = solver(self.field(mu, mask, speaker, guidance), x0, time_grid(steps).to(mu))
+        xs = self.from_flow(xs, mu) * mask
     else:
         xs = mu[None]
     return xs if trajectory else xs[-1]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pad_time', 'ot_path', 'ot_target', 'gaussian_field', 'responsibilities', 'mixture_field', 'mixture_sample',
-           'cfm_loss', 'ToyField', 'fit_toy', 'field_error', 'fit_pairs', 'detour']
+           'draw_times', 'cfm_loss', 'ToyField', 'fit_toy', 'field_error', 'fit_pairs', 'detour']
 
 # %% ../nbs/11_flow.ipynb #425263f6
 import torch
@@ -91,6 +91,18 @@ def mixture_sample(
     return means[k] + stds[k, None] * torch.randn(n, means.shape[1], generator=generator)
 
 # %% ../nbs/11_flow.ipynb #32a4aeec
+def draw_times(
+    n: int,
+    times: str = "uniform",  # or `logit-normal`: the sigmoid of a standard normal number
+    generator: torch.Generator = None,  # on the device asked for
+    device=None,
+) -> torch.Tensor:  # (n,) in [0, 1]
+    "Times at which training stands on its paths."
+    if times == "uniform":
+        return torch.rand(n, generator=generator, device=device)
+    return torch.randn(n, generator=generator, device=device).sigmoid()
+
+
 def cfm_loss(
     field,  # called as field(xt, t), t (B,); conditions are closed over
     x1,  # data, (B, C, L) or (B, C)
@@ -98,14 +110,14 @@ def cfm_loss(
     sigma_min: float = 1e-4,
     generator: torch.Generator = None,  # on the device of x1
     x0=None,  # noise, as x1; None: drawn
-    t=None,  # times, (B,) in [0, 1]; None: drawn
+    t=None,  # times, (B,) in [0, 1]; None: uniform ones
 ) -> torch.Tensor:  # scalar
     """Conditional flow matching (Lipman et al., Eq. 9 with the path of Eq. 22).
 
     The masked mean squared error between the field and the velocity of the path.
     """
     if t is None:
-        t = torch.rand(len(x1), generator=generator, device=x1.device)
+        t = draw_times(len(x1), generator=generator, device=x1.device)
     if x0 is None:
         x0 = torch.randn(x1.shape, generator=generator, device=x1.device)
     v = field(ot_path(x0, x1, t, sigma_min), t)

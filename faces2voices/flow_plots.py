@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['plot_arrows', 'plot_field', 'field_explorer', 'plot_trajectories', 'plot_trajectory_panels', 'plot_truth',
-           'plot_lines', 'plot_walks', 'plot_flow', 'animate_flow', 'plot_guidance', 'plot_loss', 'plot_errors',
-           'show_mels', 'show_mel_trajectory']
+           'plot_lines', 'plot_walks', 'plot_flow', 'animate_flow', 'plot_fan', 'plot_guidance', 'plot_loss',
+           'plot_errors', 'show_mels', 'show_mel_trajectory']
 
 # %% ../nbs/engine/11_flow_plots.ipynb #f0513fe2
+import numpy as np
 import torch
 from .audio import MEL
 from .figures import BLUE, GREEN, ORANGE, PINK, SKY, show
@@ -157,7 +158,7 @@ def plot_lines(
         ax.set(xlabel="t (noise → data)", title=title)
     axs[0].set_ylabel("x")
     what = "Curves over time, orange where they end above zero and blue where below."
-    show(fig, f"Left: {titles[0]}. Right: {titles[1]}. {what}", dpi=72)
+    show(fig, f"Left: {titles[0]}. Right: {titles[1]}. {what}", jpeg=True, dpi=80)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #f1068504
 def plot_walks(
@@ -203,28 +204,60 @@ def plot_flow(
 def animate_flow(
     trajectory,  # (N + 1, B, 2), uniform in time
     data,  # (n, 2)
-    frames: int = 16,
+    field=None,  # called as field(x (B, 2), t (B,)); its arrows are drawn under the cloud
+    frames: int = 10,
 ):
-    "The cloud on its way, as a small moving picture."
-    import os
-    import tempfile
+    "The cloud on its way, as a small moving picture of few colours."
+    from io import BytesIO
     import matplotlib.pyplot as plt
     from IPython.display import Image, display
-    from matplotlib.animation import FuncAnimation, PillowWriter
+    from PIL import Image as Picture
 
-    fig, ax = plt.subplots(figsize=(2.6, 2.8), dpi=72, layout="constrained")
-
-    def draw(i):
-        t = i / (frames - 1)
+    fig, ax = plt.subplots(figsize=(4.8, 5), dpi=100, layout="constrained")
+    pictures = []
+    for t in torch.linspace(0, 1, frames).tolist():
         ax.clear()
+        if field is not None:
+            plot_arrows(ax, field, min(t, 0.99))
         _plot_cloud(ax, trajectory[round(t * (len(trajectory) - 1))], data, t)
-
+        fig.canvas.draw()
+        picture = Picture.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
+        pictures.append(picture.quantize(8))
+    plt.close(fig)
+    made = BytesIO()
+    look = dict(save_all=True, append_images=pictures[1:], duration=200, loop=0)
+    pictures[0].save(made, "gif", **look)
     alt = f"{trajectory.shape[1]} points move from a round cloud of noise to the data."
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "flow.gif")
-        FuncAnimation(fig, draw, frames).save(path, PillowWriter(fps=8))
-        plt.close(fig)
-        display(Image(path, format="gif", alt=alt))
+    display(Image(made.getvalue(), format="gif", alt=alt))
+
+
+def plot_fan(
+    place,  # (2,)
+    data,  # (n, 2): where roads through the place lead
+    weights,  # (n,), sum 1: how probable each is, given the place
+    mean,  # (2,): the mean velocity
+    t: float,
+):
+    "Velocities of the roads that pass one place, the likelier the darker, and their mean."
+    import matplotlib.pyplot as plt
+
+    arrows = dict(angles="xy", scale_units="xy", scale=1)
+    fig, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
+    ax.scatter(*data.T, s=4, c="0.8")
+    shade = (weights / weights.max()).clamp(0.02, 1)
+    there = place.expand_as(data)
+    v = (data - place) / (1 - t)
+    ax.quiver(*there.T, *((1 - t) * v).T, alpha=shade.tolist(), color=BLUE, width=0.004, **arrows)
+    ax.quiver(
+        *place, *((1 - t) * mean), color=ORANGE, width=0.01, headwidth=4, headlength=4, **arrows
+    )
+    _plane(ax, f"t = {t:.2f}: roads through one place, and their mean")
+    show(
+        fig,
+        "A fan of arrows from one place to the data, and one thick arrow, their mean.",
+        jpeg=True,
+        dpi=80,
+    )
 
 # %% ../nbs/engine/11_flow_plots.ipynb #8662fb26
 def plot_guidance(

@@ -1006,6 +1006,10 @@ def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
     def make_mel(decoder):
         return decoder.sample(out.mu, mask, out.speaker)[0]
 
+    if preset.flow_target == "residual" and model.decoder.residual_scale.eq(1).all():
+        # not yet measured; a decoder that is adapted keeps the scale that it learned with
+        some = shuffled(len(examples), min(len(examples), 300), seed)(0)
+        model.decoder.measure_scale((examples[i].x1, examples[i].mu) for i in some)
     fit(
         decoder_loss(model),
         model.decoder,

@@ -23,7 +23,7 @@ from faces2voices.decoder import (
     time_embedding,
 )
 from faces2voices.matcha import MatchaDecoder, SnakeBeta, load_matcha
-from faces2voices.flow import cfm_loss
+from faces2voices.flow import cfm_loss, gaussian_field
 from faces2voices.solvers import guide, rk4, time_grid
 
 sys.path.insert(0, str(Path(__file__).with_name("matcha")))
@@ -275,6 +275,118 @@ def test_it_learns_one_mel():
         opt.step()
     x = d.eval().sample(x1[:1], speaker=speaker[:1], steps=8)
     assert mel_error(x, x1[:1]).item() < 0.5 * mel_error(mel_noise(16, [0]), x1[:1]).item()
+
+
+# --- the residual as what the noise becomes
+
+RESIDUAL = replace(SMALL, flow_target="residual", condition_drop=0.0)
+
+
+def scaled(preset=RESIDUAL):
+    "A decoder of the residual form whose scale differs from bin to bin."
+    d = make(preset)
+    d.residual_scale.copy_(torch.linspace(0.1, 0.6, 80))
+    return d
+
+
+def test_scale_is_the_root_mean_square_of_the_residual_over_all_frames():
+    d, mu = make(RESIDUAL), torch.randn(80, 30, generator=gen())
+    lengths = 10, 20  # a longer clip counts for more
+    rests = [c * torch.ones(80, n) for c, n in zip((1.0, 2.0), lengths)]
+    for rest in rests:
+        rest[0] = 0.0  # a bin that never varies
+    parts = mu.split(lengths, 1)
+    d.measure_scale((m + r, m) for m, r in zip(parts, rests))
+    expected = torch.full((80,), ((10 * 1 + 20 * 4) / 30) ** 0.5)
+    expected[0] = 0.01
+    same(d.residual_scale, expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_both_forms_turn_round_exactly():
+    _, _, mu, mask, _ = inputs()
+    mel = torch.randn(2, 80, 37, generator=gen(3))
+    d = scaled()
+    same(d.to_flow(mel, mu)[0, 79], (mel - mu)[0, 79] / 0.6, atol=1e-5)
+    same(d.from_flow(d.to_flow(mel, mu), mu), mel, atol=1e-5)
+    plain = make()
+    same(plain.to_flow(mel, mu), mel)
+    same(plain.from_flow(mel, mu), mel)
+
+
+def test_the_loss_is_that_of_the_scaled_residual():
+    d, (mel, _, mu, mask, speaker) = scaled(), inputs(4, 12)
+    g = gen(5)
+    torch.rand(4, generator=g)  # the draw that decides who loses the condition
+    x1 = (mel - mu) / d.residual_scale[:, None]
+    expected = cfm_loss(lambda x, t: d(x, t, mu, mask, speaker), x1, mask, generator=g)
+    same(d.loss(mel, mask, mu, speaker, gen(5)), expected, atol=1e-6)
+
+
+def test_a_dropped_condition_leaves_the_residual_what_it_was():
+    d, (mel, _, mu, mask, speaker) = scaled(replace(RESIDUAL, condition_drop=1.0)), inputs(4, 12)
+    x1, g = d.to_flow(mel, mu), gen(5)
+    torch.rand(4, generator=g)
+    expected = cfm_loss(lambda x, t: d(x, t, 0 * mu, mask, 0 * speaker), x1, mask, generator=g)
+    same(d.loss(mel, mask, mu, speaker, gen(5)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_exact_field_of_a_gaussian_residual_draws_it(temperature, guidance):
+    "Given μ the mel is N(μ, s²), so x' is standard normal and its field is known."
+    d, mu = scaled(), torch.randn(1, 80, 2000, generator=gen(1))
+    d.forward = lambda xt, t, mu, mask, speaker: gaussian_field(xt, t, 0.0, 1.0) * mask
+    x = d.sample(mu, steps=20, temperature=temperature, guidance=guidance, solver=rk4, seed=4)
+    rest = x - mu
+    same(rest.std(2)[0], temperature * d.residual_scale, atol=0.04)
+    same(rest.mean(), torch.tensor(0.0), atol=0.01)
+
+
+@torch.no_grad()
+def test_every_stop_of_the_way_is_a_mel_and_padding_is_empty():
+    d, (_, _, mu, mask, speaker) = scaled(), inputs()
+    mask[1, :, 20:] = 0
+    way = d.sample(mu, mask, speaker, steps=3, seed=[1, 2], trajectory=True)
+    noise = mel_noise(37, [1, 2])
+    same(way[0], (mu + d.residual_scale[:, None] * noise) * mask, atol=1e-5)
+    same(way[:, 1, :, 20:], torch.zeros(4, 80, 17))
+    same(way[-1], d.sample(mu, mask, speaker, steps=3, seed=[1, 2]))
+    same(d.sample(mu, mask, speaker, steps=0), mu)
+
+
+def test_the_scale_is_stored_and_a_model_without_it_is_of_matchas_form():
+    d = scaled()
+    again = Decoder(RESIDUAL)
+    again.load_state_dict(d.state_dict())
+    same(again.residual_scale, torch.linspace(0.1, 0.6, 80))
+    assert "residual_scale" not in Decoder(SMALL).state_dict()
+    with pytest.raises(RuntimeError, match="residual_scale"):
+        again.load_state_dict(make().state_dict())  # weights of the other form
+
+
+def test_presets_without_the_new_choices_are_of_the_old_form():
+    old = TINY.to_json()
+    del old["flow_target"], old["flow_times"]
+    preset = type(TINY).from_json(old)
+    assert (preset.flow_target, preset.flow_times) == ("mel", "uniform")
+    assert PAPER.flow_target == "mel"
+    for wrong in (dict(flow_target="mu"), dict(flow_times="normal")):
+        with pytest.raises(CheckpointError):
+            type(TINY).from_json(TINY.to_json() | wrong)
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit-normal"])
+def test_the_loss_draws_its_times_as_the_preset_says(times):
+    "What the exact field of a standard normal residual pays: the mean of 1 / (t² + (1 − t)²)."
+    d = scaled(replace(RESIDUAL, flow_times=times))
+    d.forward = lambda xt, t, mu, mask, speaker: gaussian_field(xt, t, 0.0, 1.0)
+    s = d.residual_scale[:, None]
+    mel = s * torch.randn(6000, 80, 4, generator=gen())
+    paid = d.loss(mel, torch.ones(6000, 1, 4), 0 * mel, torch.zeros(6000, 256), gen(1))
+    p = (torch.arange(200_000) + 0.5) / 200_000
+    t = p if times == "uniform" else torch.special.ndtri(p).sigmoid()
+    same(paid.detach(), (1 / (t**2 + (1 - t) ** 2)).mean(), atol=0.01)
 
 
 # --- the decoder of Matcha-TTS

@@ -8,6 +8,7 @@ from faces2voices.flow import (
     ToyField,
     cfm_loss,
     detour,
+    draw_times,
     field_error,
     fit_toy,
     gaussian_field,
@@ -182,6 +183,17 @@ def test_loss_draws_one_time_for_each_item():
     )
     t = seen[0]
     assert t.shape == (64,) and t.min() < 0.1 and t.max() > 0.9 and t.unique().numel() == 64
+
+
+@pytest.mark.parametrize("times", ["uniform", "logit-normal"])
+def test_times_have_their_law(times):
+    "P(t ≤ a) is a, or Φ(ln a / (1 − a)); and the generator decides them."
+    t = draw_times(200_000, times, gen(4))
+    a = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.9, 0.98])
+    known = a if times == "uniform" else torch.special.ndtr(a.logit())
+    same((t[:, None] <= a).float().mean(0), known, atol=0.004)
+    assert 0 <= t.min() and t.max() <= 1
+    same(draw_times(5, times, gen(4)), draw_times(5, times, gen(4)))
 
 
 def test_loss_takes_noise_and_times_that_are_given():

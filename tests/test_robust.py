@@ -713,6 +713,8 @@ CONFIGS = {
     "vocoder_kernels": [3],
     "vocoder_channels": -1,
     "sigma_min": "small",
+    "flow_target": "mu",
+    "flow_times": 1,
     "face_backend": "eyes",
     "speaker_dim": 255,
     "n_units": True,

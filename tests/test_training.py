@@ -891,6 +891,22 @@ def test_the_seed_decides_every_weight(prepared, tmp_path):
     assert all(a[part] != c[part] for part in a)
 
 
+def test_the_scale_of_the_residual_is_measured_stored_and_kept(prepared, tmp_path):
+    "On the training clips before the first step; a decoder that is adapted goes on with its own."
+    from faces2voices.synthesis import FacesToVoices
+
+    preset = shrunk(flow_target="residual", flow_times="logit-normal")
+    made = training.train_system(preset, tmp_path / "a", prepared, seed=1)
+    model = FacesToVoices.from_pretrained(made, device="cpu")
+    clips = training.training_clips(prepared)
+    examples = training.precompute_mu(model.hierarchy, clips, tmp_path / "a", vary=1, seed=1)
+    rests = torch.cat([(e.x1.float() - e.mu.float()) for e in examples], 1)
+    same(model.decoder.residual_scale, rests.square().mean(1).sqrt(), atol=0.01)
+    adapted = training.adapt(made, prepared, tmp_path / "b", steps=1)
+    again = FacesToVoices.from_pretrained(adapted, device="cpu")
+    same(again.decoder.residual_scale, model.decoder.residual_scale)
+
+
 def test_the_seed_decides_what_a_saved_model_does_not_hold(tmp_path):
     "The masked path is not kept in a saved model: adapting starts it afresh."
     small().save_pretrained(tmp_path)
