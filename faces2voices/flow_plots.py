@@ -230,7 +230,7 @@ def animate_flow(
     alt = f"{trajectory.shape[1]} points move from a round cloud of noise to the data."
     display(Image(made.getvalue(), format="gif", alt=alt))
 
-
+# %% ../nbs/engine/11_flow_plots.ipynb #2255687f
 def plot_fan(
     place,  # (2,)
     data,  # (n, 2): where roads through the place lead
