@@ -59,9 +59,9 @@ def clip(preset, i: int, frames: int) -> Clip:
     seen = (50 * noise(frames, 96, 96)).byte(), (50 * noise(112, 112, 3)).byte()
     seen += noise(frames, preset.expression_dim), noise(preset.identity_dim)
     heard = 0.1 * noise(640 * frames), 5 * contour, contour, -4 * contour
-    return Clip(
-        f"clip{i}", f"talker{i % 2}", "", *seen, *heard, units=units, words=units, voice=noise(256)
-    )
+    mouth = 20 * noise(1, 9, 2) + noise(frames, 9, 2)
+    targets = dict(units=units, words=units, voice=noise(256))
+    return Clip(f"clip{i}", f"talker{i % 2}", "", *seen, *heard, mouth=mouth, **targets)
 
 
 def clips(preset) -> ClipDataset:

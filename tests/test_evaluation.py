@@ -1076,7 +1076,7 @@ def test_ablation_trains_judges_and_resumes(clips, tmp_path, monkeypatch):
     )
     flat = rows[-1]
     assert "unit accuracy in speech" not in flat and flat["mean F0 predicted, r"] is None
-    monkeypatch.setattr(ex, "fit", None)  # nothing is trained a second time
+    monkeypatch.setattr(ex, "fit_hierarchy", None)  # nothing is trained a second time
     assert ex.ablation(data, tmp_path, steps=1) == rows
     assert all(r["commit"] and r["machine"] for r in rows)
     files = ex.ablation_sounds(data, tmp_path, steps=1)
