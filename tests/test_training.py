@@ -706,6 +706,34 @@ def test_a_first_model_hands_on_its_vocoder_as_it_is(tmp_path):
         same(a, b)
 
 
+@pytest.mark.parametrize(
+    "option,keeps", [("vocoder", {"vocoder"}), ("init", {"speaker", "vocoder"})]
+)
+def test_a_vocoder_may_be_taken_with_its_speaker_encoder_or_alone(
+    monkeypatch, tmp_path, option, keeps
+):
+    from faces2voices.core import EIGENLIPS
+    from faces2voices.synthesis import FacesToVoices
+
+    given = {}
+    speaker, vocoder = (
+        lambda model, data, preset, first, seed: given.update(speaker=first),
+        lambda model, worlds, preset, run, first, *rest: given.update(vocoder=first),
+    )
+    monkeypatch.setattr(training, "train_speaker", speaker)
+    monkeypatch.setattr(training, "train_model_vocoder", vocoder)
+    for name in ("train_units", "train_hierarchy", "train_decoder", "claim_run", "_read_targets"):
+        monkeypatch.setattr(training, name, lambda *a: SimpleNamespace(add=lambda **kw: None))
+    monkeypatch.setattr(training, "load_or_train", lambda run, name, module, step, only: step())
+    monkeypatch.setattr(training, "training_clips", lambda *a: [])
+    monkeypatch.setattr(training, "assemble", lambda *a: None)
+    training.train_system(EIGENLIPS, tmp_path, "DATA", **{option: "talkers"})
+    assert {name for name, first in given.items() if first is not None} == keeps
+    talkers = FacesToVoices.from_pretrained("talkers", device="cpu")
+    for a, b in zip(talkers.vocoder.parameters(), given["vocoder"].vocoder.parameters()):
+        same(a, b)
+
+
 class Clips(list):
     "A data set of a kind."
 
