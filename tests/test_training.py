@@ -716,12 +716,15 @@ def test_a_vocoder_may_be_taken_with_its_speaker_encoder_or_alone(
     from faces2voices.synthesis import FacesToVoices
 
     given = {}
-    speaker, vocoder = (
-        lambda model, data, preset, first, seed: given.update(speaker=first),
-        lambda model, worlds, preset, run, first, *rest: given.update(vocoder=first),
-    )
-    monkeypatch.setattr(training, "train_speaker", speaker)
-    monkeypatch.setattr(training, "train_model_vocoder", vocoder)
+
+    def train_speaker(model, data, preset, first, seed):
+        given["speaker"] = first
+
+    def train_model_vocoder(model, worlds, preset, run, first, *rest):
+        given["vocoder"] = first
+
+    monkeypatch.setattr(training, "train_speaker", train_speaker)
+    monkeypatch.setattr(training, "train_model_vocoder", train_model_vocoder)
     for name in ("train_units", "train_hierarchy", "train_decoder", "claim_run", "_read_targets"):
         monkeypatch.setattr(training, name, lambda *a: SimpleNamespace(add=lambda **kw: None))
     monkeypatch.setattr(training, "load_or_train", lambda run, name, module, step, only: step())
