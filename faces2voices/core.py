@@ -250,16 +250,15 @@ def _tuples(v):
     return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
 
 # %% ../nbs/00_core.ipynb #36584f08
-_LIP_ENCODERS = (
-    "slim",
-    "eigenlips",
-    "landmarks",
-    "landmarks+eigenlips",
-    "avhubert-base",
-    "avhubert-large",
-)
 _CHOICES = dict(
-    lip_encoder=_LIP_ENCODERS,
+    lip_encoder=(
+        "slim",
+        "eigenlips",
+        "landmarks",
+        "landmarks+eigenlips",
+        "avhubert-base",
+        "avhubert-large",
+    ),
     unit_features=("mfcc", "hubert"),
     flow_target=("mel", "residual"),
     flow_times=("uniform", "logit-normal"),

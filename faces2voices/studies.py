@@ -1152,15 +1152,24 @@ def show_sync(
     body = []
     measures = [k for k in SYNC_MEASURES if k in found["rows"][0]["of_clips"]]
     for truth, k in product(_TRUTHS, measures):
-        plain, moved, change = compare_pairs(found, truth, k)
-        mark = "**" if change.low * change.high > 0 else ""
-        cells = [truth, f"{k} {SYNC_MEASURES[k]}", f"{plain:.3f}", f"{moved:.3f}"]
-        body.append([*cells, f"{mark}{change:+.3f}{mark}"])
+        cells = _change_cells(*compare_pairs(found, truth, k))
+        body.append([truth, f"{k} {SYNC_MEASURES[k]}", *cells])
     head = ["truth", "measure", "pairs as they are", "synchronised pairs", "change"]
+    return markdown_table(head, body) + _conditions(found)
+
+
+def _change_cells(before: float, after: float, change) -> list:
+    "Two means and their change, bold where its interval leaves out zero."
+    mark = "**" if change.low * change.high > 0 else ""
+    return [f"{before:.3f}", f"{after:.3f}", f"{mark}{change:+.3f}{mark}"]
+
+
+def _conditions(found: dict) -> str:
+    "What two recipes were trained and judged on, as a paragraph."
     clips = found["clips"]
     text = f"{clips['training']} training clips, {found['steps']} steps, seeds {found['seeds']}, "
     text += f"{clips['judged']} clips of the split {found['split']}"
-    return markdown_table(head, body) + f"\n\n{text}" + _made_by(found)
+    return f"\n\n{text}" + _made_by(found)
 
 
 def _made_by(found: dict) -> str:
@@ -1225,16 +1234,21 @@ def score_stranger(
 ) -> dict:  # measure of STRANGER_MEASURES → number
     "μ of one clip with the voice seen in the face and with the true one, and that voice's pitch."
     b = collate([clip])
-    out = hierarchy(*hierarchy.inputs(b))
     lips = hierarchy.lips(hierarchy.lip_input(b), b.mask)
-    hidden = hierarchy.film(hierarchy.add_content(lips, b.mask)[1], b.speaker)
-    _, hidden = hierarchy.add_prosody(hidden, b.speaker, b.expression, b.mask)
-    true_voice = hierarchy.to_mu(hidden, b.mask)
-    octaves = out.prosody.log_f0.median() - b.log_f0[b.voiced > 0.5].median()
+    _, content = hierarchy.add_content(lips, b.mask)
+    guess = hierarchy.timbre(b.face, b.identity)
+
+    def speak(voice):
+        hidden = hierarchy.film(content, voice)
+        prosody, hidden = hierarchy.add_prosody(hidden, voice, b.expression, b.mask)
+        return prosody.log_f0, hierarchy.to_mu(hidden, b.mask)[0]
+
+    log_f0, mu = speak(guess)
+    octaves = log_f0.median() - b.log_f0[b.voiced > 0.5].median()
     values = (
-        envelope_match(out.mu[0], b.mel[0]),
-        envelope_match(true_voice[0], b.mel[0]),
-        out.speaker[0] @ b.speaker[0],
+        envelope_match(mu, b.mel[0]),
+        envelope_match(speak(b.speaker)[1], b.mel[0]),
+        guess[0] @ b.speaker[0],
         1200 / np.log(2) * octaves.abs(),
     )
     return {k: round(float(x), 5) for k, x in zip(STRANGER_MEASURES, values)}
@@ -1283,14 +1297,10 @@ def show_strangers(
             for noise in noises
         )
         change = crossed_interval(moved - without)
-        mark = "**" if change.low * change.high > 0 else ""
-        means = [f"{x.mean():.3f}" for x in (without, moved)]
-        body.append([f"{k} {arrow}", *means, f"{mark}{change:+.3f}{mark}"])
+        cells = _change_cells(without.mean(), moved.mean(), change)
+        body.append([f"{k} {arrow}", *cells])
     head = ["measure", "voices as they are", "moved voices", "change"]
-    clips = found["clips"]
-    text = f"{clips['training']} training clips, {found['steps']} steps, seeds {found['seeds']}, "
-    text += f"{clips['judged']} clips of the split {found['split']}"
-    return markdown_table(head, body) + f"\n\n{text}" + _made_by(found)
+    return markdown_table(head, body) + _conditions(found)
 
 # %% ../nbs/engine/18_studies.ipynb #0473a0f9
 def shift_study(
