@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['course_app', 'LessonsOption', 'NewFolderArgument', 'ERRORS', 'DEFAULT_CURES', 'Exercise', 'is_solution', 'is_stub',
            'is_hidden', 'exercises', 'lessons', 'nbgrader_mark', 'student_cells', 'strings_in', 'leaks', 'read_table',
-           'teacher_notes', 'teacher_cells', 'worth_of', 'atomic_folder', 'write_edition', 'student_readme',
-           'write_student_edition', 'notes_by_lesson', 'write_teacher_edition', 'slide_cells', 'lesson_steps', 'Graded',
-           'grade', 'give_back', 'ErrorEntry', 'collect_errors', 'errors_markdown', 'exercises_markdown',
-           'rooms_markdown', 'rubric_markdown', 'anchor', 'traceability_markdown']
+           'teacher_notes', 'teacher_cells', 'worth_of', 'atomic_folder', 'write_edition', 'planned_minutes',
+           'student_readme', 'write_student_edition', 'notes_by_lesson', 'write_teacher_edition', 'slide_cells',
+           'lesson_steps', 'Graded', 'grade', 'give_back', 'ErrorEntry', 'collect_errors', 'errors_markdown',
+           'exercises_markdown', 'rooms_markdown', 'rubric_markdown', 'anchor', 'traceability_markdown']
 
 # %% ../nbs/19_course.ipynb #f5fc5172
 import ast
@@ -21,6 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -335,16 +336,22 @@ start programs nor use the network.
 _PACKAGE = '"faces2voices[talkers,metrics] @ git+https://github.com/faces2voices/faces2voices"'
 
 
+def planned_minutes(
+    nbs,  # folder of the lessons
+) -> Iterator[tuple]:  # lesson, names of its exercises, minutes for all of them
+    "What the exercises of each lesson take, where the teacher's notes say."
+    notes = notes_by_lesson(nbs)
+    for name, nb in lessons(nbs).items():
+        if names := [e.name for e in exercises(nb["cells"])]:
+            told = [notes[name].get(e, {}).get("minutes", 0) for e in names]
+            yield name, names, sum(map(int, told))
+
+
 def student_readme(
     nbs,  # folder of the lessons
 ) -> str:
     "What a student has to know: how to install, what to do, how to hand in."
-    notes = notes_by_lesson(nbs)
-    rows = []
-    for name, nb in lessons(nbs).items():
-        if names := [e.name for e in exercises(nb["cells"])]:
-            minutes = sum(int(notes[name].get(e, {}).get("minutes", 0)) for e in names)
-            rows.append(f"| {name} | {len(names)} | {minutes} |")
+    rows = [f"| {name} | {len(names)} | {m} |" for name, names, m in planned_minutes(nbs)]
     return _README.format(package=_PACKAGE, table="\n".join(rows))
 
 # %% ../nbs/19_course.ipynb #2650c541
@@ -804,13 +811,10 @@ def exercises_markdown(
     nbs,  # folder of the lessons
 ) -> str:
     "The exercises of each lesson with the minutes to plan for them, as a table."
-    notes = teacher_notes(nbs)
     rows = []
-    for name, nb in lessons(nbs).items():
-        if names := [e.name for e in exercises(nb["cells"])]:
-            minutes = [int(notes[name, e]["minutes"]) for e in names if (name, e) in notes]
-            written = ", ".join(f"`{e}`" for e in names)
-            rows.append((f"[{name}]({name}.ipynb)", len(names), written, sum(minutes)))
+    for name, names, minutes in planned_minutes(nbs):
+        written = ", ".join(f"`{e}`" for e in names)
+        rows.append((f"[{name}]({name}.ipynb)", len(names), written, minutes))
     total = "all", sum(row[1] for row in rows), "", sum(row[3] for row in rows)
     return _table(["lesson", "exercises", "what is written", "minutes"], [*rows, total])
 
