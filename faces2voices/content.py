@@ -96,7 +96,7 @@ class ContentEncoder(nn.Module):
         self.head = nn.Linear(p.dim, p.n_units)
         self.masked_head = nn.Linear(p.dim, p.n_units)
         self.word_head = None
-        if p.words:
+        if p.words and not p.reader_says_words:
             self.word_head = nn.Linear(in_dim, UNITS_PER_FRAME * (1 + len(p.words)))
 
 # %% ../nbs/07_content.ipynb #be3625a5
@@ -104,8 +104,11 @@ class ContentEncoder(nn.Module):
 def predict_words(
     self: ContentEncoder,
     features,  # (B, T, D)
+    words=None,  # (B, T, 1 + words), logits of a reader, where it says them
 ) -> torch.Tensor | None:  # (B, 2T, 1 + words)
-    "Logits of words; None where there is no head for them."
+    "Logits of words, of the reader or of the head; None where there is neither."
+    if words is not None:
+        return words.repeat_interleave(UNITS_PER_FRAME, 1)
     if self.word_head is None:
         return None
     return self.word_head(features).unflatten(2, (UNITS_PER_FRAME, -1)).flatten(1, 2)
@@ -130,6 +133,7 @@ def forward(
     self: ContentEncoder,
     features,  # (B, T, D)
     mask,  # (B, T) bool
+    words=None,  # (B, T, 1 + words), logits of a reader, where it says them
 ) -> Content:
     mask = mask.repeat_interleave(UNITS_PER_FRAME, 1)
     plain, masked = self.paths(self.upsample(features.mT) * mask[:, None], mask)
@@ -137,7 +141,7 @@ def forward(
         hidden=plain.mT,
         logits=self.head(plain.mT),
         masked_logits=self.masked_head(masked.mT),
-        word_logits=self.predict_words(features),
+        word_logits=self.predict_words(features, words),
     )
 
 # %% ../nbs/07_content.ipynb #a3141477

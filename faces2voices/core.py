@@ -178,8 +178,7 @@ class HierarchyConfig:
     prior_weight: float = 1.0  # of the distance from μ to the mel, among the losses
     envelope_weight: float = 0.0  # of the loss that asks μ to rise and fall as speech does
     dropout: float = 0.1
-    # share of training clips of which μ hears units and words alone
-    content_dropout: float = 0.0
+    bottleneck: bool = False  # does μ learn what is said from units and words alone?
     speaker_dim: int = 256
     speaker_noise: float = 0.0  # how far FiLM's speakers are moved in training, see `vary_speaker`
 
@@ -220,11 +219,6 @@ class Preset(InputConfig, HierarchyConfig, DecoderConfig):
     batch: dict = field(default_factory=_BATCH.copy)
     lr: dict = field(default_factory=_LR.copy)
 
-    @property
-    def reads_landmarks(self) -> bool:
-        "Does it read lips from points of a mesh, alone or beside pixels?"
-        return "landmarks" in self.lip_encoder
-
     def to_json(self) -> dict:
         "A dict that JSON can hold."
         return asdict(self)
@@ -248,6 +242,18 @@ class Preset(InputConfig, HierarchyConfig, DecoderConfig):
 def _tuples(v):
     "`v` with tuples in place of its lists."
     return tuple(map(_tuples, v)) if isinstance(v, (list, tuple)) else v
+
+# %% ../nbs/00_core.ipynb #90281d6e
+@patch(as_prop=True)
+def reads_landmarks(self: Preset) -> bool:
+    "Does it read lips from points of a mesh, alone or beside pixels?"
+    return "landmarks" in self.lip_encoder
+
+
+@patch(as_prop=True)
+def reader_says_words(self: Preset) -> bool:
+    "Are its words those of the reader of points, which was trained to say them?"
+    return self.reads_landmarks and self.words == GRID_WORDS
 
 # %% ../nbs/00_core.ipynb #36584f08
 _CHOICES = dict(
@@ -291,7 +297,6 @@ _RANGES = dict(  # name → smallest and largest value; whole numbers where both
     condition_drop=(0.0, 1.0),
     label_smoothing=(0.0, 0.99),
     dropout=(0.0, 0.99),
-    content_dropout=(0.0, 1.0),
     speaker_noise=(0.0, 1.0),
     sigma_min=(0.0, 0.99),
 )
@@ -391,10 +396,10 @@ GRID = replace(
     prior_weight=10.0,
     envelope_weight=5.0,
     dropout=0.2,
-    content_dropout=0.5,
+    bottleneck=True,
     speaker_noise=0.5,
     balance=0.5,
-    steps=TINY.steps | dict(hierarchy=1000),
+    steps=TINY.steps | dict(hierarchy=1500),
     batch=TINY.batch | dict(hierarchy=16),
     lr=TINY.lr | dict(hierarchy=3e-3),
 )
@@ -406,7 +411,7 @@ EIGENLIPS = replace(
     lip_encoder="eigenlips",
     lip_memory=TINY.lip_memory,
     words=(),
-    content_dropout=0.0,
+    bottleneck=False,
     speaker_noise=0.0,
     balance=0.0,
     steps=TINY.steps | dict(hierarchy=1200),

@@ -70,6 +70,19 @@ def forward(
     z = ((self.normalize(lips, mask) - self.mean) @ self.basis).clamp(-5, 5)
     return z.new_zeros(*mask.shape, z.shape[1]).masked_scatter(mask[..., None], z)
 
+
+@patch
+def strangeness(
+    self: Eigenlips,
+    lips,  # (B, 1, T, S, S)
+    mask,  # (B, T) bool
+):  # (B,), of a clip's variance of 1
+    "How much of each clip no mixture of the pictures can draw, mean square over its pixels."
+    x = self.normalize(lips, mask) - self.mean
+    pictures = F.normalize(self.basis, dim=0)
+    rest = (x - x @ pictures @ pictures.T).square().mean(1)
+    return torch.stack([frames.mean() for frames in rest.split(mask.sum(1).tolist())])
+
 # %% ../nbs/engine/06_eigenlips.ipynb #9eba805a
 class EigenlipEncoder(nn.Module):
     "Lips to one vector a frame: eigenlips, their speed and acceleration, bidirectional GRU."
@@ -124,6 +137,17 @@ def fit(
 ):
     "Find the principal pictures of some lips: before any training."
     self.eigen.fit(self.shrink(lips), mask)
+
+
+@patch
+def strangeness(
+    self: EigenlipEncoder,
+    lips,  # (B, 1, T, 88, 88)
+    mask,  # (B, T) bool
+):  # (B,)
+    "What the eigenlips cannot draw of each clip, see `Eigenlips.strangeness`."
+    with torch.autocast(lips.device.type, enabled=False):
+        return self.eigen.strangeness(self.shrink(lips), mask)
 
 
 @patch

@@ -135,13 +135,14 @@ class PlainContent(ContentEncoder):
         self,
         features,  # (B, T, in_dim)
         mask,  # (B, T) bool
+        words=None,  # (B, T, 1 + words) logits of a reader
     ) -> Content:
         "What is said, without masked logits."
         mask = mask.repeat_interleave(2, 1)
         x = self.upsample(features.mT) * mask[:, None]
         for block in self.blocks:
             x = block(x, mask)
-        return Content(x.mT, self.head(x.mT), None, self.predict_words(features))
+        return Content(x.mT, self.head(x.mT), None, self.predict_words(features, words))
 
 # %% ../nbs/10_hierarchy.ipynb #b52b5910
 class FlatEncoder(nn.Module):
@@ -242,17 +243,12 @@ def from_content(
     self: Hierarchy,
     content,  # Content
 ):  # (B, 2T, dim)
-    """The content features, plus linear maps of the softmax over units and, if there is one, words.
-
-    In training, some clips go without the features: what is said must be in the rest too."""
-    hidden = content.hidden
-    if self.training and self.preset.content_dropout:
-        draw = torch.rand(len(hidden), 1, 1, device=hidden.device)
-        hidden = hidden * (draw >= self.preset.content_dropout)
-    hidden = hidden + self.from_units(content.logits.softmax(-1))
-    if content.word_logits is None:
-        return hidden
-    return hidden + self.from_words(content.word_logits.softmax(-1))
+    """Linear maps of the softmax over units and, if there is one, words; and, unless the preset
+    asks for a bottleneck, the content features."""
+    said = self.from_units(content.logits.softmax(-1))
+    if content.word_logits is not None:
+        said = said + self.from_words(content.word_logits.softmax(-1))
+    return said if self.preset.bottleneck else content.hidden + said
 
 
 @patch
@@ -262,7 +258,8 @@ def add_content(
     mask,  # (B, T) bool
 ):  # Content, (B, 2T, dim)
     "What: the content, and the features that go on."
-    content = self.content(lips, mask)
+    words = self.lips.read(lips) if self.preset.reader_says_words else None
+    content = self.content(lips, mask, words)
     return content, self.from_content(content)
 
 # %% ../nbs/10_hierarchy.ipynb #537ab5ac

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['stack_frames', 'SlimTrunk', 'SlimLipEncoder', 'mouth_features', 'DilatedBlock', 'LipReader', 'read_clips',
-           'wrong_words', 'words_wrong', 'modality_dropout', 'PointsAndPixels', 'load_reader', 'make_lip_encoder']
+           'wrong_words', 'words_wrong', 'modality_dropout', 'FrozenReader', 'PointsAndPixels', 'load_reader',
+           'make_lip_encoder']
 
 # %% ../nbs/06_lipreading.ipynb #0db924be
+import math
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -242,9 +245,20 @@ def modality_dropout(
     points,  # (B, T, D) features of one kind
     pixels,  # (B, T, E) features of another
 ) -> tuple:  # the same, zeros where a clip lost them
-    "Each clip keeps both kinds, the first alone or the second alone: a third of them each."
+    "Half of the clips keep both kinds, a quarter the first alone, a quarter the second alone."
     draw = torch.rand(len(points), 1, 1, device=points.device)
-    return points * (draw > 1 / 3), pixels * ((draw < 1 / 3) | (draw > 2 / 3))
+    return points * (draw > 1 / 4), pixels * ((draw < 1 / 4) | (draw > 1 / 2))
+
+# %% ../nbs/06_lipreading.ipynb #dc602a32
+class FrozenReader(Frozen):
+    "A reader of points that never learns."
+
+    def read(
+        self,
+        features,  # (B, T, dim)
+    ):  # (B, T, 1 + words), logits
+        "The word at each frame, by the head that the reader was trained with."
+        return self.net.head(features)
 
 
 class PointsAndPixels(nn.Module):
@@ -252,19 +266,52 @@ class PointsAndPixels(nn.Module):
 
     def __init__(self, reader: LipReader, pixels: EigenlipEncoder):
         super().__init__()
-        self.points = Frozen(reader)
+        self.points = FrozenReader(reader)
         self.pixels = pixels
+        self.pixel_words = nn.Linear(pixels.dim, reader.head[1].out_features)
         self.dim = reader.dim + pixels.dim
+        self.register_buffer("strange", torch.tensor(math.inf))
 
-    def forward(
+    def fit(
         self,
-        lips,  # points (B, T, 9, 2), pixels (B, 1, T, 88, 88)
+        lips,  # (B, 1, T, 88, 88)
         mask,  # (B, T) bool
-    ):  # (B, T, dim)
-        features = self.points(lips[0], mask), self.pixels(lips[1], mask)
-        if self.training:
-            features = modality_dropout(*features)
-        return torch.cat(features, -1)
+    ):
+        "Find the eigenlips of some mouths, and which mouths they do not know."
+        self.pixels.fit(lips, mask)
+        self.strange.copy_(self.pixels.strangeness(lips, mask).quantile(0.98))
+
+# %% ../nbs/06_lipreading.ipynb #49f1efb1
+@patch
+def forward(
+    self: PointsAndPixels,
+    lips,  # points (B, T, 9, 2), pixels (B, 1, T, 88, 88)
+    mask,  # (B, T) bool
+):  # (B, T, dim)
+    "Features of both; of a mouth that the eigenlips do not know, those of the points alone."
+    points, pixels = self.points(lips[0], mask), self.pixels(lips[1], mask)
+    if self.training:
+        points, pixels = modality_dropout(points, pixels)
+    else:
+        known = self.pixels.strangeness(lips[1], mask) <= self.strange
+        pixels = pixels * known[:, None, None]
+    return torch.cat([points, pixels], -1)
+
+
+@patch
+def read(
+    self: PointsAndPixels,
+    features,  # (B, T, dim)
+):  # (B, T, 1 + words), logits
+    """The word at each frame, by both kinds: the product of what they believe (late fusion).
+
+    In training, pixels that were kept speak alone: only they have something to learn."""
+    points, pixels = features.split((self.points.dim, self.pixels.dim), -1)
+    seen = pixels.any(-1, keepdim=True)
+    by_points, by_pixels = self.points.read(points), self.pixel_words(pixels)
+    if self.training:
+        return torch.where(seen, by_pixels, by_points)
+    return by_points.log_softmax(-1) + seen * by_pixels.log_softmax(-1)
 
 # %% ../nbs/06_lipreading.ipynb #9c3a44e7
 def load_reader(
@@ -294,7 +341,7 @@ def make_lip_encoder(
     if preset.reads_landmarks:
         reader = LipReader(preset.reader_dim) if weights is None else load_reader(weights)
         if preset.lip_encoder == "landmarks":
-            return Frozen(reader)
+            return FrozenReader(reader)
         return PointsAndPixels(
             reader, EigenlipEncoder(preset.eigenlips, preset.lip_memory, preset.lip_scale)
         )

@@ -552,7 +552,13 @@ from .manifests import read_manifest
 from .corpora import ClipDataset, SoundList, batches, collate, person_chances
 from .preparing import TensorStore, fingerprint, prepare, write_targets
 from .eigenlips import EigenlipEncoder
-from .lipreading import LipReader, load_reader, make_lip_encoder, words_wrong
+from faces2voices.lipreading import (
+    LipReader,
+    PointsAndPixels,
+    load_reader,
+    make_lip_encoder,
+    words_wrong,
+)
 from .mouths import mouth_batches, prepared_mouths, read_landmarks
 from .core import seeded
 from .timbre import train_speaker_encoder
@@ -829,12 +835,13 @@ def load_lip_encoder(
 # %% ../nbs/16_training.ipynb #de387811
 def fit_eigenlips(hierarchy, dataset, limit: int = 300, seed: int = 0):
     "The principal pictures of some training clips, for a hierarchy that has eigenlips, none yet."
-    lips = getattr(hierarchy.lips, "pixels", hierarchy.lips)
-    if not isinstance(lips, EigenlipEncoder) or lips.eigen.basis.any():
+    lips = hierarchy.lips
+    pixels = lips.pixels if isinstance(lips, PointsAndPixels) else lips
+    if not isinstance(pixels, EigenlipEncoder) or pixels.eigen.basis.any():
         return
     numbers = shuffled(len(dataset), min(limit, len(dataset)), seed)(0)
     b = collate([dataset[i] for i in numbers])
-    device = lips.eigen.mean.device
+    device = pixels.eigen.mean.device
     frames, mask = b.lips[:, :, ::5].to(device), b.mask[:, ::5].to(device)
     seeded(seed, lambda: lips.fit(frames, mask))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from lips import batch
-from faces2voices.core import EIGENLIPS, PAPER, TINY, seed_everything, seeded, test_same
+from faces2voices.core import EIGENLIPS, GRID, PAPER, TINY, seed_everything, seeded, test_same
 from faces2voices.eigenlips import EigenlipEncoder, Eigenlips
 from faces2voices.errors import CheckpointError
 from faces2voices.layers import Frozen, influence
@@ -272,17 +272,24 @@ def test_a_reader_is_loaded_as_it_was_saved(tmp_path):
     assert isinstance(encoder, Frozen) and encoder.dim == 16
 
 
-def test_points_and_pixels_stand_side_by_side_and_one_may_be_silent_in_training(tmp_path):
+def points_and_pixels(folder, encoder="landmarks+eigenlips"):
+    "An encoder of a few clips that its eigenlips know, and what it sees of them."
     mouth, mask = points()
     pixels = torch.rand(len(mouth), 1, mouth.shape[1], 88, 88)
     reader = LipReader(dim=16)
-    save_file(reader.state_dict(), tmp_path / "reader.safetensors")
-    preset = replace(EIGENLIPS, lip_encoder="landmarks+eigenlips", eigenlips=8, lip_memory=8)
-    encoder = make_lip_encoder(preset, tmp_path / "reader.safetensors").eval()
-    seeded(0, lambda: encoder.pixels.fit(pixels, mask))
+    save_file(reader.state_dict(), folder / "reader.safetensors")
+    preset = replace(GRID, lip_encoder=encoder, eigenlips=8, lip_memory=8, reader_dim=16)
+    encoder = make_lip_encoder(preset, folder / "reader.safetensors").eval()
+    seeded(0, lambda: encoder.fit(pixels, mask))
+    encoder.strange.fill_(torch.inf)
+    return encoder, reader.eval(), mouth, pixels, mask
+
+
+def test_points_and_pixels_stand_side_by_side_and_one_may_be_silent_in_training(tmp_path):
+    encoder, reader, mouth, pixels, mask = points_and_pixels(tmp_path)
     both = encoder((mouth, pixels), mask)
     assert both.shape[-1] == encoder.dim == 16 + 16
-    test_same(both[..., :16], reader.eval()(mouth, mask))
+    test_same(both[..., :16], reader(mouth, mask))
     test_same(both[..., 16:], encoder.pixels(pixels, mask))
     encoder.train()
     silent = set()
@@ -293,6 +300,43 @@ def test_points_and_pixels_stand_side_by_side_and_one_may_be_silent_in_training(
         if not lost[0]:
             test_same(out[0, :, :16], both[0, :, :16])  # frozen: no dropout, no batch statistics
     assert silent == {(False, False), (True, False), (False, True)}
+
+
+@torch.no_grad()
+def test_pixels_are_not_believed_of_a_mouth_that_the_eigenlips_do_not_know(tmp_path):
+    encoder, reader, mouth, pixels, mask = points_and_pixels(tmp_path)
+    encoder.strange.copy_(encoder.pixels.strangeness(pixels[:1], mask[:1]).max())
+    pixels[1:] = pixels[1:].flip(-1).square()  # other mouths
+    seen = encoder((mouth, pixels), mask)[..., 16:]
+    assert seen[:1].any() and not seen[1:].any()
+    words = encoder.read(encoder((mouth, pixels), mask))
+    test_same(words[1:], reader.head(reader(mouth, mask))[1:].log_softmax(-1), atol=1e-5)
+
+
+def test_what_no_eigenlip_draws_is_measured_as_a_projection_leaves_it():
+    eigen, (lips, mask) = Eigenlips(8, 88), batch()
+    eigen.fit(lips, mask)
+    x = eigen.normalize(lips, mask) - eigen.mean
+    rest = x - x @ torch.linalg.pinv(eigen.basis.T) @ eigen.basis.T
+    expected = rest.square().mean(1).split(mask.sum(1).tolist())
+    test_same(eigen.strangeness(lips, mask), torch.stack([r.mean() for r in expected]), atol=1e-5)
+
+
+def test_words_of_points_and_of_pixels_are_multiplied_and_only_the_pixels_learn(tmp_path):
+    encoder, reader, mouth, pixels, mask = points_and_pixels(tmp_path)
+    features = encoder((mouth, pixels), mask)
+    beliefs = encoder.read(features).softmax(-1)
+    by_points = reader.head(features[..., :16]).softmax(-1)
+    by_pixels = encoder.pixel_words(features[..., 16:]).softmax(-1)
+    product = by_points * by_pixels
+    test_same(beliefs[mask], (product / product.sum(-1, keepdim=True))[mask], atol=1e-5)
+    encoder.train()
+    test_same(encoder.read(features)[mask], encoder.pixel_words(features[..., 16:])[mask])
+    blind = torch.cat([features[..., :16], 0 * features[..., 16:]], -1)
+    test_same(encoder.read(blind), reader.head(features[..., :16]))
+    encoder.read(features).square().mean().backward()
+    assert encoder.pixel_words.weight.grad.any()
+    assert all(p.grad is None for p in encoder.points.parameters())
 
 
 def test_a_file_that_holds_no_reader_is_named(tmp_path):
