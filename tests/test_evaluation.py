@@ -1195,7 +1195,7 @@ def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(ex, "RESULTS", tmp_path)
     rows = {r[0]: r for r in ex.ledger()}
     assert rows["MOS naturalness"][1].startswith("4.49") and all(
-        r[3] == r[4] == "" for r in rows.values()
+        r[3] == r[4] == r[5] == "" for r in rows.values()
     )
     card = dict(
         rows=dict(synthesised={"WER": 0.25, "ESTOI": 0.5}, original={"WER": 0.1}),
@@ -1208,10 +1208,12 @@ def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
     (tmp_path / "grid.json").write_text(json.dumps(card))
     rows = {r[0]: r for r in ex.ledger()}
     assert (
-        rows["WER"][3:] == ("", "25.0 % (original 10.0 %)")
+        rows["WER"][3:] == ("", "25.0 % (original 10.0 %)", "")
         and rows["ESTOI"][4] == "0.500"
         and rows["UTMOS"][4] == ""
     )
+    (tmp_path / "grid-unseen.json").write_text(json.dumps(card))
+    assert {r[0]: r for r in ex.ledger()}["ESTOI"][3:] == ("", "0.500", "0.500")
     assert all(
         f"`faces2voices {line}`" in ex.ledger_markdown() for line in ("evaluate X", "prepare Y X")
     )
