@@ -179,6 +179,8 @@ class HierarchyConfig:
     envelope_weight: float = 0.0  # of the loss that asks μ to rise and fall as speech does
     dropout: float = 0.1
     bottleneck: bool = False  # does μ learn what is said from units and words alone?
+    # share of training clips of which μ hears the words alone, where there are words
+    unit_dropout: float = 0.0
     speaker_dim: int = 256
     speaker_noise: float = 0.0  # how far FiLM's speakers are moved in training, see `vary_speaker`
 
@@ -297,6 +299,7 @@ _RANGES = dict(  # name → smallest and largest value; whole numbers where both
     condition_drop=(0.0, 1.0),
     label_smoothing=(0.0, 0.99),
     dropout=(0.0, 0.99),
+    unit_dropout=(0.0, 1.0),
     speaker_noise=(0.0, 1.0),
     sigma_min=(0.0, 0.99),
 )
@@ -397,6 +400,7 @@ GRID = replace(
     envelope_weight=5.0,
     dropout=0.2,
     bottleneck=True,
+    unit_dropout=0.5,
     speaker_noise=0.5,
     balance=0.5,
     steps=TINY.steps | dict(hierarchy=1500),
@@ -412,6 +416,7 @@ EIGENLIPS = replace(
     lip_memory=TINY.lip_memory,
     words=(),
     bottleneck=False,
+    unit_dropout=0.0,
     speaker_noise=0.0,
     balance=0.0,
     steps=TINY.steps | dict(hierarchy=1200),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'LOSS_WEIGHTS', 'MuHead', 'prior_loss', 'third_octaves', 'envelope_match', 'envelope_loss', 'PlainContent',
-           'FlatEncoder', 'Mu', 'Hierarchy', 'loss_weights', 'HierarchyLoss']
+           'FlatEncoder', 'Mu', 'Pronouncer', 'Hierarchy', 'loss_weights', 'HierarchyLoss']
 
 # %% ../nbs/10_hierarchy.ipynb #9d7dd5ce
 import math
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .audio import MEL
 from .corpora import Batch
 from .mouths import need_mouth
-from .lipreading import make_lip_encoder
+from .lipreading import DilatedBlock, make_lip_encoder
 from .content import Content, ContentEncoder, content_loss, word_loss
 from .timbre import FaceEncoder, FiLM, TimbreEncoder, timbre_loss, vary_speaker
 from .layers import ConvNorm
@@ -191,6 +191,30 @@ class Mu(NamedTuple):
     content: Content | None
     prosody: Prosody | None
 
+# %% ../nbs/10_hierarchy.ipynb #0340eba1
+class Pronouncer(nn.Module):
+    "The words that are believed to be said, at every step, to what they sound like there."
+
+    def __init__(
+        self,
+        classes: int,  # words, and no word
+        dim: int,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.embed = nn.Linear(classes, dim, bias=False)
+        self.blocks = nn.ModuleList(DilatedBlock(dim, apart, dropout) for apart in (1, 2, 4, 8, 16))
+
+    def forward(
+        self,
+        beliefs,  # (B, 2T, classes), probabilities
+        mask,  # (B, 2T) bool
+    ):  # (B, 2T, dim), zero on padding
+        x = self.embed(beliefs).mT * mask[:, None]
+        for block in self.blocks:
+            x = block(x, mask)
+        return x.mT
+
 # %% ../nbs/10_hierarchy.ipynb #25fa41b5
 class Hierarchy(nn.Module):
     "Lips → content → speaker → prosody → μ."
@@ -216,9 +240,9 @@ class Hierarchy(nn.Module):
         content = PlainContent if "masked" in self.without else ContentEncoder
         self.content = content(self.lips.dim, preset)
         self.from_units = nn.Linear(preset.n_units, preset.dim, bias=False)
-        self.from_words = None
+        self.pronounce = None
         if preset.words:
-            self.from_words = nn.Linear(1 + len(preset.words), preset.dim, bias=False)
+            self.pronounce = Pronouncer(1 + len(preset.words), preset.dim, preset.dropout)
         self.timbre = None if "timbre" in self.without else TimbreEncoder(preset)
         self.film = None if "timbre" in self.without else FiLM(preset.dim, preset.speaker_dim)
         self.prosody = None if "prosody" in self.without else ProsodyEncoder(preset)
@@ -242,12 +266,18 @@ def _fed_speaker(self: Hierarchy, predicted, teacher):
 def from_content(
     self: Hierarchy,
     content,  # Content
+    mask,  # (B, 2T) bool
 ):  # (B, 2T, dim)
-    """Linear maps of the softmax over units and, if there is one, words; and, unless the preset
-    asks for a bottleneck, the content features."""
+    """A linear map of the softmax over units and, if there are any, the words pronounced; and,
+    unless the preset asks for a bottleneck, the content features.
+
+    In training some clips go without their units: then the words alone must do."""
     said = self.from_units(content.logits.softmax(-1))
     if content.word_logits is not None:
-        said = said + self.from_words(content.word_logits.softmax(-1))
+        if self.training and self.preset.unit_dropout:
+            draw = torch.rand(len(said), 1, 1, device=said.device)
+            said = said * (draw >= self.preset.unit_dropout)
+        said = said + self.pronounce(content.word_logits.softmax(-1), mask)
     return said if self.preset.bottleneck else content.hidden + said
 
 
@@ -260,7 +290,7 @@ def add_content(
     "What: the content, and the features that go on."
     words = self.lips.read(lips) if self.preset.reader_says_words else None
     content = self.content(lips, mask, words)
-    return content, self.from_content(content)
+    return content, self.from_content(content, mask.repeat_interleave(2, 1))
 
 # %% ../nbs/10_hierarchy.ipynb #537ab5ac
 @patch

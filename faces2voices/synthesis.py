@@ -505,8 +505,8 @@ def encode_window(
     "The stages, in one window."
     b = self._window_batch(clip, w)
     h = self.hierarchy
-    content = h.content(h.lips(h.lip_input(b), b.mask), b.mask)
-    hidden = h.film(h.from_content(content), speaker[None])
+    content, hidden = h.add_content(h.lips(h.lip_input(b), b.mask), b.mask)
+    hidden = h.film(hidden, speaker[None])
     contours = _scale_expression(h.prosody, hidden, b.expression - rest, b.mask, expression)
     outputs = hidden, content.logits.argmax(-1), *contours, entropy(content.logits)
     kept = slice(2 * (w.keep_start - w.start), 2 * (w.keep_stop - w.start))

@@ -8,6 +8,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from faces2voices.errors import CorpusError
 from faces2voices.core import TINY, test_same as same
 from faces2voices.audio import MEL
+from faces2voices.layers import influence
 from faces2voices.manifests import Entry, write_manifest
 from faces2voices.corpora import Batch, Clip, save_clip
 from faces2voices.units import UnitQuantizer, fit_phone_classifier
@@ -229,15 +230,45 @@ def test_speaker_coin():
     assert model._fed_speaker(said, None).max() == 0
 
 
+def said_by(model, batch):
+    "What the content stage says of a batch, and the two ways in which μ hears it."
+    content = model.content(model.lips(batch.lips, batch.mask), batch.mask)
+    mask = batch.mask.repeat_interleave(2, 1)
+    by_units = model.from_units(content.logits.softmax(-1))
+    return content, mask, by_units, model.pronounce(content.word_logits.softmax(-1), mask)
+
+
 @pytest.mark.parametrize("bottleneck", [False, True])
 def test_through_the_bottleneck_go_units_and_words_alone(bottleneck):
     preset = replace(SMALL, words=("ah", "oh"), bottleneck=bottleneck)
-    model, batch = Hierarchy(preset), toy_batch(preset, 4, 4)
-    content = model.content(model.lips(batch.lips, batch.mask), batch.mask)
-    said = model.from_units(content.logits.softmax(-1))
-    said = said + model.from_words(content.word_logits.softmax(-1))
+    model = Hierarchy(preset).eval()
+    content, mask, by_units, by_words = said_by(model, toy_batch(preset, 4, 4))
+    said = by_units + by_words
     expected = said if bottleneck else content.hidden + said
-    same(model.from_content(content), expected, atol=1e-5)
+    same(model.from_content(content, mask), expected, atol=1e-5)
+
+
+def test_some_training_clips_are_spoken_from_words_alone():
+    preset = replace(SMALL, words=("ah", "oh"), bottleneck=True, unit_dropout=0.5, dropout=0.0)
+    model = Hierarchy(preset).train()
+    content, mask, by_units, by_words = said_by(model, toy_batch(preset, 400, 4))
+    heard = model.from_content(content, mask) - by_words
+    without = heard.abs().amax((1, 2)) < 1e-5
+    assert 0.4 < without.float().mean() < 0.6
+    same(heard[~without], by_units[~without], atol=1e-5)
+
+
+def test_a_word_is_pronounced_with_its_beginning_and_its_end_in_view():
+    torch.manual_seed(0)
+    pronounce = Pronouncer(3, 8).eval()
+    words = torch.randn(1, 121, 3).softmax(-1)
+    mask = torch.ones(1, 121, dtype=torch.bool)
+    seen = influence(lambda x: pronounce(x.mT, mask)[0], words.mT, 60)
+    assert seen[29:92].all() and not seen[:29].any() and not seen[92:].any()
+    padded = torch.cat([words, torch.ones(1, 7, 3)], 1)
+    longer = torch.arange(128)[None] < 121
+    same(pronounce(padded, longer)[:, :121], pronounce(words, mask), atol=1e-5)
+    assert not pronounce(padded, longer)[:, 121:].any()
 
 
 def test_speaker_noise_reaches_film_in_training_and_nothing_else(monkeypatch):

@@ -100,7 +100,7 @@ def test_what_is_believed_of_words_is_spoken(clip):
             words=("bin", "blue"),
         ).to_json()
     ).eval()
-    torch.nn.init.normal_(wordy.hierarchy.from_words.weight)
+    torch.nn.init.normal_(wordy.hierarchy.pronounce.embed.weight)
     mu = wordy.hierarchy(*wordy.hierarchy.inputs(collate([clip]))).mu
     same(
         wordy.synthesize_clip(clip, steps=0).mel,
