@@ -19,6 +19,7 @@ from nbdev.showdoc import showdoc_nm
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "faces2voices/faces2voices"
 LESSON = re.compile(r"\d\d_")
+BADGE = re.compile(r"\[!\[([^\]]+)\]\(https?:[^)]+\)\]\(([^)]+)\)")  # a picture from another server
 OPEN_LINES = 15  # of exported source that a lesson shows without a fold
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PANEL = "*Controls stand here in a running notebook; a page cannot move them.*"
@@ -72,6 +73,7 @@ def markdown(text: str) -> str:
     "Tables and display math in containers, lists that begin, and pictures that say what they show."
     found = []
     for block in blocks(text):
+        block = BADGE.sub(r"[\1](\2)", block)
         if is_table(block) or is_display_math(block):
             block = in_scroll(block)
         elif picture := re.fullmatch(r"!\[([^\]]+)\]\(([^)\s]+)\)", block.strip()):
@@ -113,6 +115,8 @@ def mend_output(output: dict) -> dict | None:
         source = "data:image/gif;base64," + joined(data["image/gif"]).replace("\n", "")
         html = f'<img src="{source}" alt="{alt}" class="img-fluid">'
         return {**output, "data": {"text/html": [html]}}
+    if "text/html" in data:
+        data.pop("text/markdown", None)  # the README's copy, for where no player is shown
     if "text/markdown" in data:
         data["text/markdown"] = [markdown(demote(joined(data["text/markdown"])))]
     if html := joined(data.get("text/html", "")):

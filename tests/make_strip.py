@@ -18,15 +18,21 @@ from faces2voices.media import dub, film_sound, write_video
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "data_samples"
 IMAGES = ROOT / "nbs" / "images"
-TALKER, OTHER = SAMPLES / "t0023_000.mp4", SAMPLES / "t0007_000.mp4"
+TALKER = SAMPLES / "t0023_000.mp4"
+OTHER = SAMPLES / "t0007_000.mp4"
 
 SIZE = (940, 300)
 FRAME_MS = 40  # 25 frames a second, as the clip
 HOLD_MS = 2500  # the last picture
 COLORS = 192
-GREY, DARK, PALE = "#777777", "#222222", "#eeeeee"
-CLIP, LIPS, FACE, BROWS = (12, 40), (300, 40), (300, 132), (300, 224)  # upper left corners
-MEL, WAVE = (500, 40, 428, 164), (500, 220, 428, 60)  # left, top, width, height
+GREY = "#777777"
+DARK = "#222222"
+CLIP = (12, 40)  # left, top
+LIPS = (300, 40)
+FACE = (300, 132)
+BROWS = (300, 224)
+MEL = (500, 40, 428, 164)  # left, top, width, height
+WAVE = (500, 220, 428, 60)
 
 
 def font(size: int):
