@@ -74,7 +74,7 @@ readme: $(VENV)/.dev
 	$(BIN)/python tests/make_readme.py
 	$(BIN)/python tests/make_cards.py
 
-# Not nbdev_docs: that writes another README over this one.
+# README.md is not touched.
 site: $(VENV)/.dev
 	$(BIN)/python tests/make_site.py
 

@@ -2,7 +2,7 @@
 
 nbdev stages the notebooks; what Quarto or a reader without a kernel would miss is mended in the
 staged copies: text alternatives, folds, containers that scroll, dead widgets. README.md is left
-as it is: `nbdev_docs` would write another over it."""
+as it is."""
 
 import argparse
 import ast

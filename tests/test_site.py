@@ -13,6 +13,7 @@ import av
 import pytest
 import yaml
 from faces2voices.course import anchor
+from nbdev.config import get_config
 from PIL import Image
 from make_site import OPEN_LINES, blocks, code_of, documented, joined, mend_page, statements
 
@@ -55,7 +56,7 @@ def staged(tmp_path_factory) -> Path:
             shutil.copy(file, root)
     before = (root / "README.md").read_bytes()
     command = [sys.executable, "tests/make_site.py", "--stage"]
-    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=900)
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=560)
     assert (root / "README.md").read_bytes() == before
     return root / "_proc"
 
@@ -91,10 +92,22 @@ def test_a_page_asks_no_other_server_for_fonts_or_formulas():
         assert any(re.search(r"^\$web-font-path: false;", text, flags=re.M) for text in own)
 
 
-def test_the_site_is_built_without_the_command_that_overwrites_the_readme():
+def test_nothing_overwrites_the_readme():
     makefile = (ROOT / "Makefile").read_text()
     recipe = re.search(r"^site:.*\n((?:\t.*\n)+)", makefile, flags=re.M)[1]
-    assert "make_site.py" in recipe and "nbdev_docs" not in recipe
+    assert "make_site.py" in recipe and "nbdev" not in recipe
+    settings = get_config(path=ROOT)
+    assert not (settings.nbs_path / settings.readme_nb).exists(), "nbdev makes a README of it"
+
+
+def test_the_sidebar_numbers_the_lessons():
+    parts = SITE["website"]["sidebar"]["contents"]
+    entries = chain.from_iterable(part.get("contents", [part]) for part in parts)
+    told = {entry["href"]: entry["text"] for entry in entries}
+    assert set(told) == set(PATHS)
+    for path in LESSONS:
+        title = joined(cells(ROOT / path)[0]["source"]).split("\n")[0].removeprefix("# ")
+        assert told[path] == f"{Path(path).name[:2]} {title}"
 
 
 # --- the first screen
