@@ -182,6 +182,13 @@ def defined(cell: dict) -> list:
     return [showdoc_nm(node) for node in statements(cell) if isinstance(node, DEFINITIONS)]
 
 
+def anchors(names: list) -> dict:
+    "A cell without text to which nbdev's links to these names lead."
+    marks = "".join(f"[]{{#{name.lower()}}}" for name in names)
+    own_id = re.sub(r"\W", "-", "-".join(["at", *names]))[:60]
+    return dict(cell_type="markdown", id=own_id, metadata={}, source=marks)
+
+
 def fold_code(cells: list, lesson: bool) -> list:
     """Fold imports and exported source, so that prose is not buried.
 
@@ -199,10 +206,13 @@ def fold_code(cells: list, lesson: bool) -> list:
             fold(cell, "Imports")
         elif is_exported(cell):
             names = defined(cell)
+            described = [name for name in names if name in docs]
             if lesson and len(code_of(cell).strip().split("\n")) <= OPEN_LINES:
                 unfold(cell)
+                if described:
+                    found.append(anchors(described))
             else:
-                found += [docs[name] for name in names if name in docs]
+                found += [docs[name] for name in described]
                 fold(cell, "Source of " + ", ".join(names) if names else "Source")
         found.append(cell)
     return found

@@ -260,6 +260,27 @@ def test_links_lead_somewhere(staged, path):
                 assert place in map(anchor, heads), link
 
 
+@pytest.fixture(scope="module")
+def site(staged) -> dict:  # address of a page → the anchors of the names that it describes
+    "All pages as nbdev's links name them."
+    found = {}
+    for path in PATHS:
+        front = yaml.safe_load(joined(cells(staged / path)[0]["source"]).strip().strip("-"))
+        told = re.findall(r"^#+ (\S+)|\{#(\S+?)\}", "\n".join(texts(staged / path)), flags=re.M)
+        address = f"{Path(path).parent.as_posix()}/{front['output-file']}"
+        found[address] = {name.lower() for name in chain.from_iterable(told)}
+    return found
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_links_to_names_lead_to_where_they_are_described(staged, site, path):
+    host = re.escape("https://faces2voices.github.io/faces2voices/")
+    for text in texts(staged / path):
+        for page, name in re.findall(host + r"([^)\s#]+)#?([^)\s]*)", text):
+            assert page in site, page
+            assert "." in name or not name or name.lower() in site[page], f"{page}#{name}"
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_page_weighs_at_most_a_megabyte_and_a_half(staged, path):
     assert (staged / path).stat().st_size <= 1_500_000
@@ -309,7 +330,7 @@ def test_a_short_function_of_a_lesson_is_open_and_all_else_folded(path):
     if "engine" in path:
         assert found[1:] == [shown("f"), folded("f") + short, *last]
     else:
-        assert found[2:] == [short, *last]
+        assert found[2:] == ["[]{#f}", short, *last]
 
 
 def test_a_list_and_a_title_inside_of_an_output_find_their_place():
