@@ -1,5 +1,6 @@
 # make demo   speak the sample clips          make test   everything that must hold
 # make lab    open the lessons in JupyterLab  make readme README.md from nbs/index.ipynb
+# make site   the pages in _docs, by Quarto
 # make test-browser   move the widgets' sliders in a real browser (Chromium)
 # make test-fairseq   AV-HuBERT beside fairseq itself (Python 3.10, an environment of its own, 2 GB)
 # make test-pythons   install, import, speak and test in Python 3.10, 3.11, 3.12 and 3.13, where found
@@ -24,7 +25,7 @@ FAIRSEQ   := .venv-fairseq
 export OMP_NUM_THREADS ?= 1
 export PYTHONFAULTHANDLER := 1
 
-.PHONY: demo test test-fairseq test-pythons test-browser lab readme outputs prepare clean
+.PHONY: demo test test-fairseq test-pythons test-browser lab readme site outputs prepare clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +73,10 @@ test-browser: $(VENV)/.dev
 readme: $(VENV)/.dev
 	$(BIN)/python tests/make_readme.py
 	$(BIN)/python tests/make_cards.py
+
+# README.md is not touched.
+site: $(VENV)/.dev
+	$(BIN)/python tests/make_site.py
 
 # Daily loop: edit a notebook, then this; commit notebooks and package together.
 prepare: $(VENV)/.dev

@@ -14,14 +14,17 @@ def readme() -> str:
     "The text of README.md."
     nb = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
     nb.metadata.language_info = {"name": "python"}
+    nb.cells = [cell for cell in nb.cells if "#| hide" not in cell.source]
     for cell in nb.cells:
         if "#| echo: false" in cell.source:
             cell.metadata["transient"] = {"remove_source": True}
         cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.M)
         if cell.cell_type == "code":
             cell.source = cell.source.replace('"../', '"')  # as a script of the top folder finds it
-            # no sounds, no pictures
+            # no sounds, no pictures, no players: a code host shows none
             cell.outputs = [out for out in cell.outputs if "text/markdown" in out.get("data", {})]
+            for out in cell.outputs:
+                out.data = {"text/markdown": out.data["text/markdown"]}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({_from_root(m[1])})", text)
     head = "<!-- made from nbs/index.ipynb by `make readme`: edit the notebook -->"

@@ -1,5 +1,6 @@
 """Write the sidebar of the site, in _quarto.yml, from the folders of notebooks (`make prepare`)."""
 
+import json
 import re
 from pathlib import Path
 
@@ -18,21 +19,30 @@ def pages(pattern: str) -> list:
     return sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob(pattern))
 
 
+def named(path: str) -> str:
+    "An entry: a lesson with its number, any other page by its title alone."
+    cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
+    title = "".join(cells[0]["source"]).split("\n")[0].removeprefix("# ")
+    number = re.match(r"nbs/(\d\d)_", path)
+    text = f"{number[1]} {title}" if number else title
+    return f'{{text: "{text}", href: {path}}}'
+
+
 def section(title: str, paths: list) -> list:
     "Lines of the sidebar: a title with its pages."
-    listed = [f"          - {path}" for path in paths]
+    listed = [f"          - {named(path)}" for path in paths]
     return [f'      - section: "{title}"', "        contents:", *listed]
 
 
 def sidebar() -> str:
     "All pages: the lessons by part, the engine rooms, and the rest."
     lessons = pages("nbs/[0-9][0-9]_*.ipynb")
-    named = ["nbs/index.ipynb", "nbs/00_core.ipynb"]
-    lines = [f"      - {path}" for path in named]
+    first = ["nbs/index.ipynb", "nbs/00_core.ipynb"]
+    lines = [f"      - {named(path)}" for path in first]
     for title, numbers in PARTS.items():
         lines += section(title, [p for p in lessons if int(Path(p).name[:2]) in numbers])
     lines += section("Engine rooms", pages("nbs/engine/*.ipynb"))
-    lines += section(OTHERS, [p for p in pages("nbs/*.ipynb") if p not in [*named, *lessons]])
+    lines += section(OTHERS, [p for p in pages("nbs/*.ipynb") if p not in [*first, *lessons]])
     return "\n".join(lines) + "\n"
 
 

@@ -129,8 +129,8 @@ def test_no_cell_mixes_imports_with_code(path):
 def test_a_lesson_has_its_parts(path):
     nb = json.loads(path.read_text())["cells"]
     text = "\n".join(source(c) for c in nb)
-    assert source(nb[0]).startswith("# ") and "\n> " in source(nb[0]), "title and subtitle"
-    assert "**You will build**" in text and "**Time**" in text
+    callout = source(nb[1])
+    assert "**You will build**" in callout and "**Time**" in callout, "the second cell"
     if any("#| eval: false" in source(c) for c in nb):
         assert 'code-summary: "Solution"' in text
 
@@ -185,20 +185,9 @@ def test_site_configuration_names_every_notebook_once():
     assert text == configuration(), "run `python tests/make_sidebar.py`, or `make prepare`"
 
 
-def test_the_site_can_be_staged_without_quarto(copy):
-    code = "from nbdev.serve import proc_nbs; print(proc_nbs())"
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=copy, check=True, capture_output=True, timeout=300
-    )
-    staged = {p.relative_to(copy / "_proc") for p in (copy / "_proc" / "nbs").rglob("*.ipynb")}
-    assert staged >= {p.relative_to(ROOT) for p in NOTEBOOKS}
-
-
 @pytest.mark.parametrize("path", ENGINE_ROOMS, ids=names)
 def test_an_engine_room_is_titled_and_tested(path):
     cells = json.loads(path.read_text())["cells"]
-    title = re.fullmatch(r"# [^\n]+\n\n> [^\n]+", source(cells[0]))
-    assert title, "the first cell holds title and subtitle, and nothing else"
     module = (ROOT / "faces2voices" / f"{path.stem[3:]}.py").read_text()
     exported = re.search(r"^__all__ = \[(.*?)\]", module, re.S | re.M)[1]
     functions = [name for name in re.findall(r"'(\w+)'", exported) if name[0].islower()]
