@@ -775,7 +775,7 @@ def pretrain_reader(
     landmarks: list,  # files of lip landmarks, one a speaker
     prepared: list,  # folders of prepared clips with word times
     out,  # folder of the run
-    steps: int = 4000,  # of the optimiser
+    steps: int = 1500,  # of the optimiser
     batch: int = READER_BATCH,  # clips in a step
     lr: float = READER_RATE,  # peak learning rate
     workers: int = 0,  # processes that draw batches ahead
