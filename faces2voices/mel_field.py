@@ -117,7 +117,7 @@ class Plane(NamedTuple):
 def plane_through(
     a,  # (80, L), comes to stand at (1, 0)
     b,  # (80, L), at (−1, 0)
-    c,  # (80, L), straight above or below the middle
+    c,  # (80, L), somewhere above that line
 ) -> Plane:
     "The plane of three mels."
     middle = (a + b) / 2
