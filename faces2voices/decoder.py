@@ -50,7 +50,7 @@ class Block(nn.Module):
     def forward(self, x, mask, scale=0.0, shift=0.0):
         return F.mish(self.norm(self.conv(x * mask)) * (1 + scale) + shift)
 
-# %% ../nbs/13_decoder.ipynb #23c43480
+
 class FiLMResBlock(nn.Module):
     "Two blocks with a shortcut; the first is scaled and shifted by when (time) and who (speaker)."
 
@@ -193,7 +193,7 @@ def from_flow(
         return x
     return mu + self.residual_scale[:, None] * x
 
-# %% ../nbs/13_decoder.ipynb #b6fe6c4e
+
 @patch
 @torch.no_grad()
 def measure_scale(
@@ -246,6 +246,14 @@ def mel_noise(
 
     return torch.stack([draw(seed) for seed in seeds])
 
+
+def mel_error(
+    x,  # normalised ln mel, (B, 80, L)
+    y,  # the same shape, or (1, 80, L)
+) -> torch.Tensor:  # (B,)
+    "Root-mean-square difference of mel spectrograms, in normalised units."
+    return (x - y).square().mean((1, 2)).sqrt()
+
 # %% ../nbs/13_decoder.ipynb #15b62fb3
 @patch
 def field(self: Decoder, mu, mask, speaker, guidance: float = 1.0):
@@ -265,7 +273,7 @@ def field(self: Decoder, mu, mask, speaker, guidance: float = 1.0):
 
     return guided_field
 
-# %% ../nbs/13_decoder.ipynb #6de01ae0
+
 @patch
 @torch.no_grad()
 def sample(
@@ -297,11 +305,3 @@ def sample(
     else:
         xs = mu[None]
     return xs if trajectory else xs[-1]
-
-# %% ../nbs/13_decoder.ipynb #5b4db82f
-def mel_error(
-    x,  # normalised ln mel, (B, 80, L)
-    y,  # the same shape, or (1, 80, L)
-) -> torch.Tensor:  # (B,)
-    "Root-mean-square difference of mel spectrograms, in normalised units."
-    return (x - y).square().mean((1, 2)).sqrt()

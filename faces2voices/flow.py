@@ -48,7 +48,7 @@ def gaussian_field(
     slope = (t * std**2 - (1 - sigma_min) * sigma) / ((t * std) ** 2 + sigma**2)
     return mean + slope * (x - t * mean)
 
-# %% ../nbs/11_flow.ipynb #39b4cb3c
+
 def responsibilities(
     x,  # (B, D)
     t,  # (B,) or one for all
@@ -145,7 +145,7 @@ class ToyField(nn.Module):
         t = pad_time(t, x).expand(len(x), 1)
         return self.out(self.body(torch.cat([x, t, *condition], 1)))
 
-# %% ../nbs/11_flow.ipynb #187c1a4f
+
 def fit_toy(
     field,  # a `ToyField`
     draw,  # draw(n) gives (n, D) data
@@ -165,7 +165,7 @@ def fit_toy(
         losses.append(loss.item())
     return losses
 
-# %% ../nbs/11_flow.ipynb #f97a4fe6
+
 @torch.no_grad()
 def field_error(
     field,
@@ -194,7 +194,7 @@ def fit_pairs(
         opt.step()
     return field
 
-# %% ../nbs/11_flow.ipynb #448cd71a
+
 def detour(
     trajectory,  # (N + 1, B, D)
 ) -> float:

@@ -13,7 +13,7 @@ import torch
 from .audio import MEL
 from .figures import BLUE, GREEN, ORANGE, PINK, SKY, show
 
-# %% ../nbs/engine/11_flow_plots.ipynb #19157b32
+# %% ../nbs/engine/11_flow_plots.ipynb #baa1a67e
 _LIMIT = 3.5  # half the width of a panel of the plane
 
 
@@ -23,14 +23,27 @@ def _plane(ax, title: str):
     ax.set(xlim=limits, ylim=limits, aspect="equal", xticks=[], yticks=[], title=title)
 
 
+def _shade(ax, density, t: float):
+    "A density in the background of a panel of the plane."
+    ticks = torch.linspace(-_LIMIT, _LIMIT, 80)
+    p = density(torch.cartesian_prod(ticks, ticks), torch.tensor(float(t))).reshape(80, 80).T
+    extent = (-_LIMIT, _LIMIT, -_LIMIT, _LIMIT)
+    look = dict(origin="lower", cmap="Oranges", vmin=0, vmax=1, alpha=0.6, zorder=0)
+    ax.imshow((p / p.max()).sqrt(), extent=extent, **look)
+
+# %% ../nbs/engine/11_flow_plots.ipynb #19157b32
 def plot_arrows(
     ax,  # matplotlib's
     field,  # called as field(x (B, 2), t (B,))
     t: float,  # one time
     streams: bool = False,  # lines along the arrows instead
+    density=None,  # called as density(x (B, 2), t), one t; drawn behind
 ):
     "Arrows of a field at one time, darker where it is faster; those over 6 are drawn 6 long."
     from matplotlib.colors import Normalize
+
+    if density is not None:
+        _shade(ax, density, t)
 
     ticks = torch.linspace(-_LIMIT, _LIMIT, 13)
     x = torch.cartesian_prod(ticks, ticks)
@@ -54,6 +67,7 @@ def plot_field(
     ts=(0.0, 0.25, 0.5, 0.75, 0.99),  # one panel each
     title: str = "",
     streams: bool = False,  # lines along the arrows instead
+    density=None,  # called as density(x (B, 2), t), one t; drawn behind
 ):
     "A strip of arrows: how the field changes from noise (left) to data (right)."
     import matplotlib.pyplot as plt
@@ -61,7 +75,7 @@ def plot_field(
     size = (2.3 * len(ts), 2.6)
     fig, axs = plt.subplots(1, len(ts), figsize=size, layout="constrained", squeeze=False)
     for ax, t in zip(axs[0], ts):
-        plot_arrows(ax, field, t, streams=streams)
+        plot_arrows(ax, field, t, streams, density)
     fig.suptitle(title)
     kind = "Streamlines" if streams else "Arrows"
     what = f"of a two-dimensional field at {len(ts)} times from noise to data."
@@ -88,6 +102,7 @@ def plot_trajectories(
     data=None,  # (n, 2), drawn behind
     ax=None,  # None: a figure of its own
     title: str = "",
+    density=None,  # called as density(x (B, 2), t), one t; that of t = 1 is drawn behind
 ):
     "Curves from noise (orange dots) to where they end (blue dots)."
     import matplotlib.pyplot as plt
@@ -95,6 +110,8 @@ def plot_trajectories(
     fig = None
     if ax is None:
         fig, ax = plt.subplots(figsize=(4, 4), layout="constrained")
+    if density is not None:
+        _shade(ax, density, 1.0)
     if data is not None:
         ax.scatter(*data.T, s=2, c="0.75")
     ax.plot(*trajectory.permute(2, 0, 1), lw=0.5, c="0.4", alpha=0.6)
@@ -102,7 +119,8 @@ def plot_trajectories(
         ax.scatter(*x.T, s=6, c=c, zorder=3)
     _plane(ax, title)
     if fig:
-        show(fig, f"{title} Curves of {trajectory.shape[1]} points from noise to data.", dpi=72)
+        alt = f"{title} Curves of {trajectory.shape[1]} points from noise to data."
+        show(fig, alt, jpeg=True, dpi=80)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #49468fd2
 def plot_trajectory_panels(
@@ -126,13 +144,14 @@ def plot_truth(
     trajectory,  # (N + 1, B, 2) of the learned one
     data,  # (n, 2)
     t: float = 0.6,
+    density=None,  # called as density(x (B, 2), t), one t; drawn behind the arrows
 ):
     "Three panels: the exact field, the learned field, and where the learned one leads."
     import matplotlib.pyplot as plt
 
     fig, axs = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
     for ax, field, name in zip(axs, (exact, learned), ("exact", "learned")):
-        plot_arrows(ax, field, t)
+        plot_arrows(ax, field, t, density=density)
         ax.set_title(f"{name} field, t = {t}")
     plot_trajectories(trajectory, data, axs[2], "learned trajectories")
     alt = (
@@ -142,10 +161,20 @@ def plot_truth(
     show(fig, alt, jpeg=True, dpi=80)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #f170e51f
+def _shade_lines(ax, density):
+    "Each column a time, as bright as its own greatest density."
+    low, high = ax.get_ylim()
+    x = torch.linspace(low, high, 120)[:, None]
+    p = torch.stack([density(x, t) for t in torch.linspace(0, 0.98, 120)], 1)
+    look = dict(origin="lower", aspect="auto", cmap="Greys", vmax=2.2, zorder=0)
+    ax.imshow((p / p.amax(0)).sqrt(), extent=(0, 1, low, high), **look)
+
+
 def plot_lines(
     left,  # (N + 1, B): x over time
     right,  # the same
     titles=("", ""),
+    density=None,  # called as density(x (B, 1), t), one t; drawn behind
 ):
     "Two panels of one-dimensional curves over time, coloured by the side of zero they end on."
     import matplotlib.pyplot as plt
@@ -155,6 +184,8 @@ def plot_lines(
         for line in lines.T:
             side = ORANGE if line[-1] > 0 else BLUE
             ax.plot(torch.linspace(0, 1, len(line)), line, lw=0.7, c=side, alpha=0.7)
+        if density is not None:
+            _shade_lines(ax, density)
         ax.set(xlabel="t (noise → data)", title=title)
     axs[0].set_ylabel("x")
     what = "Curves over time, orange where they end above zero and blue where below."

@@ -69,7 +69,8 @@ from .timbre import SpeakerEncoder, remove_pauses, to_loudness
 from .prosody import denormalize_energy, denormalize_pitch, movement, normalize_pitch
 from .hierarchy import Hierarchy
 from .decoder import Decoder
-from .vocoder import make_vocoder, vocode_stream
+from .vocoder import make_vocoder
+from .streaming import vocode_stream
 from faces2voices.reading import (
     HELD_FRAMES,
     choose_threshold,

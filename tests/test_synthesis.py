@@ -21,7 +21,8 @@ from faces2voices.core import TEMPERATURE, TINY, test_same as same
 from faces2voices.corpora import collate
 from faces2voices.media import write_video
 from faces2voices.video import read_video
-from faces2voices.vocoder import excitation, vocode_stream
+from faces2voices.streaming import vocode_stream
+from faces2voices.vocoder import excitation
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = sorted((ROOT / "data_samples").glob("*.mp4"))

@@ -9,6 +9,7 @@ from faces2voices.errors import CheckpointError
 from faces2voices.core import PAPER, TINY, seed_everything, test_same as same
 from faces2voices.audio import MEL, pitch, vowel
 from faces2voices.statistics import paired_difference
+from faces2voices.streaming import context_columns, stream_with_context, vocode_stream
 from faces2voices.vocoder import (
     FFT_BINS,
     HIFIGAN,
@@ -21,17 +22,14 @@ from faces2voices.vocoder import (
     fold,
     full_discriminators,
     hifigan,
-    stream_with_context,
     load_hifigan,
     make_vocoder,
     mel_loss,
     n_weights,
     noise_stream,
     period_discriminator,
-    context_columns,
     scale_discriminator,
     segment_batches,
-    vocode_stream,
     slim_discriminators,
     degrade_mel,
     istft,
