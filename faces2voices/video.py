@@ -55,14 +55,15 @@ def show_frames(
     import matplotlib.pyplot as plt
 
     pick = np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int)
-    size = max(4, 1.25 * len(pick)), 1.7
+    width = min(9, 1.5 * len(pick))
+    size = width, width / len(pick) * len(frames[0]) / len(frames[0][0]) + 0.45
     fig, axes = plt.subplots(1, len(pick), figsize=size, layout="constrained", squeeze=False)
     for ax, k in zip(axes[0], pick):
         ax.imshow(frames[k], cmap="gray", vmin=0, vmax=255)
         ax.set_axis_off()
         ax.set_title(f"{k / FPS:.2f} s" if titles is None else titles[k], fontsize=8)
     fig.suptitle(title, fontsize=10)
-    show(fig, alt or f"{len(pick)} frames. {title}")
+    show(fig, alt or f"{len(pick)} frames. {title}", jpeg=True)
 
 # %% ../nbs/02_video.ipynb #6e59338c
 def at_25fps(
