@@ -25,6 +25,19 @@ def _draw_strips(axes, strips: dict, seconds: float):
         ax.yaxis.label.set(rotation=0, ha="right", va="center")
 
 
+def _draw_readings(axes, readings: dict) -> float:  # seconds of the clip
+    "Pitch where voiced, and energy."
+    colours = _COLOURS if len(readings) > 1 else [BLUE]
+    for (name, (log_f0, voiced, energy)), colour in zip(readings.items(), colours):
+        seconds = torch.arange(len(log_f0)) / 50
+        pitch = torch.where(voiced > 0.5, log_f0.exp(), torch.nan)
+        axes[0].plot(seconds, pitch, lw=2, color=colour, label=name)
+        axes[1].plot(seconds, energy, lw=1.5, color=colour)
+    axes[0].set_ylabel("F0 (Hz)")
+    axes[1].set_ylabel("energy (ln)")
+    return len(log_f0) / 50
+
+# %% ../nbs/engine/09_contour_plots.ipynb #e42702a0
 def show_contours(
     readings: dict,  # name → (log_f0, voiced, energy), (2T,) each: ln Hz; in [0, 1]; ln RMS
     strips: dict = {},  # name → (T, 1152) strips of brows and eyes, grey
@@ -38,20 +51,13 @@ def show_contours(
     size = dict(figsize=(8, 0.9 * sum(heights) + 0.5), height_ratios=heights)
     fig, axes = plt.subplots(len(heights), 1, sharex=True, layout="constrained", **size)
     below = axes[len(strips) :]
-    colours = _COLOURS if len(readings) > 1 else [BLUE]
-    for (name, (log_f0, voiced, energy)), colour in zip(readings.items(), colours):
-        seconds = torch.arange(len(log_f0)) / 50
-        pitch = torch.where(voiced > 0.5, log_f0.exp(), torch.nan)
-        below[0].plot(seconds, pitch, lw=2, color=colour, label=name)
-        below[1].plot(seconds, energy, lw=1.5, color=colour)
-    _draw_strips(axes, strips, len(log_f0) / 50)
+    seconds = _draw_readings(below, readings)
+    _draw_strips(axes, strips, seconds)
     if line is not None:
         below[2].plot(torch.arange(len(line)) / 25, line, color=GREEN)
         below[2].set_ylabel("brows")
-    below[0].set_ylabel("F0 (Hz)")
-    below[1].set_ylabel("energy (ln)")
     axes[0].set_title(title)
-    axes[-1].set(xlabel="seconds", xlim=(0, len(log_f0) / 50))
+    axes[-1].set(xlabel="seconds", xlim=(0, seconds))
     if len(readings) > 1:
         below[0].legend(frameon=False, ncol=len(readings), fontsize=8)
     open_axes(*below)
