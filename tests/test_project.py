@@ -22,7 +22,12 @@ PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 ENGINE_ROOMS = sorted((ROOT / "nbs" / "engine").glob("*.ipynb"))
 NOTEBOOKS = [*PAGES, *ENGINE_ROOMS]
 LESSONS = [p for p in PAGES if p.name[:2].isdigit()]
-HELD = {"04", "09"}  # lessons that keep the budgets of a lesson: cells, pictures, exercises
+HELD = {
+    "02",
+    "04",
+    "08",
+    "09",
+}  # lessons that keep the budgets of a lesson: cells, pictures, exercises
 
 
 def names(path) -> str:
