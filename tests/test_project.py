@@ -22,12 +22,7 @@ PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 ENGINE_ROOMS = sorted((ROOT / "nbs" / "engine").glob("*.ipynb"))
 NOTEBOOKS = [*PAGES, *ENGINE_ROOMS]
 LESSONS = [p for p in PAGES if p.name[:2].isdigit()]
-HELD = {
-    "02",
-    "04",
-    "08",
-    "09",
-}  # lessons that keep the budgets of a lesson: cells, pictures, exercises
+HELD = {"02", "03", "04", "08", "09"}  # numbers of the lessons that keep all budgets
 
 
 def names(path) -> str:
@@ -144,8 +139,10 @@ def test_a_lesson_keeps_its_budgets(path):
     stubs = [c for c in cells if source(c).startswith("#| eval: false")]
     assert 3 <= len(stubs) <= 5, f"{len(stubs)} exercises"
     assert not [dpi for _, dpi in pictures(path) if dpi and dpi < 149], "a picture below 150 dpi"
-    outputs = chain.from_iterable(c["outputs"] for c in code_cells(path))
+    outputs = list(chain.from_iterable(c["outputs"] for c in code_cells(path)))
     assert not [out for out in outputs if out.get("name") == "stderr"], "a stored warning"
+    said = ["".join(out.get("data", {}).get("text/plain", "")) for out in outputs]
+    assert not [text for text in said if re.search(r"\d%\|", text)], "a stored progress bar"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
