@@ -717,7 +717,7 @@ def show_faces(
     rows = -(-len(pictures) // columns)
     height = 9 / columns * rows * (1.15 if titles else 1)
     fig, axes = plt.subplots(
-        rows, columns, figsize=(9, height), layout="constrained", squeeze=False, dpi=72
+        rows, columns, figsize=(9, height), layout="constrained", squeeze=False
     )
     for ax in axes.flat:
         ax.axis("off")

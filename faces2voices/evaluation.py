@@ -32,7 +32,7 @@ from .core import EULER_STEPS, SAMPLE_RATE, whole_seed
 from .audio import MEL, energy, griffin_lim, pitch
 from .manifests import read_manifest
 from .corpora import Clip, ClipDataset
-from .timbre import resemblyzer_embedding
+from .recordings import resemblyzer_embedding
 from .vocoder import copy_synthesis
 from faces2voices.judges import (
     distillmos,

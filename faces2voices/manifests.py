@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GRID_GRAMMAR', 'VIDEO_SUFFIXES', 'GRID_RECORD', 'Entry', 'check_names', 'read_manifest', 'write_manifest',
            'grid_text', 'grid_jsgf', 'read_grid', 'Word', 'grid_words', 'read_grid_table', 'download', 'file_checksum',
-           'download_grid', 'unpack', 'read_lrs3', 'read_voxmm', 'read_lrs2', 'read_folder']
+           'download_grid', 'unpack', 'read_lrs3', 'read_voxmm', 'read_lrs2', 'read_folder', 'prepared_entries',
+           'sound_shifts']
 
 # %% ../nbs/engine/04_manifests.ipynb #e0c3889f
 import csv
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from urllib.request import Request, urlopen
 from tqdm.auto import tqdm
 from .errors import CorpusError, atomic_path
+from .statistics import shrink_values
 
 # %% ../nbs/engine/04_manifests.ipynb #b6538e56
 class Entry(NamedTuple):
@@ -440,3 +442,75 @@ def read_folder(root) -> list[Entry]:
     "Every video file below a folder; the name of its own folder counts as the speaker."
     root = Path(root)
     return [Entry(_flat_name(p.relative_to(root)), p, p.parent.name) for p in _videos(root)]
+
+# %% ../nbs/engine/04_manifests.ipynb #8e7c4e2a
+def prepared_entries(
+    folder: Path,
+    split: str | None = None,  # only this one
+) -> list:  # of Entry, with `words` a tuple of Word
+    "The prepared clips of a split: their length, whether they have sound, and their word times."
+    entries = read_manifest(folder / "manifest.jsonl")
+    if any("frames" not in entry.extra for entry in entries):
+        raise CorpusError(
+            folder, "does not hold prepared clips", "Run `prepare` on its manifest first"
+        )
+    return [
+        entry._replace(extra=entry.extra | dict(words=_word_times(entry, folder)))
+        for entry in entries
+        if split in (None, entry.split)
+    ]
+
+
+def _word_times(entry, folder: Path) -> tuple:  # of Word
+    "The word times of a line of the manifest, checked."
+    try:
+        words = tuple(
+            Word(float(start), float(end), str(text))
+            for start, end, text in entry.extra.get("words", ())
+        )
+        if all(0 <= word.start <= word.end < 1e6 for word in words):
+            return words
+    except (TypeError, ValueError):
+        pass
+    raise CorpusError(
+        folder / "manifest.jsonl",
+        f"has word times of {entry.name} that are none",
+        'They look like [[0.57, 0.79, "bin"], [0.79, 0.99, "blue"]]',
+    )
+
+# %% ../nbs/engine/04_manifests.ipynb #cc9ffbd5
+def _offset(entry, folder: Path) -> tuple | None:  # seconds and standard error
+    "How late the lips of a clip are, as a line of the manifest has it, checked."
+    if "offset" not in entry.extra:
+        return None
+    try:
+        seconds, error = map(float, entry.extra["offset"])
+        if abs(seconds) <= 1 and 0 <= error <= 10:
+            return seconds, error
+    except (TypeError, ValueError):
+        pass
+    raise CorpusError(
+        folder / "manifest.jsonl",
+        f"has an offset of {entry.name} that is none",
+        "Give `faces2voices sync` again; it looks like [0.021, 0.008]",
+    )
+
+
+def sound_shifts(
+    folder,  # of prepared clips
+) -> dict:  # name → seconds by which a sound is moved to its lips
+    """The offsets that `faces2voices sync` found, drawn to their mean and less that mean.
+
+    Clips differ, and that is what can be mended; what all have in common stays, since speech is
+    judged on clips as they are. CorpusError where no clip has an offset."""
+    folder = Path(folder)
+    entries = read_manifest(folder / "manifest.jsonl")
+    offsets = {e.name: _offset(e, folder) for e in entries if "offset" in e.extra}
+    if not offsets:
+        raise CorpusError(
+            folder,
+            "knows no offsets of sound and lips",
+            "Find them first: `faces2voices sync PREPARED --reader READER`",
+        )
+    found = shrink_values(*zip(*offsets.values()))
+    return {name: round(float(x - found.mean), 4) for name, x in zip(offsets, found.values)}

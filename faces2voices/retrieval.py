@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CANDIDATES', 'random_sentence', 'snapshot', 'snapshots', 'shapes', 'embed_voices', 'Retrieval', 'rank_voices',
-           'top_k_accuracy', 'pair_angles', 'show_voices', 'show_ranks', 'show_angles']
+           'top_k_accuracy', 'pair_angles', 'show_voices', 'show_ranks', 'show_angles', 'show_circle', 'show_likeness']
 
 # %% ../nbs/engine/08_retrieval.ipynb #65fdac2a
 from typing import NamedTuple
@@ -175,3 +175,50 @@ def show_angles(
     axs[0, 0].legend(frameon=False)
     names = ", ".join(identities).replace("_", " ")
     show(fig, "Histograms of the angle between two pictures of one new person and of two: " + names)
+
+# %% ../nbs/engine/08_retrieval.ipynb #afe75815
+def show_circle(
+    **points,  # name = ((N, 2) unit norm, (N,) classes)
+):
+    "Points on a circle, drawn at random distances from its middle, one panel a name."
+    import matplotlib.pyplot as plt
+
+    panels = len(points)
+    fig, axs = plt.subplots(1, panels, figsize=(3.4 * panels, 3.4), layout="constrained")
+    distance = np.random.default_rng(0).uniform(1, 1.15, 2000)
+    for ax, (name, (at, classes)) in zip(np.atleast_1d(axs), points.items()):
+        for label in classes.unique().tolist():
+            x, y = (distance[: len(at)] * at.T.numpy())[:, classes == label]
+            ax.scatter(x, y, s=6, color=PALETTE[label % len(PALETTE)])
+        ax.add_patch(plt.Circle((0, 0), 1, fill=False, color="0.7"))
+        ax.set(aspect="equal", xticks=[], yticks=[], title=name.replace("_", " "))
+    names = ", ".join(points).replace("_", " ")
+    show(fig, f"Points of {len(classes.unique())} classes on a circle: {names}")
+
+# %% ../nbs/engine/08_retrieval.ipynb #b53746b0
+def show_likeness(
+    likeness,  # (N, N): of what was said with face j to the voice of face k
+    faces,  # (N, H, W, 3) uint8
+):
+    "Cosines as a table of colours, with faces along both sides."
+    import matplotlib.pyplot as plt
+
+    n = len(faces)
+    fig, axs = plt.subplots(n + 1, n + 1, figsize=(6.5, 6.5), layout="constrained")
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for j in range(n):
+        axs[j + 1, 0].imshow(faces[j])
+        axs[0, j + 1].imshow(faces[j])
+        for k in range(n):
+            ax = axs[j + 1, k + 1]
+            ax.imshow([[likeness[j, k]]], cmap="viridis", vmin=-1, vmax=1, aspect="auto")
+            ink = "white" if likeness[j, k] < 0.2 else "black"
+            ax.text(0, 0, f"{likeness[j, k]:.2f}", ha="center", va="center", color=ink)
+    fig.suptitle("cosine to the voice that belongs to …")
+    fig.supylabel("spoken with the face …")
+    what = (
+        "Cosines of what was said with each of the faces on the left to the voices of those on top"
+    )
+    show(fig, what, jpeg=True)

@@ -374,7 +374,7 @@ def show_mouth(
     "The six numbers of the mouth over the phonemes."
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(9, 2.6), layout="constrained", dpi=64)
+    fig, ax = plt.subplots(figsize=(9, 2.6), layout="constrained")
     seconds = (np.arange(len(track)) + 0.5) / FPS
     for name, y, colour in zip(MOUTH, track.T, ("black", BLUE, ORANGE, AMBER, PINK, GREEN)):
         ax.plot(seconds, y, lw=1.6, label=name, color=colour)
@@ -385,4 +385,4 @@ def show_mouth(
     ax.legend(ncol=6, loc="lower center", fontsize=8, frameon=False)
     open_axes(ax)
     symbols = " ".join(symbol for symbol, _, _ in phones)
-    show(fig, f"Six curves of mouth shape over the phonemes {symbols}")
+    show(fig, f"Six curves of mouth shape over the phonemes {symbols}", jpeg=True)

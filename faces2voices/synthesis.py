@@ -65,7 +65,8 @@ from faces2voices.video import (
 from .locator import Locator, LocatorBackend
 from .corpora import Clip, collate
 from .units import make_quantizer
-from .timbre import SpeakerEncoder, remove_pauses, to_loudness
+from .recordings import remove_pauses, to_loudness
+from .timbre import SpeakerEncoder
 from .prosody import denormalize_energy, denormalize_pitch, movement, normalize_pitch
 from .hierarchy import Hierarchy
 from .decoder import Decoder

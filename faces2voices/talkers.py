@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['CAUSES', 'GRAMMAR', 'VOCAL_TRACT_LENGTH', 'F0', 'LINKED', 'PAD', 'make_sentence', 'jsgf', 'draw_voice', 'draw_levels',
            'expression_track', 'apply_loudness', 'dials_of', 'voice_of', 'make_face', 'link_correlation', 'random_face',
-           'draw_shapes', 'Talker', 'make_talker', 'sketch', 'talker_widget', 'Performance', 'perform', 'Nuisance',
-           'strengths', 'head_motion', 'blinks', 'light_and_noise', 'TalkerClip', 'factors', 'make_clip', 'write_clip',
-           'split_of', 'make_corpus']
+           'draw_shapes', 'Talker', 'make_talker', 'sketch', 'talker_widget', 'Performance', 'perform', 'TalkerClip',
+           'factors', 'make_clip', 'write_clip', 'split_of', 'make_corpus']
 
 # %% ../nbs/03_talkers.ipynb #818536a1
 import json
@@ -28,6 +27,7 @@ from .core import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, whole_seed
 from .media import write_video
 from .speaking import mouth_track, speak
 from .drawing import FRONT, REST, FaceShape, draw_face, face_points, random_appearance
+from .nuisances import Nuisance, blinks, head_motion, light_and_noise, strengths
 
 # %% ../nbs/03_talkers.ipynb #e8a055aa
 CAUSES = {
@@ -121,7 +121,7 @@ LINKED = dict(
     neck=(0.2, 0.8, 0.22, 0.42),
 )
 
-# %% ../nbs/03_talkers.ipynb #9da4e16a
+
 def dials_of(
     vocal_tract_length: float,  # relative to 1
     log_f0: float,  # ln Hz
@@ -157,7 +157,7 @@ def link_correlation(link: float) -> float:
     "Closed form: how a feature that follows one dial of the voice correlates with it."
     return link / math.hypot(link, 1 - link) / math.sqrt(1 + 3 * 0.07**2)
 
-# %% ../nbs/03_talkers.ipynb #55f80507
+
 def random_face(rng, link: float = 1.0) -> FaceShape:
     "The face of a random voice."
     formant_scale = rng.uniform(0.85, 1.18)
@@ -208,7 +208,7 @@ def sketch(
     said = speak(text, vocal_tract_length, math.exp(log_f0), levels)
     return draw_face(face, REST, brows, FRONT), apply_loudness(said.wav, np.full(2, brows))
 
-# %% ../nbs/03_talkers.ipynb #7d9bc329
+
 def talker_widget(stranger: int = 39, text: str = "hello"):
     "Sliders for a face, its picture and its voice."
     import io
@@ -271,54 +271,6 @@ def perform(
 def _later(marks: list) -> list:
     "Times of a sentence as times of its clip."
     return [(symbol, start + PAD, end + PAD) for symbol, start, end in marks]
-
-# %% ../nbs/03_talkers.ipynb #014c2122
-class Nuisance(NamedTuple):
-    "How strong each thing is that is seen and says nothing; 0 turns it off."
-
-    motion: float = 1.0  # where the head is, and its drift
-    light: float = 1.0  # brightness of the clip, and a gradient
-    noise: float = 1.0  # of the sensor
-    blinks: float = 1.0  # how often, in units of once in three seconds
-
-
-def strengths(nuisance) -> Nuisance:
-    "A number stands for all four."
-    return nuisance if isinstance(nuisance, Nuisance) else Nuisance(*[nuisance] * 4)
-
-# %% ../nbs/03_talkers.ipynb #edf9c905
-def head_motion(
-    rng: np.random.Generator,
-    n_frames: int,
-    strength: float = 1.0,  # 0: still and centred
-) -> np.ndarray:  # (n_frames, 4) dx, dy (fractions of the width), roll (radians), scale
-    "Where the head is: a place in the picture, and a slow drift about it."
-    steps = rng.standard_normal((n_frames + 60, 4))
-    drift = gaussian_filter1d(steps, 10, axis=0, mode="wrap")[30:-30]
-    drift = drift * (2 * 10 * np.pi**0.5) ** 0.5  # of unit variance again
-    place = rng.uniform(-1, 1, 4) * (0.035, 0.03, 0.03, 0.06)
-    return np.array([0, 0, 0, 1.0]) + strength * (place + drift * (0.010, 0.008, 0.018, 0.008))
-
-
-def blinks(rng: np.random.Generator, n_frames: int, strength: float = 1.0) -> np.ndarray:
-    "How far the lids are closed in each frame; at strength 1 about one blink every three seconds."
-    closed = np.zeros(n_frames + 8)
-    shape = (0.4, 1, 1, 0.6, 0.2)
-    for frame in np.flatnonzero(rng.random(n_frames) < strength / (3 * FPS)):
-        closed[frame : frame + 5] = np.maximum(closed[frame : frame + 5], shape)
-    return closed[:n_frames]
-
-
-def light_and_noise(
-    rng: np.random.Generator, frames: np.ndarray, light: float = 1.0, noise: float = 1.0
-) -> np.ndarray:
-    "A brightness and a gradient for the clip, and sensor noise for each pixel."
-    T, H, W, _ = frames.shape
-    level, across, down = light * rng.uniform(-1, 1, 3) * (0.15, 0.12, 0.08)
-    gain = 1 + level + across * np.linspace(-1, 1, W) + down * np.linspace(-1, 1, H)[:, None]
-    grain = noise * 2.5 * rng.standard_normal((T, H, W, 1), np.float32)
-    seen = frames * gain[..., None].astype(np.float32) + grain + 0.5
-    return np.clip(seen, 0, 255).astype(np.uint8)
 
 # %% ../nbs/03_talkers.ipynb #05153596
 class TalkerClip(NamedTuple):
@@ -413,7 +365,7 @@ def _corpus_line(job: tuple) -> dict:
     )
     return line | known
 
-# %% ../nbs/03_talkers.ipynb #c91acbdb
+
 def _same_world(path: Path, world: dict):
     "Write down what a corpus is made from, or check that this folder was made from the same."
     if path.exists():

@@ -759,4 +759,4 @@ def show_points(
     for track, colour, mark in zip(tracks, ["black", "white", AMBER], "x+o"):
         spots = track[pick] + aside
         ax.scatter(*spots.reshape(-1, 2).T, s=30, c=colour, marker=mark, lw=1.5)
-    show(fig, alt)
+    show(fig, alt, jpeg=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'KEEP_BYTES', 'MEAN_FACE', 'ARCFACE', 'clock_frame', 'clock_number', 'show_frames', 'at_25fps',
            'stream_frames', 'Video', 'sound_and_note', 'read_video', 'Film', 'similarity', 'warp', 'grey', 'lip_crops',
-           'brow_strip', 'align_face', 'frames_at', 'frontal', 'sharpest', 'best_face', 'Crops', 'crop_in_parts',
+           'brow_strip', 'align_face', 'frontal', 'sharpest', 'frames_at', 'best_face', 'Crops', 'crop_in_parts',
            'crop', 'Preprocessed', 'preprocess', 'crops_figure', 'show_crops']
 
 # %% ../nbs/02_video.ipynb #95638d30
@@ -38,7 +38,7 @@ def clock_frame(
     frame[(along > 0) & (along < 32) & (abs(across) < 2.5)] = (180, 40, 40)
     return frame
 
-# %% ../nbs/02_video.ipynb #9a72a62d
+
 def clock_number(frame: np.ndarray) -> int:
     "The number that a `clock_frame` carries."
     return sum(int(frame[4:12, 16 * i + 4 : 16 * i + 12].mean() > 128) << i for i in range(10))
@@ -55,14 +55,15 @@ def show_frames(
     import matplotlib.pyplot as plt
 
     pick = np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int)
-    size = max(4, 1.25 * len(pick)), 1.7
+    width = min(9, 1.5 * len(pick))
+    size = width, width / len(pick) * len(frames[0]) / len(frames[0][0]) + 0.45
     fig, axes = plt.subplots(1, len(pick), figsize=size, layout="constrained", squeeze=False)
     for ax, k in zip(axes[0], pick):
         ax.imshow(frames[k], cmap="gray", vmin=0, vmax=255)
         ax.set_axis_off()
         ax.set_title(f"{k / FPS:.2f} s" if titles is None else titles[k], fontsize=8)
     fig.suptitle(title, fontsize=10)
-    show(fig, alt or f"{len(pick)} frames. {title}")
+    show(fig, alt or f"{len(pick)} frames. {title}", jpeg=True)
 
 # %% ../nbs/02_video.ipynb #6e59338c
 def at_25fps(
@@ -97,7 +98,7 @@ def stream_frames(
         ticks = islice(at_25fps(timed_frames(media)), first, end)
         yield from rgb_frames(media, ticks, max_side)
 
-# %% ../nbs/02_video.ipynb #14b2093d
+# %% ../nbs/02_video.ipynb #09886888
 class Video(NamedTuple):
     "A video at exactly 25 fps and its sound at 16 kHz."
 
@@ -106,7 +107,7 @@ class Video(NamedTuple):
     path: Path  # where it came from
     note: str = ""  # what a reader should know: cut off, scaled down
 
-# %% ../nbs/02_video.ipynb #09886888
+
 def sound_and_note(
     path,
     T: int,  # frames that were read
@@ -237,14 +238,14 @@ def grey(frame) -> np.ndarray:
     red, green, blue = (frame[..., i].astype(np.uint16) for i in range(3))
     return ((77 * red + 150 * green + 29 * blue + 128) >> 8).astype(np.uint8)
 
-# %% ../nbs/02_video.ipynb #c47be09a
+
 def _steady(points):
     "Eyes, nose and mouth (T, 4, 2): their shape averaged over ±6 frames, their centre as it is."
     four = np.concatenate([points[:, :3], points[:, 3:].mean(1, keepdims=True)], 1)
     centre = four.mean(1, keepdims=True)
     return centre + ndimage.uniform_filter1d(four - centre, 13, axis=0, mode="nearest")
 
-# %% ../nbs/02_video.ipynb #c6197d46
+
 def _shrink(plane, k: int):
     """Average over k × k blocks.
 
@@ -271,7 +272,7 @@ def _windows(frames, points, start, corner_of, size, step=1.0) -> np.ndarray:
         windows.append(warp(_shrink(grey(frame), k), a[t] * k, b[t], corner, size, step))
     return np.stack(windows)
 
-# %% ../nbs/02_video.ipynb #18dafc08
+
 def lip_crops(
     frames,  # (n, H, W, 3) uint8: some frames in a row, or all
     points,  # (T, 5, 2): of the whole clip
@@ -284,7 +285,7 @@ def lip_crops(
 
     return _windows(frames, points, start, around_mouth, (96, 96))
 
-# %% ../nbs/02_video.ipynb #88df156f
+
 def brow_strip(
     frames,  # (n, H, W, 3) uint8: some frames in a row, or all
     points,  # (T, 5, 2): of the whole clip
@@ -311,17 +312,7 @@ def align_face(
     planes = [warp(small[..., c], a[0] * k, b[0], 0j, (112, 112)) for c in range(3)]
     return np.stack(planes, -1)
 
-# %% ../nbs/02_video.ipynb #ac77fe35
-def frames_at(
-    frames,  # (H, W, 3) each, of any iterable
-    times,  # numbers of frames
-) -> list:  # in the order of `times`
-    "Some frames, out of one walk through a film."
-    wanted = set(times)
-    kept = {t: f for t, f in enumerate(islice(frames, max(wanted) + 1)) if t in wanted}
-    return [kept[t] for t in times]
 
-# %% ../nbs/02_video.ipynb #38bfa37f
 def frontal(
     points,  # (T, 5, 2)
     n: int = 8,
@@ -338,6 +329,16 @@ def sharpest(faces: list) -> np.ndarray:  # of (112, 112, 3)
     return max(faces, key=lambda f: ndimage.laplace(grey(f).astype(float)).var())
 
 # %% ../nbs/02_video.ipynb #6715fb37
+def frames_at(
+    frames,  # (H, W, 3) each, of any iterable
+    times,  # numbers of frames
+) -> list:  # in the order of `times`
+    "Some frames, out of one walk through a film."
+    wanted = set(times)
+    kept = {t: f for t, f in enumerate(islice(frames, max(wanted) + 1)) if t in wanted}
+    return [kept[t] for t in times]
+
+
 def best_face(
     frames,  # (H, W, 3) each, of any iterable
     points,  # (T, 5, 2)
@@ -347,7 +348,7 @@ def best_face(
     pairs = zip(chosen, frames_at(frames, chosen))
     return sharpest([align_face(frame, points[t]) for t, frame in pairs])
 
-# %% ../nbs/02_video.ipynb #8c6a8cd3
+# %% ../nbs/02_video.ipynb #ef8905d5
 class Crops(NamedTuple):
     "What a model looks at."
 
@@ -357,7 +358,7 @@ class Crops(NamedTuple):
     identity: np.ndarray  # (D,) float32 of unit norm, or (0,); None with the face
     mouth: np.ndarray  # (T, 9, 2) px: see `Motion`; (T, 0, 2) without a mesh
 
-# %% ../nbs/02_video.ipynb #ef8905d5
+
 def crop_in_parts(
     frames,  # (H, W, 3) each, of any iterable: walked through once
     points,  # (T, 5, 2)
@@ -387,7 +388,7 @@ def crop_in_parts(
             face = sharpest([faces[t] for t in chosen])
             yield Crops(lips, face, expression, backend.identity(face), mouth)
 
-
+# %% ../nbs/02_video.ipynb #68051da5
 def _motion(frames, points, start, backend) -> Motion:
     "What the backend tells; for an expression the pixels of brows and eyes where it cannot tell."
     told = backend.motion(frames, points, start)
@@ -395,7 +396,7 @@ def _motion(frames, points, start, backend) -> Motion:
         return told
     return told._replace(expression=brow_strip(frames, points, start))
 
-# %% ../nbs/02_video.ipynb #68051da5
+
 def crop(
     frames,  # (H, W, 3) each, of any iterable
     points,  # (T, 5, 2)
@@ -467,11 +468,12 @@ def crops_figure(seen: Preprocessed, n: int = 6):
     plt.close(fig)
     return fig
 
-# %% ../nbs/02_video.ipynb #cff4a7bb
+
 def show_crops(seen: Preprocessed, n: int = 6):
     "Display `crops_figure`."
     show(
         crops_figure(seen, n),
         f"The aligned face; beside it {n} frames of a video with five points on the face, "
         f"and under them {n} crops of the lips and of the brows and eyes. {seen.track}.",
+        jpeg=True,
     )

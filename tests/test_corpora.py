@@ -47,16 +47,15 @@ from faces2voices.manifests import (
     read_voxmm,
     write_manifest,
 )
+from faces2voices.augmenting import splice_clips
+from faces2voices.clipfiles import decode_lips, encode_lips
 from faces2voices.corpora import (
     BucketSampler,
     person_chances,
     Clip,
     ClipDataset,
-    _spliced,
     batches,
     collate,
-    decode_lips,
-    encode_lips,
     load_clip,
     save_clip,
     upsample_mask,
@@ -1363,7 +1362,7 @@ def test_a_joined_clip_has_the_targets_of_both():
         )
 
     stranger = constant("c", 7)._replace(speaker_id="bob")
-    joined = _spliced(
+    joined = splice_clips(
         [constant("a", 1), constant("b", 2), stranger] * 8, torch.Generator().manual_seed(0)
     )
     kinds = set()

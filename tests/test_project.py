@@ -9,9 +9,12 @@ import re
 import subprocess
 import sys
 import venv
+from base64 import b64decode
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
 import pytest
+from PIL import Image
 from make_sidebar import configuration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +22,7 @@ PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 ENGINE_ROOMS = sorted((ROOT / "nbs" / "engine").glob("*.ipynb"))
 NOTEBOOKS = [*PAGES, *ENGINE_ROOMS]
 LESSONS = [p for p in PAGES if p.name[:2].isdigit()]
+HELD = {"02", "03", "04", "08", "09"}  # numbers of the lessons that keep all budgets
 
 
 def names(path) -> str:
@@ -102,6 +106,43 @@ def test_budget(path):
     lengths = [statements(source(c)) for c in cells]
     assert path.stat().st_size <= 1_000_000, "over 1 MB with its outputs"
     assert max(lengths, default=0) <= 30, f"a code cell of {max(lengths)} statements"
+
+
+def pictures(path) -> list:  # of (PNG or JPEG, its pixels an inch; None where it does not say)
+    "The raster pictures that a notebook stores."
+    found = []
+    for cell in code_cells(path):
+        for out in cell["outputs"]:
+            for kind in {"image/png", "image/jpeg"} & out.get("data", {}).keys():
+                data = b64decode("".join(out["data"][kind]))
+                found.append((kind, Image.open(BytesIO(data)).info.get("dpi", [None])[0]))
+    return found
+
+
+def first_sight(cells) -> int:
+    "Which cell that a reader sees is the first to show a picture or play a sound; 0: none."
+    seen = [c for c in cells if not source(c).startswith(("#| hide", "#| default_exp"))]
+    kinds = {"image/png", "image/jpeg", "image/svg+xml"}
+    for i, cell in enumerate(seen, 1):
+        for out in cell.get("outputs", []):
+            page = "".join(out.get("data", {}).get("text/html", ""))
+            if kinds & out.get("data", {}).keys() or re.search("<(video|audio|svg)", page):
+                return i
+    return 0
+
+
+@pytest.mark.parametrize("path", [p for p in LESSONS if p.name[:2] in HELD], ids=names)
+def test_a_lesson_keeps_its_budgets(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert len(cells) <= 80, f"{len(cells)} cells: what does not fit is plumbing, or a study"
+    assert 1 <= first_sight(cells) <= 5, "no picture or sound by the fifth cell"
+    stubs = [c for c in cells if source(c).startswith("#| eval: false")]
+    assert 3 <= len(stubs) <= 5, f"{len(stubs)} exercises"
+    assert not [dpi for _, dpi in pictures(path) if dpi and dpi < 149], "a picture below 150 dpi"
+    outputs = list(chain.from_iterable(c["outputs"] for c in code_cells(path)))
+    assert not [out for out in outputs if out.get("name") == "stderr"], "a stored warning"
+    said = ["".join(out.get("data", {}).get("text/plain", "")) for out in outputs]
+    assert not [text for text in said if re.search(r"\d%\|", text)], "a stored progress bar"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)

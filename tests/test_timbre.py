@@ -11,6 +11,7 @@ from faces2voices.errors import ToolMissingError
 from faces2voices.core import GRID, PAPER, TINY, test_same as same
 from faces2voices.audio import vowel
 from faces2voices.talkers import LINKED, make_talker
+from faces2voices.recordings import *
 from faces2voices.retrieval import *
 from faces2voices.timbre import *
 from faces2voices.studies import retrieval_scores
@@ -245,9 +246,9 @@ def test_the_speaker_encoder_of_real_voices():
 
 
 def test_without_resemblyzer_the_error_names_the_extra(monkeypatch):
-    from faces2voices import timbre
+    from faces2voices import recordings
 
-    timbre._resemblyzer.cache_clear()
+    recordings._resemblyzer.cache_clear()
     monkeypatch.setitem(sys.modules, "resemblyzer", None)
     with pytest.raises(ToolMissingError, match=r"faces2voices\[judges\]"):
         resemblyzer_embedding(torch.zeros(16000))
