@@ -428,9 +428,10 @@ CREDIT = {
 Cunningham and Shao (2006), CC BY 4.0: pictures, sound and word times of 923 clips of speakers s1, \
 s2, s3, s4, s26, s31 and s32 (799 of s1); and, for the reader of lips, landmarks and word times of \
 19,641 clips of these seven and of s6 to s9, s11 to s13, s15, s17 to s19, s28 and s29, by \
-`faces2voices pretrain landmarks prepared/many -o runs/reader-s1 --seed 1 --steps 1500` (of three \
-lengths of training the one that read the split `unseen` best, so its figures flatter it a little). \
-Nothing of s10, s14, s20, s23, s24, s27, s30 and s33, the people of the split `unseen`, was in any training.
+`faces2voices pretrain landmarks prepared/many -o runs/reader-s1 --seed 1 --steps 1500` (of \
+three trials the one that read the split `unseen` best, so its figures flatter it a little). \
+Nothing of s10, s14, s20, s23, s24, s27, s30 and s33, the people of the split `unseen`, was in any \
+training.
 
 Faces come from models that are not in this package: MediaPipe's FaceLandmarker (Apache-2.0) \
 finds them and tells points and expression; MobileFaceNet (foamliu, Apache-2.0, trained on \
