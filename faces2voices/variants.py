@@ -100,14 +100,17 @@ class Parallel(Hierarchy):
         self.from_speaker = nn.Linear(preset.speaker_dim, preset.dim)
         self.own_lips = nn.Linear(lips.dim, preset.dim)
         self.own_face = TimbreEncoder(preset)
+        self.from_own_face = nn.Linear(preset.speaker_dim, preset.dim)
 
     def forward(self, lips, face, identity, expression, mask, teacher=None) -> Mu:
         "As of `Hierarchy`; a teacher has nobody to feed."
         lips = self.lips(lips, mask)
         content, said = self.add_content(lips, mask)
         speaker = self.timbre(face, identity)
+        own_face = self.own_face(face, identity)
         own = self.own_lips(lips).repeat_interleave(UNITS_PER_FRAME, 1)
-        prosody = self.prosody(own, self.own_face(face, identity), expression, mask)
+        own = own + self.from_own_face(own_face)[:, None]
+        prosody = self.prosody(own, own_face, expression, mask)
         hidden = said + self.from_speaker(speaker)[:, None] + prosody.embedding
         return Mu(self.to_mu(hidden, mask), speaker, content, prosody)
 
@@ -260,7 +263,8 @@ def matched_preset(
 ) -> Preset:
     """The preset with the width at which a variant has as many weights as the whole has.
 
-    The number of weights is a quadratic of the width, so three widths tell it."""
+    The number of weights is a quadratic of the width, so three widths tell it. F2VError where no
+    width makes it so small."""
 
     def weights(name, width):
         with torch.device("meta"):
@@ -269,7 +273,11 @@ def matched_preset(
     widths = [preset.dim // 2, preset.dim, 2 * preset.dim]
     a, b, c = np.polyfit(widths, [weights(name, width) for width in widths], 2)
     c -= weights("whole", preset.dim)
-    return replace(preset, dim=round((-b + (b**2 - 4 * a * c) ** 0.5) / (2 * a)))
+    width = (-b + max(0, b**2 - 4 * a * c) ** 0.5) / (2 * a)
+    if width < 2:
+        reason = f"cannot be made as small as the whole at width {preset.dim}"
+        raise F2VError(name, reason, "Give a wider preset")
+    return replace(preset, dim=round(width))
 
 
 def build_variant(
