@@ -6,8 +6,8 @@
 __all__ = ['ABLATION_BATCH', 'VARIANT_MEASURES', 'SHARES', 'ABLATION_STEPS', 'LipSource', 'load_lip_source', 'check_lips',
            'cache_lips', 'frozen_preset', 'SeenClips', 'load_seen_clips', 'feature_batch', 'take_share', 'seen_batches',
            'fit_pitch_reader', 'hear_pitch', 'score_clip', 'hear_truth', 'AblationRun', 'mean_losses', 'build_run',
-           'load_run', 'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'clip_table', 'compare_variants',
-           'show_variants', 'vocode', 'ablation_sounds']
+           'load_run', 'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
+           'compare_variants', 'show_variants', 'vocode', 'ablation_sounds']
 
 # %% ../nbs/engine/18_ablation.ipynb #8ea9a7c4
 import json
@@ -517,6 +517,17 @@ def run_ablation(
         true_mel=hear_truth(seen, pitch_reader),
         rows=[finished_row(run, out) for run in runs],
     )
+
+
+def write_ablation(
+    record: dict,  # of `run_ablation`, with its stamp
+    path,  # .json
+):
+    "A run a line: of some hundred runs, each with the scores of each clip, the file stays small."
+    head = json.dumps({k: v for k, v in record.items() if k != "rows"}, indent=1)
+    rows = ",\n".join(json.dumps(row) for row in record["rows"])
+    with atomic_path(path, overwrite=True) as tmp:
+        tmp.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
 
 # %% ../nbs/engine/18_ablation.ipynb #fc344af3
 def clip_table(

@@ -1004,7 +1004,7 @@ def _ablate(
     it: every run with its learning curve, and every test clip with its scores.
 
     Example: `faces2voices ablate prepared/talkers --seeds 0,1,2,3,4`"""
-    from faces2voices.ablation import run_ablation, show_variants
+    from faces2voices.ablation import run_ablation, show_variants, write_ablation
     from faces2voices.records import data_of, record
     from faces2voices.variants import VARIANTS
 
@@ -1012,9 +1012,8 @@ def _ablate(
     fractions = _parse_shares(shares)
     names = list(VARIANTS) if variants == "all" else variants.split(",")
     found = run_ablation(data, make_folder(out), chosen, names, fractions, steps, lips)
-    kept = record(
-        found, command_line(ctx), chosen, data_of(data), out=out / "ablation.json", overwrite=True
-    )
+    kept = record(found, command_line(ctx), chosen, data_of(data))
+    write_ablation(kept, out / "ablation.json")
     for split in kept["clips"]:
         console.print(show_variants(kept, split, fractions[0]), markup=False)
 
