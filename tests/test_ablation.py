@@ -203,23 +203,40 @@ def test_the_cascade_in_the_papers_order_is_the_hierarchy():
         same(a.detach(), b.detach())
 
 
+@pytest.mark.parametrize(
+    "name, kept", [("timbre-first", {"face"}), ("prosody-first", {"face", "expression"})]
+)
+def test_what_came_before_content_reaches_mu_beside_it(name, kept, monkeypatch):
+    model = build(name)
+    monkeypatch.setattr(model, "from_content", lambda content: torch.zeros_like(content.hidden))
+    monkeypatch.setattr(model, "prosody", None if name == "timbre-first" else model.prosody)
+    assert seen_by(model, "prior") == kept
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_padding_never_reaches_a_real_frame(name):
+def test_a_padded_clip_is_as_it_is_alone(name):
     model = build(name).eval()
     batch = toy_features(clips=2)
     mask = batch.mask.clone()
     mask[1, 4:] = False
     noise = torch.randn_like(batch.lips), torch.randn_like(batch.expression)
     hidden = ~mask[..., None]
-    changed = batch._replace(
+    padded = batch._replace(
         mask=mask,
         lips=torch.where(hidden, noise[0], batch.lips),
         expression=torch.where(hidden, noise[1], batch.expression),
     )
+    alone = batch._replace(
+        mask=mask[1:, :4],
+        lips=batch.lips[1:, :4],
+        expression=batch.expression[1:, :4],
+        face=batch.face[1:],
+        identity=batch.identity[1:],
+    )
     with torch.no_grad():
-        a, b = model(*model.inputs(batch._replace(mask=mask))), model(*model.inputs(changed))
-    same(a.mu, b.mu, atol=1e-4)
-    assert a.mu[1, :, 16:].abs().max() == 0
+        together, apart = model(*model.inputs(padded)).mu, model(*model.inputs(alone)).mu
+    same(together[1:, :, :16], apart, atol=1e-4)
+    assert together[1, :, 16:].abs().max() == 0
 
 
 def test_a_variant_that_cannot_be_as_small_as_the_whole_says_so():
@@ -393,6 +410,22 @@ def test_what_was_stopped_or_killed_goes_on_and_ends_as_if_nothing_had_been(
     assert without_time(again) == without_time(whole)
     drawn.clear()
     assert ab.run_ablation("data", out, **FEW) == again and not drawn
+
+
+def test_two_processes_share_the_runs_of_a_folder(seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(ab, "load_seen_clips", lambda data, out, lips: seen)
+    trained = []
+
+    def work_for_both(run, seen, reader, out):
+        "This run, while another process finishes the one after it."
+        trained.append(run.variant)
+        for name in ("whole", "flat"):
+            row = run._replace(variant=name)._asdict()
+            (tmp_path / f"{run._replace(variant=name).name}.json").write_text(json.dumps(row))
+
+    monkeypatch.setattr(ab, "train_run", work_for_both)
+    found = ab.run_ablation("data", tmp_path, **FEW)
+    assert trained == ["whole"] and [r["variant"] for r in found["rows"]] == ["whole", "flat"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"variant": "whole"}', '{"variant": "flat"}'])
