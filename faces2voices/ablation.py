@@ -78,7 +78,7 @@ def load_lip_source(
     drawn = hierarchy.preset.identity_dim == 0
     return LipSource(hierarchy.lips.eval(), hierarchy.lip_input, not only_points, drawn)
 
-
+# %% ../nbs/engine/18_ablation.ipynb #3edbbf7b
 def check_lips(
     source: LipSource,
     dataset: ClipDataset,  # of a folder
@@ -303,7 +303,7 @@ def _number(x) -> float | None:
 def _columns(rows: list) -> dict:  # measure → a number a clip
     return {k: [_number(row[k]) for row in rows] for k in rows[0]}
 
-
+# %% ../nbs/engine/18_ablation.ipynb #1e15db6f
 def hear_truth(
     seen: SeenClips,
     pitch_reader,  # from `fit_pitch_reader`
@@ -468,7 +468,7 @@ def ablation_runs(
         for seed, share, name in product(seeds, shares, names)
     ]
 
-
+# %% ../nbs/engine/18_ablation.ipynb #9fd81535
 def finished_row(
     run: AblationRun,
     out,  # folder of the runs
@@ -485,7 +485,7 @@ def finished_row(
         raise CheckpointError(path, f"is damaged ({e})", "Remove it: it is made again") from e
     raise CheckpointError(path, "is of another run", "Remove it: it is made again")
 
-
+# %% ../nbs/engine/18_ablation.ipynb #fb2e1e03
 def run_ablation(
     data,  # folder of prepared clips with splits train, val and test, and perhaps unseen
     out,  # folder of the runs
@@ -518,7 +518,7 @@ def run_ablation(
         rows=[finished_row(run, out) for run in runs],
     )
 
-
+# %% ../nbs/engine/18_ablation.ipynb #f8f3fd29
 def write_ablation(
     record: dict,  # of `run_ablation`, with its stamp
     path,  # .json
@@ -573,7 +573,7 @@ def compare_variants(
         for (key, difference), p in zip(found.items(), corrected)
     }
 
-
+# %% ../nbs/engine/18_ablation.ipynb #381e343c
 def show_variants(
     record: dict,  # of `run_ablation`, with the stamp of `faces2voices ablate`
     split: str = "test",
@@ -622,7 +622,7 @@ def vocode(
         voiced = torch.ones_like(log_f0)
     return vocoder(MEL.denormalize(mu)[None], excitation(log_f0, voiced)[None])[0]
 
-
+# %% ../nbs/engine/18_ablation.ipynb #0efad2d5
 @torch.no_grad()
 def ablation_sounds(
     seen: SeenClips,
