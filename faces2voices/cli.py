@@ -970,36 +970,67 @@ def _sweep(
 @app.command("ablate")
 def _ablate(
     ctx: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Prepared clips.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Prepared clips with the splits train, val and test, and perhaps unseen."
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
             "-o", "--out", help="Folder of the runs; give the same command again to go on."
         ),
     ] = Path("runs/ablation"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each variant.")] = 800,
     seeds: Annotated[
         str, typer.Option(help="Train each variant from each of these seeds, for example `0,1,2`.")
     ] = "0",
+    variants: Annotated[
+        str, typer.Option(help="Only these, for example `whole,flat`; `all` takes the ten.")
+    ] = "all",
+    shares: Annotated[
+        str, typer.Option(help="Shares of the training clips, for example `1,0.25,0.05`.")
+    ] = "1,0.25,0.05",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 1000,
+    lips: Annotated[
+        str,
+        typer.Option(
+            help="What looks at the lips, once and for all: a pre-trained reader "
+            "(`reader.safetensors`), or a model whose lip encoder is used."
+        ),
+    ] = "talkers",
 ):
-    """Train the hierarchy with one stage taken out at a time, and tell what was lost.
+    """Train encoders of one size that differ in order, structure and targets, and compare them.
 
-    The record is ablation.json in the folder of the runs."""
-    from faces2voices.experiments import ablation, show_ablation
+    Two processes may share the folder, each with seeds of its own. The record is ablation.json in
+    it: every run with its learning curve, and every test clip with its scores.
+
+    Example: `faces2voices ablate prepared/talkers --seeds 0,1,2,3,4`"""
+    from faces2voices.ablation import run_ablation, show_variants, write_ablation
     from faces2voices.records import data_of, record
+    from faces2voices.variants import VARIANTS
 
     chosen = parse_seeds(seeds)
-    make_folder(out)
-    rows = ablation(data, out, steps=steps, seeds=chosen)
-    found = record(
-        dict(rows=rows),
-        command_line(ctx),
-        chosen,
-        data_of(data),
-        out=out / "ablation.json",
-        overwrite=True,
-    )
-    console.print(show_ablation(found), markup=False)
+    fractions = _parse_shares(shares)
+    names = list(VARIANTS) if variants == "all" else variants.split(",")
+    found = run_ablation(data, make_folder(out), chosen, names, fractions, steps, lips)
+    kept = record(found, command_line(ctx), chosen, data_of(data))
+    write_ablation(kept, out / "ablation.json")
+    for split in kept["clips"]:
+        console.print(show_variants(kept, split, fractions[0]), markup=False)
+
+
+def _parse_shares(text: str) -> list:  # of numbers in (0, 1]
+    "`1,0.25` as numbers."
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers over 0 and up to 1", param_hint="--shares"
+        )
+    return shares
 
 # %% ../nbs/20_cli.ipynb #33e23343
 study_app = typer.Typer(

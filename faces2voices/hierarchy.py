@@ -223,13 +223,15 @@ class Hierarchy(nn.Module):
         self,
         preset,  # Preset
         without=(),  # stages to leave out: any of `STAGES`
+        lips=None,  # a lip encoder with `dim`; None: the preset's
     ):
         super().__init__()
         if unknown := set(without) - set(STAGES):
             raise ValueError(f"unknown stages {sorted(unknown)}; choose from {STAGES}")
         self.preset, self.without = preset, tuple(without)
         self.flat = "hierarchy" in without
-        self.lips = make_lip_encoder(preset)
+        self.weights = loss_weights(preset)
+        self.lips = make_lip_encoder(preset) if lips is None else lips
         self.to_mu = MuHead(preset.dim, preset.dropout)
         if self.flat:
             self.encoder = FlatEncoder(preset, self.lips.dim)
@@ -444,6 +446,5 @@ def loss(
         terms["speaker"] = timbre_loss(out.speaker, batch.speaker)
     if out.prosody is not None:
         terms |= prosody_loss(out.prosody, batch)._asdict()
-    weights = loss_weights(self.preset)
-    total = sum(weights[name] * term for name, term in terms.items())
+    total = sum(self.weights[name] * term for name, term in terms.items())
     return HierarchyLoss(total, **terms)

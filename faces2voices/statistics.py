@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'Interval', 'mean', 'median', 'ratio', 'pearson', 'bootstrap_interval', 't_interval', 'crossed_interval',
-           'Difference', 'paired_difference', 'holm', 'Shrunken', 'shrink_values']
+           'Difference', 'paired_difference', 'crossed_difference', 'holm', 'Shrunken', 'shrink_values']
 
 # %% ../nbs/engine/00_statistics.ipynb #b5f0f663
 import warnings
@@ -118,12 +118,8 @@ def t_interval(
     return Interval(estimate, estimate - half, estimate + half, error, n)
 
 # %% ../nbs/engine/00_statistics.ipynb #36c751a5
-def crossed_interval(
-    table,  # (rows, columns), all cells known
-) -> Interval:  # NaN for a single cell; ValueError where a cell is NaN
-    "The mean of a table whose rows and columns could all have been others: a t interval."
-    from scipy.stats import t
-
+def _crossed_mean(table) -> tuple:  # mean, standard error and degrees of freedom
+    "Variances between rows, between columns and of the rest; degrees by Satterthwaite."
     table = np.asarray(table, float)
     if not np.isfinite(table).all():
         raise ValueError("a cell of the table is not a number")
@@ -139,8 +135,20 @@ def crossed_interval(
     parts = sign * squares
     degrees = parts.sum() ** 2 / (parts**2 / free).sum() if parts.any() else 1
     error = (parts.sum() / table.size) ** 0.5 if table.size > 1 else np.nan
-    half = t.ppf(0.975, max(degrees, 1)) * error
-    return Interval(*map(float, (estimate, estimate - half, estimate + half, error)), table.size)
+    return estimate, error, max(degrees, 1)
+
+
+def crossed_interval(
+    table,  # (rows, columns), all cells known
+) -> Interval:  # NaN for a single cell; ValueError where a cell is NaN
+    "The mean of a table whose rows and columns could all have been others: a t interval."
+    from scipy.stats import t
+
+    estimate, error, degrees = _crossed_mean(table)
+    half = t.ppf(0.975, degrees) * error
+    return Interval(
+        *map(float, (estimate, estimate - half, estimate + half, error)), np.size(table)
+    )
 
 # %% ../nbs/engine/00_statistics.ipynb #a3e58636
 class Difference(NamedTuple):
@@ -171,6 +179,19 @@ def paired_difference(
     if not np.ptp(d):  # always the same: no chance in it
         return Difference(interval, float(not d.any()))
     return Difference(interval, float(ttest_1samp(d, 0).pvalue))
+
+# %% ../nbs/engine/00_statistics.ipynb #1a1c20ed
+def crossed_difference(
+    table,  # (seeds, clips) of differences, all cells known
+) -> Difference:  # p is NaN for a single cell
+    "The mean difference over seeds and clips, and Student's p with Satterthwaite's degrees."
+    from scipy.stats import t
+
+    estimate, error, degrees = _crossed_mean(table)
+    if error == 0:  # always the same: no chance in it
+        return Difference(crossed_interval(table), float(estimate == 0))
+    p = 2 * t.sf(abs(estimate) / error, degrees)
+    return Difference(crossed_interval(table), float(p))
 
 # %% ../nbs/engine/00_statistics.ipynb #dd253f91
 def holm(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'MU_MEASURES', 'CONTENT_MEASURES', 'CLIP_METRICS', 'PROBES', 'STAGE_GOALS', 'GIVEN_TRUTHS', 'SYNC_MEASURES',
-           'STRANGER_MEASURES', 'COPY_MEASURES', 'COPY_PAIRS', 'preset_for', 'loudness', 'evaluate_mu',
-           'evaluate_variant', 'SharedTargets', 'clips_with_targets', 'lip_features_and_units', 'evaluate_content',
-           'recorded_gain', 'masked_ce_study', 'plot_masked_ce', 'EnrolledTalkers', 'enroll_talkers',
-           'retrieval_scores', 'search_voices', 'link_study', 'unseen_entries', 'clip_scores', 'clip_metrics',
-           'ProbeClip', 'collect_probe_data', 'probe_targets', 'probe_stages', 'load_labelled_clip',
+           'STRANGER_MEASURES', 'COPY_MEASURES', 'COPY_PAIRS', 'preset_for', 'loudness', 'score_mu', 'evaluate_mu',
+           'evaluate_variant', 'SharedTargets', 'clips_with_targets', 'split_with_sound', 'lip_features_and_units',
+           'evaluate_content', 'recorded_gain', 'masked_ce_study', 'plot_masked_ce', 'EnrolledTalkers',
+           'enroll_talkers', 'retrieval_scores', 'search_voices', 'link_study', 'unseen_entries', 'clip_scores',
+           'clip_metrics', 'ProbeClip', 'collect_probe_data', 'probe_targets', 'probe_stages', 'load_labelled_clip',
            'train_phone_reader', 'stage_study', 'show_clip_metrics', 'plot_probes', 'error_given_truth',
            'given_true_words', 'teacher_study', 'show_teacher', 'lip_read', 'slot_study', 'wrong_by_slot',
            'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study', 'show_adaptation',
@@ -123,15 +123,18 @@ def loudness(
 
 # %% ../nbs/engine/18_studies.ipynb #024158a1
 @torch.no_grad()
-def evaluate_mu(hierarchy, clip: Clip, speaker_encoder) -> dict:  # name → number
-    "What μ of one clip is worth; the clip carries its targets."
-    b = collate([clip])
+def score_mu(
+    out: Mu,  # of one clip
+    clip: Clip,  # with its targets
+    speaker_encoder,
+) -> dict:  # name → number
+    "What μ of one clip is worth."
     frames = speech_frames(clip.energy)
-    out = hierarchy(*hierarchy.inputs(b))
-    mu, mel = MEL.denormalize(out.mu[0]), MEL.denormalize(b.mel[0])
+    mu, mel = MEL.denormalize(out.mu[0]), MEL.denormalize(clip.mel)
+    everywhere = torch.ones(1, mu.shape[1], dtype=torch.bool)
     speech = frames.repeat_interleave(2)
     row = {
-        "prior loss": prior_loss(out.mu, b.mel, b.mask.repeat_interleave(4, 1)).item(),
+        "prior loss": prior_loss(out.mu, clip.mel[None], everywhere).item(),
         "error, dB": 20 / np.log(10) * (mu - mel).abs()[:, speech].mean().item(),
         "energy, r": correlation(loudness(mu).clamp(min=-4), loudness(mel).clamp(min=-4)),
         "voice similarity": float(speaker_encoder(out.mu)[0] @ clip.voice),
@@ -146,6 +149,13 @@ def evaluate_mu(hierarchy, clip: Clip, speaker_encoder) -> dict:  # name → num
         "true F0": mean_f0((clip.log_f0, clip.voiced)),
         "mean mel": mu[:, speech].mean(1).tolist(),
     }
+
+
+def evaluate_mu(hierarchy, clip: Clip, speaker_encoder) -> dict:  # name → number
+    "`score_mu` of what a hierarchy makes of a clip, which carries its targets."
+    with torch.no_grad():
+        out = hierarchy(*hierarchy.inputs(collate([clip])))
+    return score_mu(out, clip, speaker_encoder)
 
 # %% ../nbs/engine/18_studies.ipynb #5f0e3477
 def evaluate_variant(
@@ -188,16 +198,18 @@ def clips_with_targets(
     data,  # folder of prepared clips with splits train and val
     out,  # folder of the runs
     seed: int,
+    choose_preset=None,  # Clip → Preset; None: `preset_for`
+    **claimed,  # what else decides what the runs make
 ) -> SharedTargets:
     """The clips with the targets that all variants share.
 
     CheckpointError where a split is empty, or the folder holds runs of other clips."""
-    train = _split_with_sound(data, "train")
-    val = _split_with_sound(data, "val")
-    preset = preset_for(train[0])
+    train = split_with_sound(data, "train")
+    val = split_with_sound(data, "val")
+    preset = (choose_preset or preset_for)(train[0])
     if not any(train.word_times.values()):
         preset = replace(preset, words=())  # nothing tells when which word is said
-    claim(out, data=clips_identity(data), preset=preset.to_json())
+    claim(out, data=clips_identity(data), preset=preset.to_json(), **claimed)
     model = FacesToVoices(preset.to_json())
 
     def fit_units():
@@ -215,7 +227,8 @@ def clips_with_targets(
     return SharedTargets(train.add(*targets), val.add(*targets), model.speaker_encoder, preset)
 
 
-def _split_with_sound(data, split: str) -> ClipDataset:
+def split_with_sound(data, split: str) -> ClipDataset:
+    "The clips of a split; CheckpointError where there are none with sound."
     dataset = ClipDataset(data, split=split)
     if not len(dataset):
         raise CheckpointError(
@@ -1266,7 +1279,7 @@ def stranger_study(
     "Train with and without moved voices, the same recipe; judge on people who were not there."
     out, seeds = Path(out), [whole_seed(s) for s in seeds]
     shared = clips_with_targets(data, out, 0)
-    strangers = _with_targets_of(shared, _split_with_sound(data, split), out)
+    strangers = _with_targets_of(shared, split_with_sound(data, split), out)
     lips = dict(lip_encoder="landmarks", reader_dim=load_reader(reader).dim)
     preset = replace(shared.preset, **lips, balance=GRID.balance)
     run = out / "strangers"

@@ -60,6 +60,8 @@ def test_groups_of_commands_are_explained():
         ("bench", "nothing"),
         ("bench", "loader"),
         ("ablate", "x", "--seeds", "a,b"),
+        ("ablate", "x", "--shares", "1,0"),
+        ("ablate", "x", "--shares", "half"),
         ("listen", "page", "t", "a", "b", "--model", "talkers"),
     ],
 )

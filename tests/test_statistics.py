@@ -10,6 +10,7 @@ from faces2voices.statistics import (
     Difference,
     Interval,
     bootstrap_interval,
+    crossed_difference,
     crossed_interval,
     holm,
     mean,
@@ -154,6 +155,27 @@ def test_a_crossed_interval_holds_the_truth_as_often_as_it_says(n, m, who, what)
         )
 
     assert 0.92 <= held([crossed_interval(table()) for _ in range(400)], 3) <= 0.995
+
+
+def test_a_crossed_difference_is_found_by_chance_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    seeds, clips = rng.normal(size=(2, 300, 1, 20))
+    tables = seeds[..., :5].swapaxes(1, 2) + clips + rng.normal(size=(300, 5, 20))
+    found = [crossed_difference(table) for table in tables]
+    assert 0.01 < np.mean([difference.p < 0.05 for difference in found]) < 0.09
+    for difference in found[:50]:
+        low, high = difference.interval[1:3]
+        assert (difference.p < 0.05) == (low > 0 or high < 0)
+
+
+def test_a_crossed_difference_of_one_row_is_student_s():
+    from scipy.stats import ttest_1samp
+
+    d = np.random.default_rng(0).normal(0.3, size=9)
+    assert crossed_difference(d[None]).p == pytest.approx(ttest_1samp(d, 0).pvalue)
+    assert crossed_difference(np.full((3, 4), 2.0)).p == 0
+    assert crossed_difference(np.zeros((3, 4))).p == 1
+    assert np.isnan(crossed_difference([[1.0]]).p)
 
 
 def test_a_crossed_interval_of_one_row_or_one_column_is_student_s():
