@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'LOSS_WEIGHTS', 'MuHead', 'prior_loss', 'third_octaves', 'envelope_match', 'envelope_loss', 'PlainContent',
-           'FlatEncoder', 'Mu', 'Pronouncer', 'Hierarchy', 'loss_weights', 'HierarchyLoss']
+           'FlatEncoder', 'Mu', 'Pronouncer', 'loss_weights', 'Hierarchy', 'HierarchyLoss']
 
 # %% ../nbs/10_hierarchy.ipynb #9d7dd5ce
 import math
@@ -215,6 +215,22 @@ class Pronouncer(nn.Module):
             x = block(x, mask)
         return x.mT
 
+# %% ../nbs/10_hierarchy.ipynb #365fc244
+# The weights of the losses that no preset sets.
+LOSS_WEIGHTS = dict(ce=1.0, speaker=1.0, pitch=1.0, voicing=0.5, energy=0.5)
+
+
+def loss_weights(
+    preset,  # Preset
+) -> dict:  # name of a term → weight
+    "The weight of every term of the loss."
+    return LOSS_WEIGHTS | dict(
+        masked_ce=preset.masked_weight,
+        words=preset.word_weight,
+        prior=preset.prior_weight,
+        envelope=preset.envelope_weight,
+    )
+
 # %% ../nbs/10_hierarchy.ipynb #25fa41b5
 class Hierarchy(nn.Module):
     "Lips → content → speaker → prosody → μ."
@@ -375,22 +391,6 @@ def lip_input(
 def inputs(self: Hierarchy, batch: Batch) -> tuple:  # lips, face, identity, expression, mask
     "All of a batch that a camera gives, in the order of `forward`."
     return self.lip_input(batch), batch.face, batch.identity, batch.expression, batch.mask
-
-# %% ../nbs/10_hierarchy.ipynb #365fc244
-# The weights of the losses that no preset sets.
-LOSS_WEIGHTS = dict(ce=1.0, speaker=1.0, pitch=1.0, voicing=0.5, energy=0.5)
-
-
-def loss_weights(
-    preset,  # Preset
-) -> dict:  # name of a term → weight
-    "The weight of every term of the loss."
-    return LOSS_WEIGHTS | dict(
-        masked_ce=preset.masked_weight,
-        words=preset.word_weight,
-        prior=preset.prior_weight,
-        envelope=preset.envelope_weight,
-    )
 
 # %% ../nbs/10_hierarchy.ipynb #7a8428a1
 class HierarchyLoss(NamedTuple):
