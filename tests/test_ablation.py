@@ -208,7 +208,9 @@ def test_the_cascade_in_the_papers_order_is_the_hierarchy():
 )
 def test_what_came_before_content_reaches_mu_beside_it(name, kept, monkeypatch):
     model = build(name)
-    monkeypatch.setattr(model, "from_content", lambda content: torch.zeros_like(content.hidden))
+    monkeypatch.setattr(
+        model, "from_content", lambda content, mask: torch.zeros_like(content.hidden)
+    )
     monkeypatch.setattr(model, "prosody", None if name == "timbre-first" else model.prosody)
     assert seen_by(model, "prior") == kept
 
