@@ -38,7 +38,8 @@ from .gradebook import write_items, write_moodle, write_totals
 from .grading import Grading, Mark, Task, grade_lesson
 from .notebooks import names_defined, names_used, read_notebook, source
 from .sandbox import Sandbox, choose_sandbox
-from .submissions import HandedIn, answers_in, collect, without_directives
+from .submissions import HandedIn, answers_in, cell_exercise, collect
+from .submissions import without_directives
 
 # %% ../nbs/19_course.ipynb #2840b1e6
 class Exercise(NamedTuple):
@@ -156,7 +157,7 @@ def _prose_before(cells: list, stub: int) -> list:
 def _exchange(text: str, change: dict) -> str:
     "Put one thing for another, all at once; a number inside a longer one is another number."
     old = "|".join(map(re.escape, sorted(change, key=len, reverse=True)))
-    return re.sub(rf"(?<![\w.])(?:{old})(?!\.?\w)", lambda found: change[found[0]], text)
+    return re.sub(rf"(?<!\w)(?<!\d\.)(?:{old})(?!\w)(?!\.\d)", lambda found: change[found[0]], text)
 
 # %% ../nbs/19_course.ipynb #2518fbfa
 def lessons(
@@ -393,7 +394,7 @@ _README = """# Faces to voices: for students
 You need Python 3.10 to 3.13, 5 GB of disk for the packages, and no GPU. In this folder:
 
     python -m venv venv
-    source venv/bin/activate      (Windows: venv\\\\Scripts\\\\activate)
+    source venv/bin/activate      (Windows: venv\\Scripts\\activate)
     pip install -c constraints.txt {package} jupyterlab
     jupyter lab nbs/index.ipynb
 
@@ -408,7 +409,7 @@ This folder has {size:.0f} MB, of which {data:.1f} MB are the clips and weights 
 {table}
 | all | {all_size:.1f} | | {count} | {minutes} |
 
-The times to run are those of a laptop with two cores.
+The times to run are those that the lessons name, on two cores.
 
 ## How to hand in
 
