@@ -4,13 +4,16 @@ Editions without answers, marking that no submission can hurt, tables that agree
 
 import ast
 import csv
+import ctypes
 import io
 import json
 import os
 import pkgutil
 import re
 import shutil
+import signal
 import sys
+import time
 import zipfile
 from itertools import chain, product
 from pathlib import Path
@@ -21,9 +24,9 @@ from typer.testing import CliRunner
 from faces2voices.errors import CorpusError, F2VError, ToolMissingError, check
 from faces2voices.core import NOTATION
 from faces2voices import course
-from faces2voices.grading import Grading
+from faces2voices.grading import Grading, LessonProcess
 from faces2voices.notebooks import read_notebook, source
-from faces2voices.sandbox import Sandbox, choose_sandbox
+from faces2voices.sandbox import Sandbox, choose_sandbox, confine
 from faces2voices.submissions import answers_in, collect
 from faces2voices.course import (
     ERRORS,
@@ -589,6 +592,82 @@ def test_each_submission_is_told_a_word(hostile):
     for who, text in SAYS.items():
         assert text in marks[who, "double"].message, marks[who, "double"]
     assert all(m.passed or m.message for m in marks.values())
+
+
+def outcome(tmp_path, act) -> int:
+    "How a confined process ends that does something: 0 if it may, 7 if that fails, or a signal."
+    folder = tmp_path / "own"
+    folder.mkdir()
+    keep = os.open(os.devnull, os.O_RDONLY)
+    if not (pid := os.fork()):
+        try:
+            confine(str(folder), seconds=0, memory=1, keep=keep)
+            act()
+            os._exit(0)
+        except BaseException:
+            os._exit(7)
+    os.close(keep)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def _starts_a_process():
+    os.setuid(12345)  # the administrator's processes are not counted
+    if (pid := LIBC.fork()) < 0:
+        raise BlockingIOError
+    elif not pid:
+        os._exit(0)
+
+
+def _computes():
+    while time.process_time() < 20:
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
+@pytest.mark.parametrize(
+    "act, how",
+    [
+        (_starts_a_process, {7}),
+        (_computes, {-signal.SIGXCPU, -signal.SIGKILL}),
+        (lambda: bytearray(10**10), {7}),
+        (lambda: open("big", "wb").write(bytes(2 * 10**8)), {7}),
+        (lambda: open("small", "wb").write(b"x"), {0}),
+    ],
+    ids=["processes", "time", "memory", "files", "none"],
+)
+def test_the_system_holds_the_limits(tmp_path, act, how):
+    if act is _starts_a_process and os.getuid():
+        pytest.skip("other processes of this user count too")
+    LIBC.fork  # looked up before it is forbidden
+    assert outcome(tmp_path, act) in how
+
+
+def test_bubblewrap_is_used_where_it_works_and_only_there(tmp_path, monkeypatch):
+    for wanted in (Sandbox.none, Sandbox.bwrap):
+        try:
+            sandbox = choose_sandbox(wanted)
+        except ToolMissingError:
+            continue
+        with LessonProcess(tmp_path, sandbox) as process:
+            said = process.run(0, f"open({str(tmp_path / wanted.value)!r}, 'w').close()")
+        assert (wanted == Sandbox.bwrap) == ("OSError" in said and "Read-only" in said), said
+        assert (tmp_path / wanted.value).exists() == (wanted == Sandbox.none)
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    monkeypatch.setenv("PATH", str(fake))
+    for works in ("absent", 1, 0):
+        if works != "absent":
+            (fake / "bwrap").write_text(f"#!/bin/sh\nexit {works}\n")
+            (fake / "bwrap").chmod(0o755)
+        if works == 0:
+            assert choose_sandbox(Sandbox.auto) == Sandbox.bwrap
+        else:
+            assert choose_sandbox(Sandbox.auto) == Sandbox.none
+            with pytest.raises(ToolMissingError, match="--sandbox none"):
+                choose_sandbox(Sandbox.bwrap)
 
 
 def test_a_fault_of_the_lesson_is_nobodys_fault(tmp_path):
