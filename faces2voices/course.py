@@ -663,10 +663,10 @@ def _marks(name, cells, attempts, handed, nbs, how, tick) -> list[Mark]:
     steps = lesson_steps(cells)
     foreign = _foreign(name, cells, handed)
     for mark in grade_lesson(name, steps, attempts, nbs, how) if attempts else ():
+        said = mark.message
         if not mark.passed and mark.exercise in foreign[mark.student]:
-            said = f"answers the variant of another class; {mark.message}"
-            mark = mark._replace(message=said)
-        mark = mark._replace(student=mark.student[0])
+            said = f"answers the variant of another class; {said}"
+        mark = mark._replace(student=mark.student[0], message=said)
         key = mark.student, mark.exercise
         best[key] = max(best.get(key, mark), mark, key=_goodness)
         tick()
@@ -677,7 +677,7 @@ def _marks(name, cells, attempts, handed, nbs, how, tick) -> list[Mark]:
             best.setdefault((student, e.name), Mark(student, name, e.name, False, why, 0.0))
     return list(best.values())
 
-
+# %% ../nbs/19_course.ipynb #d08f4b96
 def _goodness(mark: Mark) -> int:
     "Passed is better than not judged, and that than failed."
     return [False, None, True].index(mark.passed)
