@@ -4,13 +4,16 @@ Editions without answers, marking that no submission can hurt, tables that agree
 
 import ast
 import csv
+import ctypes
 import io
 import json
 import os
 import pkgutil
 import re
 import shutil
+import signal
 import sys
+import time
 import zipfile
 from itertools import chain, product
 from pathlib import Path
@@ -21,9 +24,9 @@ from typer.testing import CliRunner
 from faces2voices.errors import CorpusError, F2VError, ToolMissingError, check
 from faces2voices.core import NOTATION
 from faces2voices import course
-from faces2voices.grading import Grading
+from faces2voices.grading import Grading, LessonProcess
 from faces2voices.notebooks import read_notebook, source
-from faces2voices.sandbox import Sandbox, choose_sandbox
+from faces2voices.sandbox import Sandbox, choose_sandbox, confine
 from faces2voices.submissions import answers_in, collect
 from faces2voices.course import (
     ERRORS,
@@ -31,9 +34,11 @@ from faces2voices.course import (
     grade,
     is_hidden,
     is_solution,
+    is_variants,
     leaks,
     lessons,
     collect_errors,
+    drawn_variant,
     read_table,
     rooms_markdown,
     write_student_edition,
@@ -41,6 +46,8 @@ from faces2voices.course import (
     write_teacher_edition,
     teacher_notes,
     traceability_markdown,
+    varied_cells,
+    variants_of,
     errors_markdown,
     exercises_markdown,
 )
@@ -159,7 +166,8 @@ def test_no_solution_is_anywhere_in_the_student_edition(handout):
 def test_the_student_edition_keeps_all_else(handout):
     for name, nb in ALL.items():
         new = read_notebook(handout / "nbs" / f"{name}.ipynb")["cells"]
-        places = [i for i, c in enumerate(nb["cells"]) if not is_solution(c) and not is_hidden(c)]
+        kept_back = is_solution, is_hidden, is_variants
+        places = [i for i, c in enumerate(nb["cells"]) if not any(back(c) for back in kept_back)]
         old = [nb["cells"][i] for i in places]
         todo = exercises(nb["cells"])
         stubs = {e.stub for e in todo}
@@ -252,6 +260,121 @@ def test_there_are_enough_exercises():
         assert len(names) == sum(map(is_solution, cells)), (
             f"{name}: a solution without its stub or check"
         )
+
+
+# variants
+
+TOY_HEAD = dict(nbformat=4, nbformat_minor=5, metadata={})
+
+
+def toy_cell(text, kind="code"):
+    more = dict(outputs=[], execution_count=None) if kind == "code" else {}
+    return dict(cell_type=kind, metadata={}, source=text, **more)
+
+
+EXERCISES = list(chain.from_iterable(product([n], exercises(c)) for n, c in LESSONS.items()))
+VARIED = [(name, e) for name, e in EXERCISES if e.variants]
+OWN = dict(
+    TOY_HEAD,
+    cells=[
+        toy_cell("from faces2voices.errors import check"),
+        toy_cell("**1.** What is 2 times 21?", "markdown"),
+        toy_cell("#| eval: false\nproduct = 0  # of 2 and 21"),
+        toy_cell('#| code-summary: "Solution"\nproduct = 42'),
+        toy_cell("check(product, 2 * 21)"),
+        toy_cell(
+            '#| code-summary: "Variants"\nvariants = [("2", "42"), ("3", "63"), ("5", "105")]'
+        ),
+        toy_cell("#| eval: false\ndef half(x): return 0"),
+        toy_cell('#| code-summary: "Solution"\ndef half(x): return x / 2'),
+        toy_cell("check(half(2), 1)"),
+    ],
+)
+
+
+def test_every_exercise_has_hidden_cases_or_variants():
+    bare = [(name, e.name) for name, e in EXERCISES if not e.hidden and not e.variants]
+    assert not bare, "an answer that fits the one check that everybody sees would pass"
+
+
+@pytest.mark.parametrize("name, e", VARIED, ids=[f"{name}-{e.name}" for name, e in VARIED])
+def test_variants_stand_in_their_exercise(name, e):
+    """Everything that is to be exchanged is there, students read some of it, and each row has
+    another solution, check and text than the first."""
+    cells = LESSONS[name]
+    rows = variants_of(cells, e)
+    assert len(rows) > 2 and {len(row) for row in rows} == {len(rows[0])}
+    assert drawn_variant(rows, name, None) == 0
+    seeds = {drawn_variant(rows, name, seed): seed for seed in range(99)}
+    assert sorted(seeds) == list(range(1, len(rows))), "every row is drawn, but the published one"
+    of = f"{name} {e.name}"
+    by_row = {drawn_variant(rows, of, seed): seed for seed in range(99)}
+    seen = "\n".join(source(c) for c in cells[e.stub - 1 : e.check + 1] if not is_solution(c))
+    text = seen + source(cells[e.solution])
+    assert all(word in text for word in rows[0]), "a word that stands nowhere is never exchanged"
+    for row, seed in by_row.items():
+        new = varied_cells(name, cells, seed)
+        assert source(new[e.stub - 1]) != source(cells[e.stub - 1]), "its text says it"
+        assert source(new[e.solution]) != source(cells[e.solution])
+        assert source(new[e.check]) != source(cells[e.check])
+        assert all(
+            word in "".join(map(source, new[e.stub - 1 : e.check + 1])) for word in rows[row]
+        )
+
+
+def test_without_a_seed_nothing_changes(tmp_path):
+    for name, cells in LESSONS.items():
+        assert varied_cells(name, cells, None) == cells
+    write_student_edition(NBS, tmp_path / "s")
+    for path in (tmp_path / "s" / "nbs").glob("*.ipynb"):
+        assert not leaks('"variant":', path.read_text())
+
+
+def test_a_class_has_numbers_of_its_own(tmp_path):
+    "Two classes: other texts, other answers; what one handed in is wrong in the other."
+    nbs = tmp_path / "nbs"
+    nbs.mkdir()
+    (nbs / "01_own.ipynb").write_text(json.dumps(OWN))
+    rows = variants_of(OWN["cells"], exercises(OWN["cells"])[0])
+    seeds = {drawn_variant(rows, "01_own product", seed): seed for seed in range(20)}
+    for row, seed in seeds.items():
+        done = run_course("student", tmp_path / f"s{row}", "--lessons", nbs, "--seed", seed)
+        assert done.exit_code == 0 and f"--seed {seed}" in done.output
+        number, answer = rows[row]
+        edition = read_notebook(tmp_path / f"s{row}" / "nbs" / "01_own.ipynb")
+        stub = next(c for c in edition["cells"] if c["metadata"].get("exercise") == "product")
+        assert source(stub) == f"product = 0  # of {number} and 21"
+        assert f"**1.** What is {number} times 21?" in map(source, edition["cells"])
+        text = "\n".join(strings_in(edition))
+        assert (
+            answer not in text and "variants" not in text and str(seed) not in edition["metadata"]
+        )
+        write_teacher_edition(nbs, tmp_path / f"t{row}", seed)
+        teacher = read_notebook(tmp_path / f"t{row}" / "nbs" / "01_own.ipynb")
+        assert f"product = {answer}" in "\n".join(map(source, teacher["cells"]))
+        assert not any(map(is_variants, teacher["cells"]))
+        own = {"product": f"product = {answer}", "half": "def half(x): return x / 2"}
+        hand_in(edition, tmp_path / f"in{row}" / "ada", "01_own", own)
+        published = own | {"product": "product = 42"}
+        hand_in(edition, tmp_path / f"in{row}" / "bob", "01_own", published)
+    other = read_notebook(tmp_path / "in2" / "ada" / "01_own.ipynb")
+    (tmp_path / "in1" / "cy").mkdir()
+    (tmp_path / "in1" / "cy" / "01_own.ipynb").write_text(json.dumps(other))
+
+    def graded(row, *words):
+        words = tmp_path / f"in{row}", "-o", tmp_path / f"{row}{len(words)}.csv", *words
+        return run_course("grade", *words, "--lessons", nbs)
+
+    assert graded(1, "--seed", seeds[1]).exit_code == 0
+    marks = {(r["student"], r["exercise"]): r for r in read_table(tmp_path / "12.csv")}
+    passed = {key: r["passed"] == "True" for key, r in marks.items() if key[1] == "product"}
+    assert {who: right for (who, _), right in passed.items()} == dict(ada=True, bob=False, cy=False)
+    assert all(marks[who, "half"]["passed"] == "True" for who in ("ada", "bob", "cy"))
+    assert "variant of another class" in marks["cy", "product"]["message"]
+    assert "another class" not in marks["bob", "product"]["message"]
+    for words in ((), ("--seed", seeds[1])):
+        wrong = graded(2, *words)
+        assert "handed out with another seed" in str(wrong.exception), "nobody's answers are judged"
 
 
 # marking
@@ -467,6 +590,82 @@ def test_each_submission_is_told_a_word(hostile):
     assert all(m.passed or m.message for m in marks.values())
 
 
+def outcome(tmp_path, act) -> int:
+    "How a confined process ends that does something: 0 if it may, 7 if that fails, or a signal."
+    folder = tmp_path / "own"
+    folder.mkdir()
+    keep = os.open(os.devnull, os.O_RDONLY)
+    if not (pid := os.fork()):
+        try:
+            confine(str(folder), seconds=0, memory=1, keep=keep)
+            act()
+            os._exit(0)
+        except BaseException:
+            os._exit(7)
+    os.close(keep)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def _starts_a_process():
+    os.setuid(12345)  # the administrator's processes are not counted
+    if (pid := LIBC.fork()) < 0:
+        raise BlockingIOError
+    elif not pid:
+        os._exit(0)
+
+
+def _computes():
+    while time.process_time() < 20:
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
+@pytest.mark.parametrize(
+    "act, how",
+    [
+        (_starts_a_process, {7}),
+        (_computes, {-signal.SIGXCPU, -signal.SIGKILL}),
+        (lambda: bytearray(10**10), {7}),
+        (lambda: open("big", "wb").write(bytes(2 * 10**8)), {7}),
+        (lambda: open("small", "wb").write(b"x"), {0}),
+    ],
+    ids=["processes", "time", "memory", "files", "none"],
+)
+def test_the_system_holds_the_limits(tmp_path, act, how):
+    if act is _starts_a_process and os.getuid():
+        pytest.skip("other processes of this user count too")
+    LIBC.fork  # looked up before it is forbidden
+    assert outcome(tmp_path, act) in how
+
+
+def test_bubblewrap_is_used_where_it_works_and_only_there(tmp_path, monkeypatch):
+    for wanted in (Sandbox.none, Sandbox.bwrap):
+        try:
+            sandbox = choose_sandbox(wanted)
+        except ToolMissingError:
+            continue
+        with LessonProcess(tmp_path, sandbox) as process:
+            said = process.run(0, f"open({str(tmp_path / wanted.value)!r}, 'w').close()")
+        assert (wanted == Sandbox.bwrap) == ("OSError" in said and "Read-only" in said), said
+        assert (tmp_path / wanted.value).exists() == (wanted == Sandbox.none)
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    monkeypatch.setenv("PATH", str(fake))
+    for works in ("absent", 1, 0):
+        if works != "absent":
+            (fake / "bwrap").write_text(f"#!/bin/sh\nexit {works}\n")
+            (fake / "bwrap").chmod(0o755)
+        if works == 0:
+            assert choose_sandbox(Sandbox.auto) == Sandbox.bwrap
+        else:
+            assert choose_sandbox(Sandbox.auto) == Sandbox.none
+            with pytest.raises(ToolMissingError, match="--sandbox none"):
+                choose_sandbox(Sandbox.bwrap)
+
+
 def test_a_fault_of_the_lesson_is_nobodys_fault(tmp_path):
     cells = [dict(c) for c in TOY["cells"]]
     cells[2] = cells[2] | dict(source='#| code-summary: "Solution"\ndef double(x): return None')
@@ -522,7 +721,9 @@ def test_the_whole_cycle(tmp_path):
     toy_lessons(nbs)
     assert run_course("student", tmp_path / "s", "--lessons", nbs).exit_code == 0
     told = (tmp_path / "s" / "README.md").read_text()
-    assert "| 01_toy | 2 | 3 |" in told and "pip install -c constraints.txt" in told
+    assert "| 01_toy | 0.0 |  | 2 | 3 |" in told and "pip install -c constraints.txt" in told
+    size = sum(path.stat().st_size for path in (tmp_path / "s").rglob("*") if path.is_file())
+    assert f"This folder has {size / 1e6:.0f} MB" in told
     edition = read_notebook(tmp_path / "s" / "nbs" / "01_toy.ipynb")
     right = {"double": "def double(x): return x + x", "treble": "def treble(x): return 3*x"}
     wrong = right | {"double": "def double(x): return 42"}
