@@ -17,7 +17,7 @@ from faces2voices.soundfiles import load_audio, save_wav
 from faces2voices.audio import MEL, pitch
 from faces2voices.figures import players
 from faces2voices.errors import F2VError, MediaError, NoFaceError
-from faces2voices.core import TEMPERATURE, TINY, test_same as same
+from faces2voices.core import GRID, TEMPERATURE, TINY, test_same as same
 from faces2voices.corpora import collate
 from faces2voices.media import write_video
 from faces2voices.video import read_video
@@ -88,26 +88,40 @@ def test_one_window_is_the_whole_clip(f2v, clip):
 
 
 @torch.no_grad()
-def test_what_is_believed_of_words_is_spoken(clip):
-    "A model with a head for words says in a window what its hierarchy says."
-    torch.manual_seed(0)
-    wordy = S.FacesToVoices(
-        replace(
-            TINY,
-            lip_width=8,
-            dim=32,
-            decoder_channels=(32, 32),
-            vocoder_channels=32,
-            words=("bin", "blue"),
-        ).to_json()
-    ).eval()
-    torch.nn.init.normal_(wordy.hierarchy.pronounce.embed.weight)
-    mu = wordy.hierarchy(*wordy.hierarchy.inputs(collate([clip]))).mu
+def says_in_a_window_what_it_says_of_the_whole(model, clip):
+    b = collate([clip])
+    with torch.no_grad():
+        mu = model.hierarchy(*model.hierarchy.inputs(b)).mu
     same(
-        wordy.synthesize_clip(clip, steps=0).mel,
+        model.synthesize_clip(clip, steps=0).mel,
         MEL.denormalize(mu)[0].clamp(min=float(np.log(MEL.floor)), max=3.0),
         atol=1e-4,
     )
+
+
+NARROW = dict(dim=32, decoder_channels=(32, 32), vocoder_channels=32)
+
+
+def test_what_is_believed_of_words_is_spoken(clip):
+    "A model with a head for words says in a window what its hierarchy says."
+    torch.manual_seed(0)
+    preset = replace(TINY, lip_width=8, words=("bin", "blue"), **NARROW)
+    wordy = S.FacesToVoices(preset.to_json()).eval()
+    torch.nn.init.normal_(wordy.hierarchy.pronounce.embed.weight)
+    says_in_a_window_what_it_says_of_the_whole(wordy, clip)
+
+
+def test_the_words_of_a_reader_are_spoken(clip):
+    torch.manual_seed(0)
+    sizes = dict(eigenlips=8, lip_memory=8, reader_dim=16, identity_dim=0)
+    small = dict(expression_dim=clip.expression.shape[1], **sizes, **NARROW)
+    reads = S.FacesToVoices(replace(GRID, **small).to_json()).eval()
+    lips = reads.hierarchy.lips
+    lips.fit(collate([clip]).lips, collate([clip]).mask)
+    lips.strange.fill_(torch.inf)
+    torch.nn.init.normal_(reads.hierarchy.pronounce.embed.weight)
+    swung = clip._replace(mouth=torch.randn(len(clip.lips), 9, 2).cumsum(0))
+    says_in_a_window_what_it_says_of_the_whole(reads, swung)
 
 
 def test_a_film_in_windows_is_near_the_whole(f2v, film, small, monkeypatch):
