@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['course_app', 'LessonsOption', 'ClassSeedOption', 'NewFolderArgument', 'ERRORS', 'DEFAULT_CURES', 'Exercise',
-           'is_solution', 'is_stub', 'is_hidden', 'is_variants', 'exercises', 'variants_of', 'drawn_variant', 'lessons',
-           'varied_cells', 'nbgrader_mark', 'student_cells', 'strings_in', 'leaks', 'read_table', 'teacher_notes',
-           'teacher_cells', 'worth_of', 'atomic_folder', 'write_edition', 'running_time', 'planned_minutes',
-           'student_readme', 'write_student_edition', 'notes_by_lesson', 'write_teacher_edition', 'slide_cells',
-           'lesson_steps', 'Graded', 'grade', 'give_back', 'ErrorEntry', 'collect_errors', 'errors_markdown',
-           'exercises_markdown', 'rooms_markdown', 'rubric_markdown', 'anchor', 'traceability_markdown']
+           'is_solution', 'is_stub', 'is_hidden', 'is_variants', 'exercises', 'variants_of', 'drawn_variant',
+           'varied_cells', 'lessons', 'nbgrader_mark', 'student_cells', 'strings_in', 'leaks', 'read_table',
+           'teacher_notes', 'teacher_cells', 'worth_of', 'atomic_folder', 'write_edition', 'running_time',
+           'planned_minutes', 'student_readme', 'write_student_edition', 'notes_by_lesson', 'write_teacher_edition',
+           'slide_cells', 'lesson_steps', 'Graded', 'grade', 'give_back', 'ErrorEntry', 'collect_errors',
+           'errors_markdown', 'exercises_markdown', 'rooms_markdown', 'rubric_markdown', 'anchor',
+           'traceability_markdown']
 
 # %% ../nbs/19_course.ipynb #f5fc5172
 import ast
@@ -121,21 +122,6 @@ def drawn_variant(
         return 0
     return random.Random(f"{seed} {name}").randrange(1, len(rows))
 
-# %% ../nbs/19_course.ipynb #2518fbfa
-def lessons(
-    nbs,  # folder of the notebooks
-    seed: Optional[int] = None,  # of a class that has numbers of its own
-) -> dict[str, dict]:
-    "The notebooks of a folder by name."
-    found = {p.stem: read_notebook(p) for p in sorted(Path(nbs).glob("*.ipynb"))}
-    if not any(exercises(nb["cells"]) for nb in found.values()):
-        raise CorpusError(
-            nbs,
-            "holds no lessons with exercises",
-            "Name the folder `nbs` of a clone of the project (--lessons)",
-        )
-    return {n: nb | dict(cells=varied_cells(n, nb["cells"], seed)) for n, nb in found.items()}
-
 # %% ../nbs/19_course.ipynb #45119964
 def _without_output(cell) -> dict:
     "A cell without what it showed."
@@ -173,6 +159,21 @@ def _exchange(text: str, change: dict) -> str:
     "Put one thing for another, all at once; a number inside a longer one is another number."
     old = "|".join(map(re.escape, sorted(change, key=len, reverse=True)))
     return re.sub(rf"(?<!\w)(?<!\d\.)(?:{old})(?!\w)(?!\.\d)", lambda found: change[found[0]], text)
+
+# %% ../nbs/19_course.ipynb #2518fbfa
+def lessons(
+    nbs,  # folder of the notebooks
+    seed: Optional[int] = None,  # of a class that has numbers of its own
+) -> dict[str, dict]:
+    "The notebooks of a folder by name."
+    found = {p.stem: read_notebook(p) for p in sorted(Path(nbs).glob("*.ipynb"))}
+    if not any(exercises(nb["cells"]) for nb in found.values()):
+        raise CorpusError(
+            nbs,
+            "holds no lessons with exercises",
+            "Name the folder `nbs` of a clone of the project (--lessons)",
+        )
+    return {n: nb | dict(cells=varied_cells(n, nb["cells"], seed)) for n, nb in found.items()}
 
 # %% ../nbs/19_course.ipynb #8675ed65
 def nbgrader_mark(

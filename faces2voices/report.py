@@ -72,7 +72,7 @@ def draw_words(
         )
         middle = (word.start + word.end) / 2
         turned = {} if size else dict(rotation=90)
-        ax.text(middle, 1.05, word.text, ha="center", va="bottom", fontsize=size or 6, **turned)
+        ax.text(middle, 1.05, word.text, ha="center", va="bottom", fontsize=size or 5, **turned)
     ax.axhline(SURE, color="0.5", lw=0.8, ls=":")
     ax.set(ylim=(0, 1.3 if size else 1.75), yticks=[0, SURE, 1], ylabel="how sure")
     ax.set_xlim(0, seconds)
