@@ -81,7 +81,8 @@ def strangeness(
     x = self.normalize(lips, mask) - self.mean
     pictures = F.normalize(self.basis, dim=0)
     rest = (x - x @ pictures @ pictures.T).square().mean(1)
-    return torch.stack([frames.mean() for frames in rest.split(mask.sum(1).tolist())])
+    of_frames = rest.new_zeros(mask.shape).masked_scatter(mask, rest)
+    return of_frames.sum(1) / mask.sum(1)
 
 # %% ../nbs/engine/06_eigenlips.ipynb #9eba805a
 class EigenlipEncoder(nn.Module):

@@ -33,7 +33,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def parse(line: str):
     "Read a command with the command line's own parser, or find its script; nothing is run."
-    program, *words = shlex.split(line)
+    program, *words = shlex.split(line, comments=True)
     if program == "python":
         assert re.match("tests/", words[0]) and (ROOT / words[0]).is_file(), line
         return None
@@ -121,7 +121,7 @@ def printed(text: str) -> list:
 def test_printed_commands_can_be_typed(path):
     for text in texts(path):
         for line in printed(text):
-            words = shlex.split(line)[1:]
+            words = shlex.split(line, comments=True)[1:]
             group = typer.main.get_command(cli.app)
             while words and words[0] in getattr(group, "commands", {}):
                 group, words = group.commands[words[0]], words[1:]

@@ -20,7 +20,7 @@ def test_the_readme_shows_the_ledger_of_the_recorded_cards():
 def test_no_measure_stands_in_the_readme_outside_the_ledger():
     text = (ROOT / "README.md").read_text().replace(ledger_markdown(), "")
     prose = re.sub(
-        r"```.*?```|`[^`]*`|\]\([^)]*\)|Python 3\.\d+|[A-Za-z-]*\d+\.\d+[.-]\w*",
+        r"```.*?```|`[^`]*`|\[!\[[^]]*\]|\]\([^)]*\)|Python 3\.\d+|[A-Za-z-]*\d+\.\d+[.-]\w*",
         "",
         text,
         flags=re.S,

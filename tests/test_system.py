@@ -216,7 +216,7 @@ def test_checkpoints_are_untrusted(tmp_path):
 
 def test_packaged_weights_are_small_and_described():
     for folder in (ROOT / "faces2voices" / "weights").iterdir():
-        assert (folder / "model.safetensors").stat().st_size <= 12 * 2**20
+        assert (folder / "model.safetensors").stat().st_size <= 14e6
         if folder.name == "grid_asr":
             continue  # a judge, not a voice: its sizes stand in the code
         assert "## " in (folder / "README.md").read_text()
@@ -233,8 +233,13 @@ GRID_CLIPS = [
 ]
 
 
+@pytest.fixture()
+def mesh(shared, monkeypatch):
+    monkeypatch.setenv("F2V_MEDIAPIPE", str(shared / "mediapipe" / "face_landmarker.task"))
+
+
 @pytest.mark.parametrize("clip", GRID_CLIPS)
-def test_real_clips(tmp_path, shared, clip):
+def test_real_clips(tmp_path, shared, mesh, clip):
     result = run(
         "synthesize",
         shared / "grid" / clip,
@@ -254,27 +259,14 @@ def test_real_clips(tmp_path, shared, clip):
 
 
 def test_real_clip_without_any_face_model(tmp_path, shared, monkeypatch):
-    """Nobody named a folder: the coarse finder serves.
-
-    What it cannot do is said, here and in the report.
-    """
+    "Nobody named a folder: the way to the models is said, and nothing coarser stands in."
     for name in ("F2V_INSIGHTFACE", "F2V_MEDIAPIPE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    result = run(
-        "synthesize",
-        shared / "grid" / GRID_CLIPS[0],
-        "-o",
-        tmp_path / "out",
-        "--model",
-        "grid",
-        "--steps",
-        4,
-    )
-    assert result.exit_code == 0, result.output
-    page = (tmp_path / "out" / "report.html").read_text()
-    for said in (result.output, page):
-        assert "coarse cascade" in said and "mean voice" in said
+    clip = shared / "grid" / GRID_CLIPS[0]
+    result = run("synthesize", clip, "-o", tmp_path / "out", "--model", "grid")
+    assert result.exit_code == 1 and "faces2voices download faces" in str(result.exception)
+    assert not list((tmp_path / "out").glob("*.wav"))
 
 
 def test_a_folder_of_face_models_that_holds_none_ends_it(tmp_path, shared):
@@ -301,7 +293,7 @@ def test_a_real_face_before_the_model_of_drawn_ones(tmp_path, shared):
         )
 
 
-def test_ordinary_real_clips_raise_no_doubt(tmp_path, shared):
+def test_ordinary_real_clips_raise_no_doubt(tmp_path, shared, mesh):
     result = run(
         "synthesize",
         *(shared / "grid" / c for c in GRID_CLIPS[:2]),
