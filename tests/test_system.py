@@ -296,7 +296,7 @@ def test_a_real_face_before_the_model_of_drawn_ones(tmp_path, shared):
 def test_ordinary_real_clips_raise_no_doubt(tmp_path, shared, mesh):
     result = run(
         "synthesize",
-        *(shared / "grid" / c for c in GRID_CLIPS[:2]),
+        *(shared / "grid" / c for c in ("original/s1/brwg7s.mpg", "s1/bbaz7a.mp4")),
         "-o",
         tmp_path,
         "--model",
