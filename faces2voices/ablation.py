@@ -130,6 +130,7 @@ def frozen_preset(clip: Clip) -> Preset:
         teacher_forcing=0.0,
         speaker_noise=0.0,
         bottleneck=False,
+        unit_dropout=0.0,
         batch=base.batch | dict(hierarchy=ABLATION_BATCH),
     )
 
