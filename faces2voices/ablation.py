@@ -290,7 +290,7 @@ def score_clip(
     if out.content.word_logits is not None and seen.preset.words == GRID_WORDS and clip.word_times:
         read = grid_sentence(out.content.word_logits[0].log_softmax(-1))
         found["words wrong"] = float(np.mean(wrong_words(read, clip.text)))
-    if out.speaker.any():
+    if out.speaker is not None:
         found["voice seen, cosine"] = (out.speaker[0] @ clip.voice).item()
     if out.prosody:
         found |= _pitch_scores("F0", out.prosody.log_f0[0], clip)
