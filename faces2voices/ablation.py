@@ -27,7 +27,6 @@ from .statistics import Difference, crossed_difference, crossed_interval, holm
 from .records import commit, machine
 from .core import GRID, GRID_WORDS, TINY, Preset, seed_everything, whole_seed
 from .soundfiles import save_wav
-from .audio import MEL
 
 # %% ../nbs/engine/18_ablation.ipynb #9f4a3222
 from .corpora import Batch, Clip, ClipDataset, batches, collate, with_targets
@@ -36,12 +35,11 @@ from .sentences import grid_sentence
 from .lipreading import FrozenReader, load_reader, wrong_words
 from .prosody import denormalize_pitch, normalize_pitch
 from .hierarchy import envelope_match
-from .vocoder import excitation
 from .preparing import TensorStore, fingerprint
 from .synthesis import FacesToVoices
 from .training import fit
 from .evaluation import correlation
-from .studies import clips_with_targets, score_mu, split_with_sound
+from .studies import clips_with_targets, score_mu, speak_mel, split_with_sound
 from faces2voices.variants import (
     MEL_LOSSES,
     VARIANTS,
@@ -621,7 +619,7 @@ def vocode(
     else:
         log_f0 = torch.full((mu.shape[1] // 2,), math.log(150))
         voiced = torch.ones_like(log_f0)
-    return vocoder(MEL.denormalize(mu)[None], excitation(log_f0, voiced)[None])[0]
+    return speak_mel(vocoder, mu, log_f0, voiced)
 
 # %% ../nbs/engine/18_ablation.ipynb #0efad2d5
 @torch.no_grad()

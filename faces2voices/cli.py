@@ -6,8 +6,8 @@
 __all__ = ['app', 'console', 'error_console', 'DeviceChoice', 'BenchChoice', 'WhatChoice', 'PackChoice', 'LayoutChoice',
            'PresetChoice', 'ModelOption', 'StepsOption', 'GuidanceOption', 'SeedOption', 'OtherFaceOption',
            'ReferenceOption', 'ExpressionOption', 'DubOption', 'ReportOption', 'FacesOption', 'SplitOption',
-           'OutOption', 'WorkersOption', 'listen_app', 'study_app', 'DataArgument', 'GridDataArgument', 'LimitOption',
-           'OneSplitOption', 'make_folder', 'StopSignal', 'main', 'command_line', 'parse_seeds']
+           'OutOption', 'WorkersOption', 'LimitOption', 'OneSplitOption', 'listen_app', 'study_app', 'DataArgument',
+           'GridDataArgument', 'make_folder', 'StopSignal', 'main', 'command_line', 'parse_seeds']
 
 # %% ../nbs/20_cli.ipynb #8a564655
 import enum
@@ -198,6 +198,8 @@ OutOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[int, typer.Option(min=1, help="Processes.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="At most so many clips.")]
+OneSplitOption = Annotated[str, typer.Option(help="Split of the manifest.")]
 
 # %% ../nbs/20_cli.ipynb #64d0a7be
 def command_line(ctx: typer.Context) -> str:
@@ -948,23 +950,21 @@ def _listen_marks(
 @app.command("sweep")
 def _sweep(
     ctx: typer.Context,
-    data: Annotated[
-        Path, typer.Argument(help="Prepared clips with sound; those of the split `val` are spoken.")
-    ],
+    data: Annotated[Path, typer.Argument(help="Prepared clips with sound.")],
     model: ModelOption = "talkers",
-    limit: Annotated[int, typer.Option(min=1, help="So many clips.")] = 10,
+    limit: LimitOption = 24,
     seed: SeedOption = 0,
+    split: OneSplitOption = "val",
     out: OutOption = None,
 ):
-    """Speak validation clips without the flow, with few and many steps of it, and with weak and
-    strong guidance."""
+    """Speak clips without the flow, with noise in its place, and with the flow at several
+    temperatures, solvers and numbers of steps; let the judges of the metric card listen."""
     from faces2voices.evaluation import METRIC_PACKAGES
-    from faces2voices.experiments import show_flow_study, sweep_study
+    from faces2voices.sweeps import show_sweep, sweep_study
 
-    found = sweep_study(model, data, limit, seed)
-    console.print(
-        show_flow_study(_record(ctx, found, seed, [data], METRIC_PACKAGES, out)), markup=False
-    )
+    found = sweep_study(model, data, limit, seed, split)
+    kept = _record(ctx, found, seed, [data], METRIC_PACKAGES, out)
+    console.print(show_sweep(kept), markup=False)
 
 # %% ../nbs/20_cli.ipynb #c1eb6795
 @app.command("ablate")
@@ -1045,8 +1045,6 @@ DataArgument = Annotated[Path, typer.Argument(help="Prepared clips.", show_defau
 GridDataArgument = Annotated[
     Path, typer.Argument(help="Prepared clips of GRID.", show_default=False)
 ]
-LimitOption = Annotated[int, typer.Option(min=1, help="At most so many clips.")]
-OneSplitOption = Annotated[str, typer.Option(help="Split of the manifest.")]
 
 # %% ../nbs/20_cli.ipynb #5b14c69a
 def _record_and_print(ctx, found, seed, folders, tools=(), out=None):
