@@ -81,7 +81,7 @@ def show_stacked_mels(
         ax.set_title(name.replace("_", " "), fontsize=9, loc="left")
     ax.set_xlabel("seconds")
     names = ", ".join(rows).replace("_", " ")
-    show(fig, f"Mel spectrograms below one another: {names}", jpeg=True)
+    show(fig, f"Mel spectrograms below one another: {names}", colours=64)
 
 # %% ../nbs/engine/10_probes.ipynb #5b1e0002
 def show_staircase(
@@ -109,4 +109,4 @@ def show_staircase(
         before = mel
     for ax in axs[-1]:
         ax.set_xlabel("seconds")
-    show(fig, f"Mels step by step, with the change of each: {', '.join(steps)}", jpeg=True)
+    show(fig, f"Mels step by step, with the change of each: {', '.join(steps)}", colours=128)
