@@ -22,6 +22,7 @@ from faces2voices.evaluation import (
     unavailable_metrics,
 )
 from .figures import markdown_table
+from .soundfiles import save_wav
 from .statistics import holm, paired_difference
 from .studies import speak_mel
 from .synthesis import FacesToVoices
@@ -75,6 +76,7 @@ def sweep_study(
     seed: int = 0,
     split: str = "val",
     settings: list = None,  # of DrawSetting; None: those of `sweep_settings`
+    sounds=None,  # folder that gets the sounds, a folder a row
 ) -> dict:  # what JSON can hold
     "Every row's scores, clip by clip; CorpusError where there are no clips."
     seed, settings = whole_seed(seed), settings or sweep_settings()
@@ -94,6 +96,8 @@ def sweep_study(
     rows = {}
     for clip in tqdm(clips, desc="speak and judge", unit="clip"):
         for row, wav in ways_to_speak(model, clip, settings, spectrum, seed):
+            if sounds:
+                save_wav(Path(sounds) / row / f"{clip.name}.wav", wav)
             for metric, value in score_sound(wav, clip, model, recognisers, metrics).items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value)
     return dict(model=Path(name).name, split=split, clips=len(clips), rows=rows)
