@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_arrows', 'plot_field', 'field_explorer', 'plot_trajectories', 'plot_trajectory_panels', 'plot_truth',
            'plot_lines', 'plot_walks', 'animate_flow', 'plot_fan', 'plot_guidance', 'plot_loss', 'plot_errors',
-           'show_mels', 'show_mel_trajectory']
+           'plot_paths', 'show_mels', 'show_mel_trajectory']
 
 # %% ../nbs/engine/11_flow_plots.ipynb #f0513fe2
 import numpy as np
@@ -314,6 +314,19 @@ def plot_loss(
     show(fig, f"{title}. Loss curves ending at {ends}", jpeg=True, dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #215ab085
+def _draw_errors(ax, errors):
+    "Error against NFE, both logarithmic, in one panel."
+    colours = (BLUE, ORANGE, GREEN, "0.3", PINK, SKY)
+    for (name, (nfe, err)), marker, c in zip(errors.items(), "osD^vP", colours):
+        ax.loglog(nfe, err, marker=marker, c=c, label=name)
+    ticks = sorted(set().union(*[nfe for nfe, _ in errors.values()]))
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.grid(lw=0.3)
+    ax.set(xlabel="calls of the field (NFE)", ylabel="error at t = 1")
+    ax.legend()
+
+
 def plot_errors(
     errors,  # name: (NFE list, error list)
     title: str = "",
@@ -321,17 +334,34 @@ def plot_errors(
     "Error against NFE, both logarithmic."
     import matplotlib.pyplot as plt
 
-    colours = (BLUE, ORANGE, GREEN, "0.3", PINK, SKY)
     fig, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
-    for (name, (nfe, err)), marker, c in zip(errors.items(), "osD^vP", colours):
-        ax.loglog(nfe, err, marker=marker, c=c, label=name)
-    ticks = sorted(set().union(*[nfe for nfe, _ in errors.values()]))
-    ax.set_xticks(ticks, ticks)
-    ax.minorticks_off()
-    ax.grid(lw=0.3)
-    ax.set(xlabel="calls of the field (NFE)", ylabel="error at t = 1", title=title)
-    ax.legend()
+    _draw_errors(ax, errors)
+    ax.set_title(title)
     show(fig, f"{title} Error falls with NFE for {', '.join(errors)}.", dpi=150)
+
+# %% ../nbs/engine/11_flow_plots.ipynb #589c25d7
+def plot_paths(
+    paths,  # name: one point's trajectory, (N + 1, 2)
+    true,  # where the field leads: its whole curve, (N + 1, 2)
+    errors,  # name: (NFE list, error list)
+):
+    "One point's way by several solvers beside its true curve, and their errors against NFE."
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3), layout="constrained")
+    left.plot(*true.T, c="0.6", lw=5, solid_capstyle="round", label="true curve")
+    for (name, xs), marker, c in zip(paths.items(), "osD^", (BLUE, ORANGE, GREEN, "0.3")):
+        left.plot(*xs.T, marker=marker, ms=5, lw=1.2, c=c, label=name)
+    left.set(
+        aspect="equal", adjustable="datalim", xlabel="first coordinate", ylabel="second coordinate"
+    )
+    left.set_title("one point")
+    left.legend()
+    _draw_errors(right, errors)
+    right.set_title("all points")
+    names = ", ".join(paths)
+    what = "Left: a curve, and the ways along it that miss its end by little or much."
+    show(fig, f"{what} Right: the error falls with NFE. For {names}.", dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #87485383
 def show_mels(
