@@ -11,7 +11,7 @@ __all__ = ['plot_arrows', 'plot_field', 'field_explorer', 'plot_trajectories', '
 import numpy as np
 import torch
 from .audio import MEL
-from .figures import BLUE, GREEN, ORANGE, PINK, SKY, show
+from .figures import BLUE, GREEN, ORANGE, PINK, SKY, picture_of, show, show_animation
 
 # %% ../nbs/engine/11_flow_plots.ipynb #baa1a67e
 _LIMIT = 3.5  # half the width of a panel of the plane
@@ -224,10 +224,7 @@ def animate_flow(
     frames: int = 8,
 ):
     "The cloud on its way, as a small moving picture of few colours."
-    from io import BytesIO
     import matplotlib.pyplot as plt
-    from IPython.display import Image, display
-    from PIL import Image as Picture
 
     fig, ax = plt.subplots(figsize=(4.8, 5), dpi=100, layout="constrained")
     pictures = []
@@ -236,15 +233,10 @@ def animate_flow(
         if field is not None:
             plot_arrows(ax, field, min(t, 0.99))
         _plot_cloud(ax, trajectory[round(t * (len(trajectory) - 1))], data, t)
-        fig.canvas.draw()
-        picture = Picture.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
-        pictures.append(picture.quantize(12))
+        pictures.append(picture_of(fig, 12))
     plt.close(fig)
-    made = BytesIO()
-    look = dict(save_all=True, append_images=pictures[1:], duration=250, loop=0)
-    pictures[0].save(made, "gif", **look)
     alt = f"{trajectory.shape[1]} points move from a round cloud of noise to the data."
-    display(Image(made.getvalue(), format="gif", alt=alt))
+    show_animation(pictures, alt, 250)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #2255687f
 def plot_fan(
@@ -371,16 +363,17 @@ def show_mels(
     "Mel spectrograms side by side."
     import matplotlib.pyplot as plt
 
-    size = (1.5 * len(mels), 1.8)
+    size = (1.7 * len(mels), 1.9)
     layout = dict(layout="constrained", sharey=True, squeeze=False)
     fig, axs = plt.subplots(1, len(mels), figsize=size, **layout)
     look = dict(origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
+    look["interpolation"] = "nearest"
     for ax, (name, mel) in zip(axs[0], mels.items()):
         ax.imshow(MEL.denormalize(mel.detach().cpu()), **look)
         ax.set(title=name, xticks=[], yticks=[])
     axs[0, 0].set_ylabel("mel bin")
     fig.supxlabel("time", size=10)
-    show(fig, alt or f"Mel spectrograms: {', '.join(mels)}.", jpeg=True, dpi=150)
+    show(fig, alt or f"Mel spectrograms: {', '.join(mels)}.", colours=64, dpi=150)
 
 
 def show_mel_trajectory(
