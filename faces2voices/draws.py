@@ -149,7 +149,7 @@ def make_draws(
         )
         yield s.name, found.cpu()
 
-
+# %% ../nbs/engine/18_draws.ipynb #691e0001
 BANDS = {"below 3 Hz": (0, 3), "above 30 Hz": (30, 51)}
 
 

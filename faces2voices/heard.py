@@ -88,7 +88,7 @@ def flow_examples(
 def _speaker(out, seen):  # (D,)
     return torch.zeros(seen.preset.speaker_dim) if out.speaker is None else out.speaker[0]
 
-
+# %% ../nbs/engine/18_heard.ipynb #691e0002
 def train_flow(
     run: AblationRun,  # finished
     seen: SeenClips,

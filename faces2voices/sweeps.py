@@ -6,6 +6,7 @@
 __all__ = ['SWEEP_METRICS', 'sweep_settings', 'ways_to_speak', 'score_sound', 'sweep_study', 'compare_with_mu', 'show_sweep']
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0003
+from itertools import product
 from pathlib import Path
 import numpy as np
 import torch
@@ -108,12 +109,10 @@ def compare_with_mu(
 ) -> dict:  # (row, metric) → Difference, its p after Holm's correction
     "What each row has more than μ, over the clips."
     mu = found["rows"]["μ"]
-    changed = {
-        (row, metric): paired_difference(values, mu[metric])
-        for row, scores in found["rows"].items()
-        if row != "μ"
-        for metric, values in scores.items()
-    }
+    changed = {}
+    others = [row for row in found["rows"] if row != "μ"]
+    for row, metric in product(others, mu):
+        changed[row, metric] = paired_difference(found["rows"][row][metric], mu[metric])
     corrected = holm([difference.p for difference in changed.values()])
     return {
         key: difference._replace(p=float(p))
