@@ -1374,6 +1374,25 @@ def _study_heard(
     kept = _record(ctx, found, 0, [data], METRIC_PACKAGES, out)
     console.print(show_heard(kept), markup=False)
 
+# %% ../nbs/20_cli.ipynb #6c1e0001
+@study_app.command("swaps")
+def _study_swaps(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model: a name, or its folder.")],
+    data: DataArgument,
+    split: OneSplitOption = "test",
+    limit: LimitOption = 30,
+    seed: SeedOption = 0,
+    out: OutOption = None,
+):
+    "Another face, frozen brows, frozen lips: what changes of words, voice, melody (lesson 18)."
+    from faces2voices.evaluation import METRIC_PACKAGES
+    from faces2voices.swaps import show_swaps, swap_study
+
+    found = swap_study(model, data, split, limit, seed)
+    kept = _record(ctx, found, seed, [data], METRIC_PACKAGES, out)
+    console.print(show_swaps(kept), markup=False)
+
 # %% ../nbs/20_cli.ipynb #7d3b6a9c
 @study_app.command("copy")
 def _study_copy(

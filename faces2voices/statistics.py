@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'Interval', 'mean', 'median', 'ratio', 'pearson', 'bootstrap_interval', 't_interval', 'crossed_interval',
-           'Difference', 'paired_difference', 'crossed_difference', 'holm', 'compare_tables', 'Shrunken',
+           'Difference', 'paired_difference', 'crossed_difference', 'holm', 'equivalence', 'compare_tables', 'Shrunken',
            'shrink_values']
 
 # %% ../nbs/engine/00_statistics.ipynb #b5f0f663
@@ -207,6 +207,24 @@ def holm(
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
     return adjusted
+
+# %% ../nbs/engine/00_statistics.ipynb #6a1e0002
+def equivalence(
+    differences,  # (n,), one a clip
+    margin: float,  # named before anybody looked: a mean difference inside ±margin does not matter
+) -> float:  # p; below 0.05 the means are equivalent within the margin
+    "Two one-sided t tests: the larger of their p-values. NaN for fewer than two differences."
+    from scipy.stats import ttest_1samp
+
+    d = np.asarray(differences, float)
+    d = d[np.isfinite(d)]
+    if len(d) < 2:
+        return np.nan
+    if not np.ptp(d):  # always the same: no chance in it
+        return float(abs(d[0]) >= margin)
+    above = ttest_1samp(d, -margin, alternative="greater").pvalue
+    below = ttest_1samp(d, margin, alternative="less").pvalue
+    return float(max(above, below))
 
 # %% ../nbs/engine/00_statistics.ipynb #631e0002
 def compare_tables(

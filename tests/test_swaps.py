@@ -1,0 +1,103 @@
+"One input is taken away: which one, and what is said of the difference."
+
+from types import SimpleNamespace
+import numpy as np
+import pytest
+import torch
+from scipy.stats import t as student
+from faces2voices import swaps
+from faces2voices.core import test_same as same
+from faces2voices.errors import CorpusError
+from faces2voices.statistics import equivalence
+from test_ablation import made_clip
+
+
+def moving(i, pitch=5.0):
+    "A clip in which everything moves."
+    g = torch.Generator().manual_seed(i)
+    clip = made_clip(i)
+    T = len(clip.lips)
+    pictures = torch.randint(256, (T, 8, 8), generator=g).byte()
+    points = torch.randn(T, 9, 2, generator=g)
+    tune = torch.full_like(clip.log_f0, pitch)
+    return clip._replace(lips=pictures, mouth=points, log_f0=tune)
+
+
+def test_each_condition_changes_one_input_and_nothing_else():
+    clip, other = moving(0), moving(1)
+    same_fields = {}
+    for name, seen in swaps.swap_conditions(clip, other).items():
+        changed = set()
+        for field in clip._fields:
+            a, b = getattr(clip, field), getattr(seen, field)
+            equal = torch.equal(a, b) if torch.is_tensor(a) else a == b
+            changed |= set() if equal else {field}
+        same_fields[name] = changed
+        for field in changed - {"face", "identity"}:
+            same(getattr(seen, field), getattr(clip, field)[:1].expand_as(getattr(clip, field)))
+    assert same_fields == {
+        "as it is": set(),
+        "another face": {"face", "identity"},
+        "brows frozen": {"expression"},
+        "lips frozen": {"lips", "mouth"},
+    }
+
+
+def test_the_borrowed_face_is_of_the_person_who_sounds_least_alike():
+    low, near, far = moving(0, 4.6), moving(1, 4.7), moving(3, 5.3)
+    twin = moving(2, 5.5)  # the same person as the first
+    assert twin.speaker_id == low.speaker_id != near.speaker_id == far.speaker_id
+    assert swaps.unlike_partner(low, [low, twin, near, far]) is far
+    with pytest.raises(CorpusError, match="nobody to lend"):
+        swaps.unlike_partner(low, [low, twin])
+
+
+def test_scores_are_of_the_sound_that_was_made(monkeypatch):
+    class Heard:
+        def __init__(self, wav):
+            self.voice = torch.nn.functional.normalize(wav[:2], dim=0)
+
+    monkeypatch.setattr(swaps, "Sound", Heard)
+    clip = moving(0)
+    clip = clip._replace(log_f0=torch.linspace(4, 5, len(clip.log_f0)))
+    speech = SimpleNamespace(
+        wav=torch.tensor([1.0, 0.0]), log_f0=2 * clip.log_f0 + 1, energy=-clip.energy - 5
+    )
+    own, borrowed = Heard(torch.tensor([1.0, 0.0])), Heard(torch.tensor([0.0, 1.0]))
+    found = swaps.score_swap(speech, clip, own, borrowed, lambda wav: "bin blue at f two")
+    assert found["voice, cosine to the own"] == 1 and found["voice, cosine to the borrowed"] == 0
+    assert abs(found["F0 contour, r"] - 1) < 1e-4 and found["energy, r"] < 0
+    assert abs(found["words wrong"] - 1 / 6) < 1e-3
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.02, 0.06, -0.06])
+def test_equivalence_is_two_one_sided_tests(shift):
+    d = 0.1 * np.random.default_rng(0).normal(size=50) + shift
+    error = d.std(ddof=1) / 50**0.5
+    low = student.sf((d.mean() + 0.05) / error, 49)
+    high = student.cdf((d.mean() - 0.05) / error, 49)
+    assert abs(equivalence(d, 0.05) - max(low, high)) < 1e-12
+    assert equivalence(d, 0.05) == pytest.approx(equivalence(-d, 0.05))
+
+
+def test_what_cannot_be_told_is_not_called_equivalent():
+    assert np.isnan(equivalence([0.1], 0.05)) and np.isnan(equivalence([np.nan, 0.0], 0.05))
+    assert equivalence([0.3, -0.3, 0.2], 0.05) > 0.05  # their mean is near 0, and says little
+    assert equivalence([0.0] * 9, 0.05) == 0 and equivalence([0.05] * 9, 0.05) == 1
+
+
+def test_the_table_says_the_change_and_whether_words_stay():
+    rng = np.random.default_rng(0)
+    voice, words = rng.random(20), np.zeros(20)
+    rows = {
+        "as it is": {"words wrong": words.tolist(), "voice, cosine to the own": voice.tolist()},
+        "another face": {
+            "words wrong": words.tolist(),
+            "voice, cosine to the own": (voice - 0.3).tolist(),
+        },
+    }
+    found = dict(model="m", clips=20, split="test", rows=rows)
+    table = swaps.show_swaps(found)
+    assert "(-0.300" in table and "p = 0.000" in table
+    rows["another face"]["words wrong"] = (words + 0.2).tolist()
+    assert "p = 1.000" in swaps.show_swaps(found)
