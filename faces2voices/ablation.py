@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ABLATION_BATCH', 'VARIANT_MEASURES', 'SHARES', 'ABLATION_STEPS', 'LipSource', 'load_lip_source', 'check_lips',
            'cache_lips', 'frozen_preset', 'SeenClips', 'load_seen_clips', 'feature_batch', 'take_share', 'seen_batches',
-           'fit_pitch_reader', 'hear_pitch', 'score_clip', 'hear_truth', 'AblationRun', 'mean_losses', 'build_run',
-           'load_run', 'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
-           'compare_variants', 'show_variants', 'vocode', 'ablation_sounds']
+           'fit_pitch_reader', 'hear_pitch', 'fit_voicing_reader', 'hear_voicing', 'score_clip', 'clip_columns',
+           'hear_truth', 'AblationRun', 'mean_losses', 'build_run', 'load_run', 'train_run', 'ablation_runs',
+           'finished_row', 'run_ablation', 'write_ablation', 'clip_table', 'compare_variants', 'show_variants']
 
 # %% ../nbs/engine/18_ablation.ipynb #8ea9a7c4
 import json
@@ -23,11 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from .errors import CheckpointError, CorpusError, atomic_path
 from .figures import markdown_table
-from .statistics import Difference, crossed_difference, crossed_interval, holm
+from .statistics import compare_tables, crossed_interval
 from .records import commit, machine
 from .core import GRID, GRID_WORDS, TINY, Preset, seed_everything, whole_seed
-from .soundfiles import save_wav
-from .audio import MEL
 
 # %% ../nbs/engine/18_ablation.ipynb #9f4a3222
 from .corpora import Batch, Clip, ClipDataset, batches, collate, with_targets
@@ -36,7 +34,6 @@ from .sentences import grid_sentence
 from .lipreading import FrozenReader, load_reader, wrong_words
 from .prosody import denormalize_pitch, normalize_pitch
 from .hierarchy import envelope_match
-from .vocoder import excitation
 from .preparing import TensorStore, fingerprint
 from .synthesis import FacesToVoices
 from .training import fit
@@ -261,6 +258,25 @@ def hear_pitch(
     return denormalize_pitch(_mel_frames(mel) @ reader)
 
 
+def fit_voicing_reader(
+    clips: list,  # of Clip, with mel
+    ridge: float = 10.0,
+) -> torch.Tensor:  # (481,)
+    "A straight line from true mels to 1 where there is voice and −1 where there is none."
+    frames = torch.cat([_mel_frames(clip.mel) for clip in clips]).double()
+    truth = torch.cat([2 * clip.voiced - 1 for clip in clips])
+    square = frames.T @ frames + ridge * torch.eye(frames.shape[1])
+    return torch.linalg.solve(square, frames.T @ truth.double()).float()
+
+
+def hear_voicing(
+    mel,  # (80, 4T) normalised
+    reader,  # from `fit_voicing_reader`
+) -> torch.Tensor:  # (2T,) 0. or 1.
+    "Where there is voice in a mel."
+    return (_mel_frames(mel) @ reader > 0).float()
+
+
 def _pitch_scores(name: str, log_f0, clip: Clip) -> dict:
     voiced = clip.voiced > 0
     off = log_f0[voiced].mean() - clip.log_f0[voiced].mean()
@@ -290,7 +306,7 @@ def score_clip(
     if out.content.word_logits is not None and seen.preset.words == GRID_WORDS and clip.word_times:
         read = grid_sentence(out.content.word_logits[0].log_softmax(-1))
         found["words wrong"] = float(np.mean(wrong_words(read, clip.text)))
-    if out.speaker.any():
+    if out.speaker is not None:
         found["voice seen, cosine"] = (out.speaker[0] @ clip.voice).item()
     if out.prosody:
         found |= _pitch_scores("F0", out.prosody.log_f0[0], clip)
@@ -301,7 +317,10 @@ def _number(x) -> float | None:
     return round(float(x), 4) if np.isfinite(x) else None
 
 
-def _columns(rows: list) -> dict:  # measure → a number a clip
+def clip_columns(
+    rows: list,  # of dicts: measure → number
+) -> dict:  # measure → a number a clip, None where there is none
+    "What was measured clip by clip, measure by measure."
     return {k: [_number(row[k]) for row in rows] for k in rows[0]}
 
 # %% ../nbs/engine/18_ablation.ipynb #1e15db6f
@@ -314,7 +333,7 @@ def hear_truth(
     for split in _JUDGED:
         if clips := seen.splits.get(split):
             heard = [hear_pitch(clip.mel, pitch_reader) for clip in clips]
-            found[split] = _columns(
+            found[split] = clip_columns(
                 [_pitch_scores("F0 in μ", log_f0, clip) for log_f0, clip in zip(heard, clips)]
             )
     return found
@@ -426,7 +445,7 @@ def train_run(
     told = VARIANTS[run.variant].targets
     for split in _JUDGED:
         if judged := seen.splits.get(split):
-            scores[split] = _columns(
+            scores[split] = clip_columns(
                 [score_clip(model, clip, seen, pitch_reader, told) for clip in judged]
             )
     row = run._asdict() | dict(
@@ -558,21 +577,15 @@ def compare_variants(
     reference: str = "whole",
 ) -> dict:  # (split, variant, measure) → Difference, its p after Holm's correction
     "What each variant has more than the whole, over seeds and clips; from two seeds on."
-    found = {}
+    tables = {}
     for split, name, measure in product(record["clips"], VARIANTS, VARIANT_MEASURES):
         theirs = clip_table(record, name, share, split, measure)
         whole = clip_table(record, reference, share, split, measure)
         seeds = sorted(theirs.keys() & whole.keys())
-        if name == reference or len(seeds) < 2:
-            continue
-        table = _known_columns(np.stack([theirs[seed] - whole[seed] for seed in seeds]))
-        if table.shape[1] > 1:
-            found[split, name, measure] = crossed_difference(table)
-    corrected = holm([difference.p for difference in found.values()]) if found else []
-    return {
-        key: Difference(difference.interval, float(p))
-        for (key, difference), p in zip(found.items(), corrected)
-    }
+        if name != reference and seeds:
+            table = np.stack([theirs[seed] - whole[seed] for seed in seeds])
+            tables[split, name, measure] = table
+    return compare_tables(tables)
 
 # %% ../nbs/engine/18_ablation.ipynb #381e343c
 def show_variants(
@@ -608,44 +621,3 @@ def _cell(record, name, share, split, measure, changed) -> str | None:
     difference = changed.get((split, name, measure))
     mark = "**" if difference and difference.p < 0.05 else ""
     return f"{mark}{crossed_interval(table)}{mark}"
-
-# %% ../nbs/engine/18_ablation.ipynb #7d22848b
-def vocode(
-    vocoder,
-    mu,  # (80, 4T) normalised
-    prosody,  # what the variant's prosody stage predicted, or None
-) -> torch.Tensor:  # (640 T,)
-    "μ through a vocoder, at the predicted pitch or on one note of 150 Hz."
-    if prosody:
-        log_f0, voiced = prosody.log_f0[0], prosody.voiced_logit[0].sigmoid().round()
-    else:
-        log_f0 = torch.full((mu.shape[1] // 2,), math.log(150))
-        voiced = torch.ones_like(log_f0)
-    return vocoder(MEL.denormalize(mu)[None], excitation(log_f0, voiced)[None])[0]
-
-# %% ../nbs/engine/18_ablation.ipynb #0efad2d5
-@torch.no_grad()
-def ablation_sounds(
-    seen: SeenClips,
-    runs: list,  # of AblationRun, finished
-    out,  # folder of the runs
-    name: str,  # of a clip of the splits test or unseen
-    vocoder="talkers",  # a model whose vocoder speaks
-) -> dict:  # name → file
-    "One clip as it was, and as each run has it, through one and the same vocoder."
-    speak = FacesToVoices.from_pretrained(vocoder, device="cpu").vocoder
-    judged = sum((seen.splits.get(split, []) for split in _JUDGED), [])
-    chosen = next((clip for clip in judged if clip.name == name), None)
-    if chosen is None:
-        raise CorpusError(name, "is no clip of the splits test and unseen", "Give another")
-    batch = feature_batch(collate([chosen]), seen.features)
-    wavs = {"truth": chosen.wav}
-    for run in runs:
-        model = load_run(run, seen, out)
-        made = model(*model.inputs(batch))
-        told = VARIANTS[run.variant].targets
-        wavs[run.variant] = vocode(speak, made.mu[0], made.prosody if told else None)
-    files = {which: Path(out) / f"ablation-{which}.wav" for which in wavs}
-    for which, file in files.items():
-        save_wav(file, wavs[which], overwrite=True)
-    return files

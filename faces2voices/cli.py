@@ -6,8 +6,8 @@
 __all__ = ['app', 'console', 'error_console', 'DeviceChoice', 'BenchChoice', 'WhatChoice', 'PackChoice', 'LayoutChoice',
            'PresetChoice', 'ModelOption', 'StepsOption', 'GuidanceOption', 'SeedOption', 'OtherFaceOption',
            'ReferenceOption', 'ExpressionOption', 'DubOption', 'ReportOption', 'FacesOption', 'SplitOption',
-           'OutOption', 'WorkersOption', 'listen_app', 'study_app', 'DataArgument', 'GridDataArgument', 'LimitOption',
-           'OneSplitOption', 'make_folder', 'StopSignal', 'main', 'command_line', 'parse_seeds']
+           'OutOption', 'WorkersOption', 'LimitOption', 'OneSplitOption', 'SoundsOption', 'listen_app', 'study_app',
+           'DataArgument', 'GridDataArgument', 'make_folder', 'StopSignal', 'main', 'command_line', 'parse_seeds']
 
 # %% ../nbs/20_cli.ipynb #8a564655
 import enum
@@ -198,6 +198,12 @@ OutOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[int, typer.Option(min=1, help="Processes.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="At most so many clips.")]
+OneSplitOption = Annotated[str, typer.Option(help="Split of the manifest.")]
+SoundsOption = Annotated[
+    Optional[Path],
+    typer.Option(help="A new folder for the sounds, for `listen page`.", show_default=False),
+]
 
 # %% ../nbs/20_cli.ipynb #64d0a7be
 def command_line(ctx: typer.Context) -> str:
@@ -948,23 +954,22 @@ def _listen_marks(
 @app.command("sweep")
 def _sweep(
     ctx: typer.Context,
-    data: Annotated[
-        Path, typer.Argument(help="Prepared clips with sound; those of the split `val` are spoken.")
-    ],
+    data: Annotated[Path, typer.Argument(help="Prepared clips with sound.")],
     model: ModelOption = "talkers",
-    limit: Annotated[int, typer.Option(min=1, help="So many clips.")] = 10,
+    limit: LimitOption = 24,
     seed: SeedOption = 0,
+    split: OneSplitOption = "val",
+    sounds: SoundsOption = None,
     out: OutOption = None,
 ):
-    """Speak validation clips without the flow, with few and many steps of it, and with weak and
-    strong guidance."""
+    """Speak clips without the flow, with noise in its place, and with the flow at several
+    temperatures, solvers and numbers of steps; let the judges of the metric card listen."""
     from faces2voices.evaluation import METRIC_PACKAGES
-    from faces2voices.experiments import show_flow_study, sweep_study
+    from faces2voices.sweeps import show_sweep, sweep_study
 
-    found = sweep_study(model, data, limit, seed)
-    console.print(
-        show_flow_study(_record(ctx, found, seed, [data], METRIC_PACKAGES, out)), markup=False
-    )
+    found = sweep_study(model, data, limit, seed, split, sounds=sounds)
+    kept = _record(ctx, found, seed, [data], METRIC_PACKAGES, out)
+    console.print(show_sweep(kept), markup=False)
 
 # %% ../nbs/20_cli.ipynb #c1eb6795
 @app.command("ablate")
@@ -1045,8 +1050,6 @@ DataArgument = Annotated[Path, typer.Argument(help="Prepared clips.", show_defau
 GridDataArgument = Annotated[
     Path, typer.Argument(help="Prepared clips of GRID.", show_default=False)
 ]
-LimitOption = Annotated[int, typer.Option(min=1, help="At most so many clips.")]
-OneSplitOption = Annotated[str, typer.Option(help="Split of the manifest.")]
 
 # %% ../nbs/20_cli.ipynb #5b14c69a
 def _record_and_print(ctx, found, seed, folders, tools=(), out=None):
@@ -1335,6 +1338,41 @@ def _study_flow(
     found = draw_study(model, data, make_folder(run), split, limit, draws, seed=seed)
     kept = _record(ctx, found, seed, [data], ("scikit-learn",), out)
     console.print(show_draws(kept), markup=False)
+
+# %% ../nbs/20_cli.ipynb #641e0001
+@study_app.command("heard")
+def _study_heard(
+    ctx: typer.Context,
+    data: DataArgument,
+    run: Annotated[Path, typer.Option(help="Folder of the finished runs of `ablate`.")] = Path(
+        "runs/ablation"
+    ),
+    seeds: Annotated[str, typer.Option(help="Of the runs that are heard.")] = "0,1",
+    variants: Annotated[str, typer.Option(help="Which are heard; empty: six of the ten.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Of the runs, as `ablate` was told.")] = 1000,
+    flow_steps: Annotated[
+        int, typer.Option(min=0, help="Training steps of each decoder; 0: μ itself is spoken.")
+    ] = 1500,
+    lips: Annotated[str, typer.Option(help="As `ablate` was told.")] = "talkers",
+    split: OneSplitOption = "test",
+    limit: LimitOption = 30,
+    model: ModelOption = "talkers",
+    sounds: SoundsOption = None,
+    out: OutOption = None,
+):
+    """The variants of the ablation through to speech, by a flow of their own, and what recogniser
+    and metrics make of it (lesson 18).
+
+    Stopped, it goes on where it was when the same command is given again."""
+    from faces2voices.evaluation import METRIC_PACKAGES
+    from faces2voices.heard import HEARD, heard_study, show_heard
+
+    chosen = variants.split(",") if variants else HEARD
+    found = heard_study(
+        data, run, lips, parse_seeds(seeds), chosen, steps, flow_steps, split, limit, model, sounds
+    )
+    kept = _record(ctx, found, 0, [data], METRIC_PACKAGES, out)
+    console.print(show_heard(kept), markup=False)
 
 # %% ../nbs/20_cli.ipynb #7d3b6a9c
 @study_app.command("copy")

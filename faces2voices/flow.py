@@ -64,7 +64,7 @@ def responsibilities(
     gap = (x[:, None] - t[..., None] * means).square().sum(-1)
     return (weights.log() - gap / (2 * var) - D / 2 * var.log()).softmax(-1)
 
-# %% ../nbs/11_flow.ipynb #4349d039
+
 def mixture_field(
     x,  # (B, D)
     t,  # (B,) or one for all

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plot_arrows', 'plot_field', 'field_explorer', 'plot_trajectories', 'plot_trajectory_panels', 'plot_truth',
-           'plot_lines', 'plot_walks', 'plot_flow', 'animate_flow', 'plot_fan', 'plot_guidance', 'plot_loss',
-           'plot_errors', 'show_mels', 'show_mel_trajectory']
+           'plot_lines', 'plot_walks', 'animate_flow', 'plot_fan', 'plot_guidance', 'plot_loss', 'plot_errors',
+           'plot_paths', 'show_mels', 'show_mel_trajectory']
 
 # %% ../nbs/engine/11_flow_plots.ipynb #f0513fe2
 import numpy as np
@@ -45,20 +45,20 @@ def plot_arrows(
     if density is not None:
         _shade(ax, density, t)
 
-    ticks = torch.linspace(-_LIMIT, _LIMIT, 13)
+    ticks = torch.linspace(-_LIMIT, _LIMIT, 11)
     x = torch.cartesian_prod(ticks, ticks)
     with torch.no_grad():
         v = field(x, torch.full((len(x),), float(t)))
     speed = v.norm(dim=1)
     look = dict(cmap="cividis_r", norm=Normalize(-4, 7))
     if streams:
-        grid = torch.cat([v, speed[:, None]], 1).reshape(13, 13, 3)
+        grid = torch.cat([v, speed[:, None]], 1).reshape(11, 11, 3)
         u, w, colour = grid.permute(2, 1, 0).numpy()
         look |= dict(density=0.7, linewidth=0.8, arrowsize=0.7)
         ax.streamplot(ticks.numpy(), ticks.numpy(), u, w, color=colour, **look)
     else:
         short = v * (6 / speed).clamp(max=1)[:, None]
-        ax.quiver(*x.T, *short.T, speed, scale=45, width=0.009, **look)
+        ax.quiver(*x.T, *short.T, speed, scale=38, width=0.011, **look)
     _plane(ax, f"t = {float(t):.2f}")
 
 # %% ../nbs/engine/11_flow_plots.ipynb #0974b218
@@ -72,14 +72,14 @@ def plot_field(
     "A strip of arrows: how the field changes from noise (left) to data (right)."
     import matplotlib.pyplot as plt
 
-    size = (2.3 * len(ts), 2.6)
+    size = (1.55 * len(ts), 1.95 if title else 1.7)
     fig, axs = plt.subplots(1, len(ts), figsize=size, layout="constrained", squeeze=False)
     for ax, t in zip(axs[0], ts):
         plot_arrows(ax, field, t, streams, density)
     fig.suptitle(title)
     kind = "Streamlines" if streams else "Arrows"
     what = f"of a two-dimensional field at {len(ts)} times from noise to data."
-    show(fig, f"{title} {kind} {what}", jpeg=True, dpi=80)
+    show(fig, f"{title} {kind} {what}", jpeg=True, dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #57d0afe8
 def field_explorer(
@@ -90,9 +90,9 @@ def field_explorer(
     from ipywidgets import FloatSlider, interact
 
     def draw(t):
-        fig, ax = plt.subplots(figsize=(4, 4), layout="constrained")
+        fig, ax = plt.subplots(figsize=(3, 3.2), layout="constrained")
         plot_arrows(ax, field, t)
-        show(fig, f"Arrows of the field at t = {t:.2f}.", dpi=72)
+        show(fig, f"Arrows of the field at t = {t:.2f}.", dpi=100)
 
     return interact(draw, t=FloatSlider(0.0, min=0.0, max=0.99, step=0.01))
 
@@ -109,18 +109,18 @@ def plot_trajectories(
 
     fig = None
     if ax is None:
-        fig, ax = plt.subplots(figsize=(4, 4), layout="constrained")
+        fig, ax = plt.subplots(figsize=(2.8, 3), layout="constrained")
     if density is not None:
         _shade(ax, density, 1.0)
     if data is not None:
         ax.scatter(*data.T, s=2, c="0.75")
     ax.plot(*trajectory.permute(2, 0, 1), lw=0.5, c="0.4", alpha=0.6)
     for x, c in ((trajectory[0], ORANGE), (trajectory[-1], BLUE)):
-        ax.scatter(*x.T, s=6, c=c, zorder=3)
+        ax.scatter(*x.T, s=4, c=c, zorder=3)
     _plane(ax, title)
     if fig:
         alt = f"{title} Curves of {trajectory.shape[1]} points from noise to data."
-        show(fig, alt, jpeg=True, dpi=80)
+        show(fig, alt, jpeg=True, dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #49468fd2
 def plot_trajectory_panels(
@@ -130,12 +130,12 @@ def plot_trajectory_panels(
     "One panel for each trajectory: the ways of 80 points."
     import matplotlib.pyplot as plt
 
-    size = (3.4 * len(trajectories), 3.6)
+    size = (2.05 * len(trajectories), 2.45)
     fig, axs = plt.subplots(1, len(trajectories), figsize=size, layout="constrained")
     for ax, (title, trajectory) in zip(axs, trajectories.items()):
         plot_trajectories(trajectory[:, :80], data, ax, title)
     alt = f"Trajectories from noise (orange) to data (blue): {'; '.join(trajectories)}."
-    show(fig, alt, jpeg=True, dpi=80)
+    show(fig, alt, jpeg=True, dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #b8d2e62a
 def plot_truth(
@@ -149,16 +149,16 @@ def plot_truth(
     "Three panels: the exact field, the learned field, and where the learned one leads."
     import matplotlib.pyplot as plt
 
-    fig, axs = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
+    fig, axs = plt.subplots(1, 3, figsize=(6.3, 2.3), layout="constrained")
     for ax, field, name in zip(axs, (exact, learned), ("exact", "learned")):
         plot_arrows(ax, field, t, density=density)
         ax.set_title(f"{name} field, t = {t}")
-    plot_trajectories(trajectory, data, axs[2], "learned trajectories")
+    plot_trajectories(trajectory, data, axs[2], "where it leads")
     alt = (
         "Arrows of the exact field, arrows of the learned field, "
         "and trajectories of the learned field ending on the data."
     )
-    show(fig, alt, jpeg=True, dpi=80)
+    show(fig, alt, jpeg=True, dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #f170e51f
 def _shade_lines(ax, density):
@@ -179,7 +179,7 @@ def plot_lines(
     "Two panels of one-dimensional curves over time, coloured by the side of zero they end on."
     import matplotlib.pyplot as plt
 
-    fig, axs = plt.subplots(1, 2, figsize=(8, 2.8), sharey=True, layout="constrained")
+    fig, axs = plt.subplots(1, 2, figsize=(6.3, 2.4), sharey=True, layout="constrained")
     for ax, lines, title in zip(axs, (left, right), titles):
         for line in lines.T:
             side = ORANGE if line[-1] > 0 else BLUE
@@ -189,7 +189,7 @@ def plot_lines(
         ax.set(xlabel="t (noise → data)", title=title)
     axs[0].set_ylabel("x")
     what = "Curves over time, orange where they end above zero and blue where below."
-    show(fig, f"Left: {titles[0]}. Right: {titles[1]}. {what}", jpeg=True, dpi=80)
+    show(fig, f"Left: {titles[0]}. Right: {titles[1]}. {what}", jpeg=True, dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #f1068504
 def plot_walks(
@@ -201,42 +201,27 @@ def plot_walks(
 
     n = len(trajectories)
     layout = dict(layout="constrained", sharex=True, sharey=True, squeeze=False)
-    fig, axs = plt.subplots(1, n, figsize=(2.6 * n, 2.8), **layout)
+    fig, axs = plt.subplots(1, n, figsize=(1.8 * n, 2.3), **layout)
     for ax, (name, xs) in zip(axs[0], trajectories.items()):
         ax.plot(*xs.permute(2, 0, 1), "o-", ms=3, lw=0.8, c=BLUE)
         ax.plot(*xs[0].T, "o", c=ORANGE)
-        ax.set(title=f"{name}, {len(xs) - 1} steps", aspect="equal")
+        ax.set(title=f"{name}\n{len(xs) - 1} steps", aspect="equal")
     fig.suptitle(title)
-    show(fig, f"{title} One panel for each of {', '.join(trajectories)}.", dpi=72)
+    show(fig, f"{title} One panel for each of {', '.join(trajectories)}.", dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #5420fdb4
 def _plot_cloud(ax, x, data, t: float):
     "A cloud on its way, in one panel."
-    ax.scatter(*data.T, s=1, c="0.8")
-    ax.scatter(*x.T, s=5, c=BLUE)
+    ax.scatter(*data.T, s=3, c="0.7")
+    ax.scatter(*x.T, s=12, c=BLUE, zorder=3)
     _plane(ax, f"t = {t:.2f}")
-
-
-def plot_flow(
-    trajectory,  # (N + 1, B, 2), uniform in time
-    data,  # (n, 2)
-    panels: int = 5,
-):
-    "The cloud at a few times between noise and data."
-    import matplotlib.pyplot as plt
-
-    fig, axs = plt.subplots(1, panels, figsize=(2.2 * panels, 2.5), layout="constrained")
-    for ax, t in zip(axs, torch.linspace(0, 1, panels).tolist()):
-        _plot_cloud(ax, trajectory[round(t * (len(trajectory) - 1))], data, t)
-    cloud = f"A cloud of {trajectory.shape[1]} points at {panels} times"
-    show(fig, f"{cloud}: round at first, then drawn to the data.", jpeg=True, dpi=80)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #bd0ae148
 def animate_flow(
     trajectory,  # (N + 1, B, 2), uniform in time
     data,  # (n, 2)
     field=None,  # called as field(x (B, 2), t (B,)); its arrows are drawn under the cloud
-    frames: int = 10,
+    frames: int = 8,
 ):
     "The cloud on its way, as a small moving picture of few colours."
     from io import BytesIO
@@ -253,10 +238,10 @@ def animate_flow(
         _plot_cloud(ax, trajectory[round(t * (len(trajectory) - 1))], data, t)
         fig.canvas.draw()
         picture = Picture.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
-        pictures.append(picture.quantize(8))
+        pictures.append(picture.quantize(12))
     plt.close(fig)
     made = BytesIO()
-    look = dict(save_all=True, append_images=pictures[1:], duration=200, loop=0)
+    look = dict(save_all=True, append_images=pictures[1:], duration=250, loop=0)
     pictures[0].save(made, "gif", **look)
     alt = f"{trajectory.shape[1]} points move from a round cloud of noise to the data."
     display(Image(made.getvalue(), format="gif", alt=alt))
@@ -273,7 +258,7 @@ def plot_fan(
     import matplotlib.pyplot as plt
 
     arrows = dict(angles="xy", scale_units="xy", scale=1)
-    fig, ax = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
+    fig, ax = plt.subplots(figsize=(3.2, 3.3), layout="constrained")
     ax.scatter(*data.T, s=4, c="0.8")
     shade = (weights / weights.max()).clamp(0.02, 1)
     there = place.expand_as(data)
@@ -282,12 +267,12 @@ def plot_fan(
     ax.quiver(
         *place, *((1 - t) * mean), color=ORANGE, width=0.01, headwidth=4, headlength=4, **arrows
     )
-    _plane(ax, f"t = {t:.2f}: roads through one place, and their mean")
+    _plane(ax, f"t = {t:.2f}: roads through one place")
     show(
         fig,
         "A fan of arrows from one place to the data, and one thick arrow, their mean.",
         jpeg=True,
-        dpi=80,
+        dpi=150,
     )
 
 # %% ../nbs/engine/11_flow_plots.ipynb #8662fb26
@@ -298,14 +283,14 @@ def plot_guidance(
     "One panel for each strength of guidance."
     import matplotlib.pyplot as plt
 
-    size = (2.5 * len(results), 2.8)
+    size = (1.8 * len(results), 2)
     fig, axs = plt.subplots(1, len(results), figsize=size, layout="constrained", squeeze=False)
     for ax, (w, x) in zip(axs[0], results.items()):
         ax.scatter(*data.T, s=2, c="0.8")
         ax.scatter(*x.T, s=4, c=BLUE)
         _plane(ax, f"w = {w:g}")
     strengths = ", ".join(f"{w:g}" for w in results)
-    show(fig, f"Samples (blue) over the data (grey) for guidance {strengths}.", dpi=72)
+    show(fig, f"Samples (blue) over the data (grey) for guidance {strengths}.", dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #ade5414c
 def plot_loss(
@@ -316,7 +301,7 @@ def plot_loss(
     "Loss curves, each smoothed over 20 steps, over the floor."
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(5, 2.3), layout="constrained")
     for (name, loss), c in zip(losses.items(), (BLUE, GREEN, "0.3")):
         ax.plot(loss, lw=0.4, c=c, alpha=0.4)
         smooth = torch.tensor(loss).unfold(0, 20, 1).mean(-1)
@@ -326,9 +311,22 @@ def plot_loss(
     ax.set(xlabel="step", ylabel="loss", ylim=(0, None), title=title)
     ax.legend()
     ends = ", ".join(f"{loss[-1]:.2f} ({name})" for name, loss in losses.items())
-    show(fig, f"{title}. Loss curves ending at {ends}", dpi=72)
+    show(fig, f"{title}. Loss curves ending at {ends}", jpeg=True, dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #215ab085
+def _draw_errors(ax, errors):
+    "Error against NFE, both logarithmic, in one panel."
+    colours = (BLUE, ORANGE, GREEN, "0.3", PINK, SKY)
+    for (name, (nfe, err)), marker, c in zip(errors.items(), "osD^vP", colours):
+        ax.loglog(nfe, err, marker=marker, c=c, label=name)
+    ticks = sorted(set().union(*[nfe for nfe, _ in errors.values()]))
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.grid(lw=0.3)
+    ax.set(xlabel="calls of the field (NFE)", ylabel="error at t = 1")
+    ax.legend()
+
+
 def plot_errors(
     errors,  # name: (NFE list, error list)
     title: str = "",
@@ -336,17 +334,34 @@ def plot_errors(
     "Error against NFE, both logarithmic."
     import matplotlib.pyplot as plt
 
-    colours = (BLUE, ORANGE, GREEN, "0.3", PINK, SKY)
-    fig, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
-    for (name, (nfe, err)), marker, c in zip(errors.items(), "osD^vP", colours):
-        ax.loglog(nfe, err, marker=marker, c=c, label=name)
-    ticks = sorted(set().union(*[nfe for nfe, _ in errors.values()]))
-    ax.set_xticks(ticks, ticks)
-    ax.minorticks_off()
-    ax.grid(lw=0.3)
-    ax.set(xlabel="calls of the field (NFE)", ylabel="error at t = 1", title=title)
-    ax.legend()
-    show(fig, f"{title} Error falls with NFE for {', '.join(errors)}.", dpi=72)
+    fig, ax = plt.subplots(figsize=(4.6, 2.8), layout="constrained")
+    _draw_errors(ax, errors)
+    ax.set_title(title)
+    show(fig, f"{title} Error falls with NFE for {', '.join(errors)}.", dpi=150)
+
+# %% ../nbs/engine/11_flow_plots.ipynb #589c25d7
+def plot_paths(
+    paths,  # name: one point's trajectory, (N + 1, 2)
+    true,  # where the field leads: its whole curve, (N + 1, 2)
+    errors,  # name: (NFE list, error list)
+):
+    "One point's way by several solvers beside its true curve, and their errors against NFE."
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3), layout="constrained")
+    left.plot(*true.T, c="0.6", lw=5, solid_capstyle="round", label="true curve")
+    for (name, xs), marker, c in zip(paths.items(), "osD^", (BLUE, ORANGE, GREEN, "0.3")):
+        left.plot(*xs.T, marker=marker, ms=5, lw=1.2, c=c, label=name)
+    left.set(
+        aspect="equal", adjustable="datalim", xlabel="first coordinate", ylabel="second coordinate"
+    )
+    left.set_title("one point")
+    left.legend()
+    _draw_errors(right, errors)
+    right.set_title("all points")
+    names = ", ".join(paths)
+    what = "Left: a curve, and the ways along it that miss its end by little or much."
+    show(fig, f"{what} Right: the error falls with NFE. For {names}.", dpi=150)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #87485383
 def show_mels(
@@ -356,7 +371,7 @@ def show_mels(
     "Mel spectrograms side by side."
     import matplotlib.pyplot as plt
 
-    size = (1.8 * len(mels), 2.2)
+    size = (1.5 * len(mels), 1.8)
     layout = dict(layout="constrained", sharey=True, squeeze=False)
     fig, axs = plt.subplots(1, len(mels), figsize=size, **layout)
     look = dict(origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
@@ -365,7 +380,7 @@ def show_mels(
         ax.set(title=name, xticks=[], yticks=[])
     axs[0, 0].set_ylabel("mel bin")
     fig.supxlabel("time", size=10)
-    show(fig, alt or f"Mel spectrograms: {', '.join(mels)}.", jpeg=True, dpi=80)
+    show(fig, alt or f"Mel spectrograms: {', '.join(mels)}.", jpeg=True, dpi=150)
 
 
 def show_mel_trajectory(

@@ -7,13 +7,12 @@ __all__ = ['Walk', 'read_walk', 'mel_field_figure', 'FieldTake', 'noise_arc', 'P
            'plot_takes_plane', 'animate_mels']
 
 # %% ../nbs/engine/13_mel_field.ipynb #994fd906
-from io import BytesIO
 from typing import NamedTuple
 import numpy as np
 import torch
 from .core import SAMPLE_RATE
 from .audio import MEL
-from .figures import BLUE, ORANGE, show
+from .figures import BLUE, ORANGE, picture_of, show, show_animation
 
 # %% ../nbs/engine/13_mel_field.ipynb #63ef97db
 class Walk(NamedTuple):
@@ -35,8 +34,9 @@ def read_walk(
     return Walk(ts, xt, v, xt + (1 - ts)[:, None, None, None] * v)
 
 # %% ../nbs/engine/13_mel_field.ipynb #209d9738
-_MEL_LOOK = dict(origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
-_VELOCITY_LOOK = dict(origin="lower", aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3)
+_PLACE = dict(origin="lower", aspect="auto", interpolation="nearest")
+_MEL_LOOK = dict(cmap="magma", vmin=-11.5, vmax=1.5) | _PLACE
+_VELOCITY_LOOK = dict(cmap="RdBu_r", vmin=-3, vmax=3) | _PLACE
 
 
 def mel_field_figure(
@@ -146,7 +146,7 @@ def plot_takes_plane(
     import matplotlib.pyplot as plt
 
     n = len(times)
-    fig, axs = plt.subplots(1, n + 1, figsize=(2.9 * n + 3.4, 3), layout="constrained")
+    fig, axs = plt.subplots(1, n + 1, figsize=(1.9 * n + 3, 2.3), layout="constrained")
     sides = torch.linspace(-1.3, 1.3, ticks)
     grid = torch.cartesian_prod(sides, sides)
     for ax, t in zip(axs, times):
@@ -170,7 +170,7 @@ def plot_takes_plane(
     )
     ends = ", ".join(f"{x:.2f}" for x in chosen[-1])
     what = "Arrows in the plane of two walks a (orange) and b (blue) at three times;"
-    show(fig, f"{what} the choices of all walks end at {ends}.", jpeg=True, dpi=80)
+    show(fig, f"{what} the choices of all walks end at {ends}.", colours=64, dpi=150)
 
 # %% ../nbs/engine/13_mel_field.ipynb #d69ab38e
 def animate_mels(
@@ -180,24 +180,16 @@ def animate_mels(
 ):
     "A mel on its way above, and the guess below, as a moving picture."
     import matplotlib.pyplot as plt
-    from IPython.display import Image, display
-    from PIL import Image as Picture
 
     fig, axs = plt.subplots(2, 1, figsize=(4.8, 4), dpi=100, layout="constrained")
     pictures = []
     for i in torch.linspace(0, len(walk.ts) - 1, stops).round().long().tolist():
         for ax, mel, name in zip(axs, (walk.xt, walk.guess), ("$x_t$", "guess $\\hat x_1$")):
             ax.clear()
-            ax.imshow(MEL.denormalize(mel[i, 0]), interpolation="nearest", **_MEL_LOOK)
+            ax.imshow(MEL.denormalize(mel[i, 0]), **_MEL_LOOK)
             ax.set(ylabel=name, xticks=[], yticks=[])
         axs[0].set_title(f"t = {float(walk.ts[i]):.2f}")
-        fig.canvas.draw()
-        picture = Picture.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
-        pictures.append(picture.quantize(colours, dither=Picture.Dither.NONE))
+        pictures.append(picture_of(fig, colours))
     plt.close(fig)
-    file = BytesIO()
-    pictures += [pictures[-1]] * 3  # the end is seen longer
-    look = dict(save_all=True, append_images=pictures[1:], duration=400, loop=0)
-    pictures[0].save(file, "gif", **look)
     alt = "A mel spectrogram comes out of noise; its guess, below, is there earlier, and blurred."
-    display(Image(file.getvalue(), format="gif", alt=alt))
+    show_animation(pictures, alt)

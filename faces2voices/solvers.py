@@ -54,7 +54,7 @@ def rk4(field, x0, ts):
         xs.append(x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4))
     return torch.stack(xs)
 
-# %% ../nbs/12_solvers.ipynb #0f7520e4
+
 SOLVERS = dict(  # name: solver, NFE a step
     euler=(euler, 1), midpoint=(midpoint, 2), heun=(heun, 2), rk4=(rk4, 4)
 )
@@ -129,12 +129,12 @@ def plot_race(
         guidance,
     )
     x0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(1))
-    fig, (left, *tracks) = plt.subplots(1, 5, figsize=(12, 2.8), layout="constrained")
+    fig, (left, *tracks) = plt.subplots(1, 5, figsize=(9, 2.4), layout="constrained")
     plot_arrows(left, field, t)
     end, results = race(field, x0, nfe)
     for ax, (name, (trajectory, error)) in zip(tracks, results.items()):
         steps = len(trajectory) - 1
-        plot_trajectories(trajectory, None, ax, f"{name}, N = {steps}: error {error:.3f}")
+        plot_trajectories(trajectory, None, ax, f"{name}, N = {steps}\nerror {error:.3f}")
         ax.plot(*torch.stack([trajectory[-1], end]).permute(2, 0, 1), c=GREEN, lw=1.8)
     fig.suptitle(f"{nfe} calls each, guidance {guidance:g}, σ_min = {sigma_min:.2g}")
     plt.close(fig)
@@ -150,7 +150,7 @@ def solver_race(
     def draw(**dials):
         values = ", ".join(f"{name} {value:g}" for name, value in dials.items())
         alt = f"Arrows of a field, and the ways and end errors of four solvers, for {values}."
-        show(plot_race(blobs, **dials), alt, jpeg=True, dpi=80)
+        show(plot_race(blobs, **dials), alt, jpeg=True, dpi=100)
 
     late = dict(continuous_update=False)
     return interact(

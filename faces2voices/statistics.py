@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'Interval', 'mean', 'median', 'ratio', 'pearson', 'bootstrap_interval', 't_interval', 'crossed_interval',
-           'Difference', 'paired_difference', 'crossed_difference', 'holm', 'Shrunken', 'shrink_values']
+           'Difference', 'paired_difference', 'crossed_difference', 'holm', 'compare_tables', 'Shrunken',
+           'shrink_values']
 
 # %% ../nbs/engine/00_statistics.ipynb #b5f0f663
 import warnings
@@ -206,6 +207,22 @@ def holm(
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(steps).clip(max=1)
     return adjusted
+
+# %% ../nbs/engine/00_statistics.ipynb #631e0002
+def compare_tables(
+    tables: dict,  # what is compared → (seeds, clips) of differences, NaN where there is none
+) -> (
+    dict
+):  # the same keys → Difference, its p after Holm's correction; two seeds and clips at least
+    "Many differences over seeds and clips at once."
+    found = {}
+    for key, table in tables.items():
+        known = np.asarray(table)[:, np.isfinite(table).all(0)]
+        if min(known.shape) > 1:
+            found[key] = crossed_difference(known)
+    corrected = holm([difference.p for difference in found.values()]) if found else []
+    pairs = zip(found.items(), corrected)
+    return {key: Difference(difference.interval, float(p)) for (key, difference), p in pairs}
 
 # %% ../nbs/engine/00_statistics.ipynb #8f84c69a
 class Shrunken(NamedTuple):

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'MU_MEASURES', 'CONTENT_MEASURES', 'CLIP_METRICS', 'PROBES', 'STAGE_GOALS', 'GIVEN_TRUTHS', 'SYNC_MEASURES',
-           'STRANGER_MEASURES', 'COPY_MEASURES', 'COPY_PAIRS', 'preset_for', 'loudness', 'score_mu', 'evaluate_mu',
-           'evaluate_variant', 'SharedTargets', 'clips_with_targets', 'split_with_sound', 'lip_features_and_units',
-           'evaluate_content', 'recorded_gain', 'masked_ce_study', 'plot_masked_ce', 'EnrolledTalkers',
-           'enroll_talkers', 'retrieval_scores', 'search_voices', 'link_study', 'unseen_entries', 'clip_scores',
-           'clip_metrics', 'ProbeClip', 'collect_probe_data', 'probe_targets', 'probe_stages', 'load_labelled_clip',
-           'train_phone_reader', 'stage_study', 'show_clip_metrics', 'plot_probes', 'error_given_truth',
-           'given_true_words', 'teacher_study', 'show_teacher', 'lip_read', 'slot_study', 'wrong_by_slot',
-           'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study', 'show_adaptation',
-           'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync', 'synchroniser_study', 'show_synchroniser',
-           'score_stranger', 'stranger_study', 'show_strangers', 'shift_study', 'copy_scores', 'copy_study',
-           'compare_copies']
+           'STRANGER_MEASURES', 'COPY_MEASURES', 'COPY_PAIRS', 'speak_mel', 'preset_for', 'loudness', 'score_mu',
+           'evaluate_mu', 'evaluate_variant', 'SharedTargets', 'clips_with_targets', 'split_with_sound',
+           'lip_features_and_units', 'evaluate_content', 'recorded_gain', 'masked_ce_study', 'plot_masked_ce',
+           'EnrolledTalkers', 'enroll_talkers', 'retrieval_scores', 'search_voices', 'link_study', 'unseen_entries',
+           'clip_scores', 'clip_metrics', 'ProbeClip', 'collect_probe_data', 'probe_targets', 'probe_stages',
+           'load_labelled_clip', 'train_phone_reader', 'stage_study', 'show_clip_metrics', 'plot_probes',
+           'error_given_truth', 'given_true_words', 'teacher_study', 'show_teacher', 'lip_read', 'slot_study',
+           'wrong_by_slot', 'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study',
+           'show_adaptation', 'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync', 'synchroniser_study',
+           'show_synchroniser', 'score_stranger', 'stranger_study', 'show_strangers', 'shift_study', 'copy_scores',
+           'copy_study', 'compare_copies']
 
 # %% ../nbs/engine/18_studies.ipynb #e1c6f648
 import time
@@ -104,6 +104,17 @@ from faces2voices.evaluation import (
 RESULTS = WEIGHTS_DIR.parents[1] / "nbs" / "results"  # of a checkout
 if not RESULTS.is_dir():
     RESULTS = WEIGHTS_DIR.parent / "results"  # of the installed package
+
+# %% ../nbs/engine/18_studies.ipynb #5e1e0001
+@torch.no_grad()
+def speak_mel(
+    vocoder,
+    mel,  # (80, 4T) normalised
+    log_f0,  # (2T,) ln Hz
+    voiced,  # (2T,) 0. or 1.
+) -> torch.Tensor:  # (640 T,)
+    "A mel spectrogram through a vocoder, at a given pitch."
+    return vocoder(MEL.denormalize(mel)[None], excitation(log_f0, voiced)[None])[0]
 
 # %% ../nbs/engine/18_studies.ipynb #390453ef
 def preset_for(clip: Clip) -> Preset:
@@ -1045,7 +1056,7 @@ def score_out_of_step(
     b = collate(truths[:1])
     out = hierarchy(*hierarchy.inputs(b))
     log_f0, voiced = out.prosody.log_f0[0], out.prosody.voiced_logit[0].sigmoid().round()
-    wav = vocoder(MEL.denormalize(out.mu), excitation(log_f0, voiced)[None])[0]
+    wav = speak_mel(vocoder, out.mu[0], log_f0, voiced)
     said = {}
     if recognise:
         errors, words = word_errors(truths[0].text, recognise(wav))

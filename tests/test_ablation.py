@@ -74,7 +74,7 @@ def test_all_variants_have_one_size(preset):
             return count_weights(make_variant(name, matched_preset(name, preset, 256), 256))
 
     with torch.device("meta"):
-        whole = count_weights(Hierarchy(preset, (), FrozenFeatures(256)))
+        whole = count_weights(Hierarchy(preset, FrozenFeatures(256)))
     for name in VARIANTS:
         assert abs(weights(name) / whole - 1) < 0.02, name
 
@@ -199,7 +199,7 @@ def test_the_others_have_every_loss_of_the_stages_they_have():
 def test_the_cascade_in_the_papers_order_is_the_hierarchy():
     cascade = Cascade(SMALL, FrozenFeatures(LIPS)).eval()
     torch.nn.init.normal_(cascade.film.to_film.weight)
-    hierarchy = Hierarchy(SMALL, (), FrozenFeatures(LIPS)).eval()
+    hierarchy = Hierarchy(SMALL, FrozenFeatures(LIPS)).eval()
     hierarchy.load_state_dict(cascade.state_dict())
     batch = toy_features()
     for a, b in zip(cascade.loss(batch), hierarchy.loss(batch)):
@@ -214,7 +214,8 @@ def test_what_came_before_content_reaches_mu_beside_it(name, kept, monkeypatch):
     monkeypatch.setattr(
         model, "from_content", lambda content, mask: torch.zeros_like(content.hidden)
     )
-    monkeypatch.setattr(model, "prosody", None if name == "timbre-first" else model.prosody)
+    if name == "timbre-first":
+        monkeypatch.setattr(model, "add_prosody", lambda hidden, *_: (None, hidden))
     assert seen_by(model, "prior") == kept
 
 

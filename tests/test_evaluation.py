@@ -1048,31 +1048,6 @@ def test_a_corpus_of_known_sentences_is_an_error(tmp_path):
         ev.test_clips(tmp_path)
 
 
-def test_a_sweep_keeps_the_clips_and_its_picture_says_how_sure_a_change_is(
-    clips, model, monkeypatch
-):
-    pytest.importorskip("pystoi")
-    pytest.importorskip("matplotlib").use("Agg")
-    monkeypatch.setattr(ev, "dnsmos", lambda wav: dict(ovrl_mos=float(wav.abs().mean())))
-    monkeypatch.setattr(ex, "pocketsphinx_recogniser", lambda grammar: lambda wav: "bin blue")
-    rows = ex.flow_study(model, clips[:3], (0, 1), ())
-    assert [r["steps"] for r in rows] == [0, 1] and json.loads(json.dumps(rows))
-    for r in rows:
-        assert all(len(v) == 3 for k, v in r["of_clips"].items() if v is not None)
-        assert all(
-            math.isclose(r[k], np.mean(r["of_clips"][k]), abs_tol=2e-4)
-            for k in ex.SWEEP_METRICS[1:]
-        )
-    shown = []
-    monkeypatch.setattr(
-        "IPython.display.display", lambda fig, metadata: shown.append(metadata["alt"])
-    )
-    alike = [r | dict(of_clips={k: [1.0, 2.0, 3.0] for k in ex.SWEEP_METRICS}) for r in rows]
-    alike[1]["of_clips"] = {k: [1.5, 2.5, 3.5] for k in ex.SWEEP_METRICS}
-    ex.plot_changes(alike)
-    assert "ESTOI +0.500 ± 0.000" in shown[0]
-
-
 def test_a_perfect_mu_is_judged_perfect(clips, model):
     from faces2voices.corpora import with_targets
     from faces2voices.hierarchy import Mu

@@ -30,7 +30,6 @@ from faces2voices.studies import (
 )
 
 SMALL = replace(TINY, dim=32, n_units=8, n_blocks=2, lip_width=4, lip_scale=4, dropout=0.0)
-VARIANTS = [(), ("masked",), ("timbre",), ("prosody",), ("timbre", "prosody"), ("hierarchy",)]
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +123,9 @@ def test_its_weight_puts_it_into_the_total():
     assert Hierarchy(SMALL).eval().loss(batch).envelope == 0
 
 
-@pytest.mark.parametrize("without", VARIANTS)
 @pytest.mark.parametrize("preset", [SMALL, replace(SMALL, identity_dim=16, expression_dim=52)])
-def test_padding_never_reaches_a_real_frame(without, preset):
-    model = Hierarchy(preset, without).eval()
+def test_padding_never_reaches_a_real_frame(preset):
+    model = Hierarchy(preset).eval()
     long, short = toy_batch(preset, 1, 14, seed=1), toy_batch(preset, 1, 9, seed=2)
     lips = torch.cat([long.lips, F.pad(short.lips, (0, 0, 0, 0, 0, 5))])  # as collate pads them
     noise = torch.randn_like(short.expression[:, :5])
@@ -145,27 +143,9 @@ def test_padding_never_reaches_a_real_frame(without, preset):
     assert together.mu[1, :, 36:].abs().max() == 0
 
 
-def terms(without):
-    found = Hierarchy(SMALL, without).loss(toy_batch(SMALL, 2, 6))
-    return {k for k, v in found._asdict().items() if k != "total" and v > 0}
-
-
-def test_ablations_have_fewer_losses():
-    every = set(HierarchyLoss._fields) - {"total", "words", "envelope"}
-    assert terms(()) == every
-    assert terms(("masked",)) == every - {"masked_ce"}
-    assert terms(("timbre",)) == every - {"speaker"}
-    assert terms(("prosody",)) == every - {"pitch", "voicing", "energy"}
-    assert terms(("hierarchy",)) == {"prior"}
-    with pytest.raises(ValueError, match="unknown stages"):
-        Hierarchy(SMALL, ("pitch",))
-
-
-@pytest.mark.parametrize("without", VARIANTS)
-def test_every_parameter_gets_a_gradient(without):
-    model, batch = Hierarchy(SMALL, without), toy_batch(SMALL, 4, 6)
-    if not model.flat and model.timbre is not None:
-        torch.nn.init.normal_(model.film.to_film.weight)
+def test_every_parameter_gets_a_gradient():
+    model, batch = Hierarchy(SMALL), toy_batch(SMALL, 4, 6)
+    torch.nn.init.normal_(model.film.to_film.weight)
     model.loss(batch).total.backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
     for name, stage in model.named_children():
@@ -175,9 +155,8 @@ def test_every_parameter_gets_a_gradient(without):
 WORDY = replace(SMALL, words=("bin", "blue", "at"))
 
 
-@pytest.mark.parametrize("without", [(), ("masked",)])
-def test_words_are_learned_where_they_are_known(without):
-    model, batch = Hierarchy(WORDY, without), toy_batch(WORDY, 4, 6)
+def test_words_are_learned_where_they_are_known():
+    model, batch = Hierarchy(WORDY), toy_batch(WORDY, 4, 6)
     unknown = torch.full_like(batch.units, -100)
     assert model.loss(batch).words == 0
     assert model.loss(batch._replace(words=unknown)).words == 0

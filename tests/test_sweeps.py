@@ -1,0 +1,101 @@
+"What is drawn, what is heard of it, and what is said of the difference."
+
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from faces2voices import sweeps
+from faces2voices.audio import MEL
+from faces2voices.core import test_same as same
+from faces2voices.corpora import clip_of
+from faces2voices.draws import (
+    DrawSetting,
+    calls_for_gain,
+    draw_settings,
+    make_draws,
+    predict_clip,
+    score_draws,
+)
+from faces2voices.synthesis import FacesToVoices
+from faces2voices.video import preprocess
+
+SAMPLE = Path(__file__).parents[1] / "data_samples" / "t0022_000.mp4"
+
+
+@pytest.fixture(scope="module")
+def talkers():
+    return FacesToVoices.from_pretrained("talkers", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clip(talkers):
+    return clip_of("t0022_000", preprocess(SAMPLE, talkers.face_backend))
+
+
+def test_every_row_goes_through_one_vocoder_at_its_own_pitch(talkers, clip, monkeypatch):
+    spoken = []
+
+    def speak(vocoder, mel, log_f0, voiced):
+        spoken.append((mel, log_f0, voiced))
+        return torch.zeros(640)
+
+    monkeypatch.setattr(sweeps, "speak_mel", speak)
+    spectrum = torch.full((80, 129), 0.04)
+    few = [DrawSetting(2, temperature=0.3)]
+    rows = dict(sweeps.ways_to_speak(talkers, clip, few, spectrum, 0))
+    assert list(rows)[:3] == ["recording", "its mel, by the vocoder", "μ"]
+    assert list(rows)[-1] == few[0].name and len(rows) == 6
+    same(rows["recording"], clip.wav)
+    known = predict_clip(talkers, clip)
+    (mel, log_f0, voiced), (mu, *tune), *others = spoken
+    same(mel, MEL.normalize(MEL(clip.wav)), atol=1e-4)
+    same(log_f0, clip.log_f0)
+    same(voiced, clip.voiced)
+    same(mu, known.mu)
+    for _, *predicted in [(mu, *tune), *others]:
+        same(predicted[0], known.log_f0)
+        same(predicted[1], known.voiced)
+    assert (known.log_f0 - clip.log_f0).abs().max() > 0.01
+    noise = others[0][0] - known.mu
+    assert abs(noise.std() - 0.2) < 0.01
+
+
+def test_a_higher_temperature_draws_more_widely(talkers, clip):
+    known = predict_clip(talkers, clip)
+    taus = 0.3, 0.6, 1.0, 1.4
+    settings = [DrawSetting(6, "midpoint", temperature=tau) for tau in taus]
+    made = dict(make_draws(talkers, known, settings, torch.ones(80, 129), 4, 0))
+    variety = [score_draws(made[s.name], known.mel, known.mu)["variety"] for s in settings]
+    assert variety == sorted(variety) and variety[-1] > 4 * variety[0]
+    again = dict(make_draws(talkers, known, settings[:1], torch.ones(80, 129), 4, 0))
+    assert torch.equal(again[settings[0].name], made[settings[0].name])
+
+
+def test_settings_have_names_of_their_own():
+    for settings in (draw_settings(), sweeps.sweep_settings()):
+        names = [s.name for s in settings]
+        assert len(set(names)) == len(names)
+        assert {s.temperature for s in settings} >= {0.3, 0.6, 1.0, 1.2}
+
+
+def test_the_fewest_calls_are_found_and_no_gain_is_said():
+    assert calls_for_gain({2: 4.5, 6: 4.02, 30: 4.0}, 5.0) == 6
+    assert calls_for_gain({2: 4.5, 6: 4.2, 30: 4.0}, 5.0) == 30
+    assert calls_for_gain({2: 4.5, 30: 5.0}, 5.0) is None
+
+
+def test_rows_are_compared_with_mu_within_clips():
+    hard = np.linspace(0, 10, 12)  # clips differ more than rows
+    jitter = np.tile([0.01, -0.01], 6)
+    rows = {
+        "μ": {"ESTOI": hard.tolist()},
+        "better": {"ESTOI": (hard + 0.1 + jitter).tolist()},
+        "alike": {"ESTOI": (hard + jitter).tolist()},
+    }
+    changed = sweeps.compare_with_mu(dict(rows=rows))
+    assert set(changed) == {("better", "ESTOI"), ("alike", "ESTOI")}
+    better, alike = changed["better", "ESTOI"], changed["alike", "ESTOI"]
+    assert abs(better.interval.estimate - 0.1) < 1e-9 and better.p < 0.01
+    assert alike.p > 0.5
+    table = sweeps.show_sweep(dict(rows=rows, model="m", clips=12, split="val"))
+    assert "**5.100**" in table and "**5.000**" not in table
