@@ -100,7 +100,7 @@ def show_speech(
     wav = torch.as_tensor(wav).detach().cpu().float()
     seconds = len(wav) / SAMPLE_RATE
     fig = _speech_figure(wav, title)
-    show(fig, f"Waveform and mel spectrogram of {seconds:.1f} s of speech. {text}", jpeg=True)
+    show(fig, f"Waveform and mel spectrogram of {seconds:.1f} s of speech. {text}", colours=64)
     if play:
         display(players({title: wav}))
 

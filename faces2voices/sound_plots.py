@@ -49,7 +49,7 @@ def show_period(
         "A wave that repeats itself; its spectrum: a comb of harmonics, "
         f"highest near {' and '.join(map(str, formants))} Hz"
     )
-    show(fig, alt)
+    show(fig, alt, colours=32)
 
 # %% ../nbs/engine/01_sound_plots.ipynb #f1645e83
 def show_filters(
@@ -73,7 +73,11 @@ def show_filters(
     right.set(xlim=(0, 8000), xlabel="Hz", ylabel="dB", title="one frame, before and after")
     right.legend(frameon=False)
     open_axes(left, right)
-    show(fig, "Triangles, narrow at low and wide at high frequencies; a spectrum and its bands")
+    show(
+        fig,
+        "Triangles, narrow at low and wide at high frequencies; a spectrum and its bands",
+        colours=32,
+    )
 
 # %% ../nbs/engine/01_sound_plots.ipynb #8d30bc65
 def show_linear_and_mel(
@@ -96,13 +100,18 @@ def show_linear_and_mel(
     for ax, heights in ((left, formants), (right, rows)):
         for i, (height, hz) in enumerate(zip(heights, formants), 1):
             ax.axhline(height, ls="--", lw=1, color="white")
-            text = dict(color="white", fontsize=9, va="bottom", bbox=dict(fc="black", alpha=0.5, lw=0, pad=1))
+            text = dict(
+                color="white",
+                fontsize=9,
+                va="bottom",
+                bbox=dict(fc="black", alpha=0.5, lw=0, pad=1),
+            )
             ax.text(0.02 * seconds, height, f"F{i} {hz} Hz", **text)
         ax.set(xlabel="seconds", ylabel="Hz")
     left.set_title("321 rows, evenly spaced in Hz")
     right.set_title("80 rows, evenly spaced in mel")
     alt = "Fanning harmonics; in Hz the formants crowd at the bottom, in mel they lie apart"
-    show(fig, alt, jpeg=True)
+    show(fig, alt, colours=64)
 
 # %% ../nbs/engine/01_sound_plots.ipynb #88be383f
 def show_mels(
@@ -121,4 +130,4 @@ def show_mels(
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("seconds")
     axes[0, 0].set_ylabel("mel bin")
-    show(fig, alt, jpeg=True)
+    show(fig, alt, colours=64)
