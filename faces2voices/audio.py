@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from .errors import ToolMissingError
-from .figures import BLUE, open_axes, show
+from .figures import BLUE, open_axes, players, show
 from .core import SAMPLE_RATE
 from .soundfiles import fit_length
 
@@ -95,15 +95,14 @@ def show_speech(
     play: bool = True,  # add a player of the first 3 seconds
 ):
     "Waveform over mel spectrogram, with a player."
-    from IPython.display import Audio, display
+    from IPython.display import display
 
     wav = torch.as_tensor(wav).detach().cpu().float()
     seconds = len(wav) / SAMPLE_RATE
     fig = _speech_figure(wav, title)
-    show(fig, f"Waveform and mel spectrogram of {seconds:.1f} s of speech. {text}", jpeg=True)
+    show(fig, f"Waveform and mel spectrogram of {seconds:.1f} s of speech. {text}", colours=64)
     if play:
-        beginning = wav[: 3 * SAMPLE_RATE].clamp(-1, 1).numpy()
-        display(Audio(beginning, rate=SAMPLE_RATE, normalize=False))
+        display(players({title: wav}))
 
 
 def _speech_figure(wav, title):
@@ -112,7 +111,7 @@ def _speech_figure(wav, title):
 
     heights = dict(height_ratios=[1, 2.4])
     fig, (top, low) = plt.subplots(
-        2, 1, figsize=(8, 3.2), dpi=80, sharex=True, layout="constrained", **heights
+        2, 1, figsize=(8, 3.2), dpi=150, sharex=True, layout="constrained", **heights
     )
     seconds = len(wav) / SAMPLE_RATE
     top.plot(np.arange(len(wav)) / SAMPLE_RATE, wav, lw=0.4, color=BLUE)
