@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HAIR_STYLES', 'REST', 'FRONT', 'FaceShape', 'random_appearance', 'mouth_v', 'jaw_width', 'coverage', 'to_head',
-           'to_frame', 'draw_face', 'face_points', 'show_faces']
+           'to_frame', 'draw_face', 'face_points', 'mouth_points', 'show_faces']
 
 # %% ../nbs/engine/03_drawing.ipynb #5bef589f
 import math
@@ -699,6 +699,30 @@ def face_points(
         (m.half, v + m.corner),
     ]
     return to_frame(at, pose, size)
+
+# %% ../nbs/engine/03_drawing.ipynb #6ac0bcae
+def mouth_points(
+    face: FaceShape,
+    mouth,  # (6,)
+    pose,  # (4,)
+    size: int = 160,
+) -> np.ndarray:  # (9, 2) pixels: corners; lips in the middle; chin; upper and lower lip beside it
+    "Where the drawing put the inner edge of the lips, and the chin, as a face mesh has them."
+    m = _lip_shape(face, mouth)
+
+    def lips(x):  # in half-widths of the mouth
+        arc, line = 1 - x * x, m.corner * x * x
+        opening = arc**m.power
+        return line - m.gap_up * opening, line + m.gap_down * opening
+
+    upper, lower = lips(0.0)
+    upper_beside, lower_beside = lips(0.4)
+    beside = 0.4 * m.half
+    down = face.chin - mouth_v(face) + _JAW_DROP * float(mouth[0])
+    at = [(-m.half, m.corner), (m.half, m.corner), (0, upper), (0, lower), (0, down)]
+    at += [(side, upper_beside) for side in (beside, -beside)]
+    at += [(side, lower_beside) for side in (beside, -beside)]
+    return to_frame(np.array(at) + [0, mouth_v(face)], pose, size)
 
 # %% ../nbs/engine/03_drawing.ipynb #39f8c4a0
 REST = (0, 0, 0, 0, 0, 0)  # a mouth at rest

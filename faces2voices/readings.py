@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUESSED', 'slot_words', 'confusion_counts', 'shepard_distances', 'word_tree', 'worst_pairs', 'plot_confusions',
-           'wrong_share', 'learning_curve', 'plot_learning', 'show_sources', 'plot_reading']
+           'wrong_share', 'learning_curve', 'plot_learning', 'show_sources', 'draw_outline', 'plot_mouths',
+           'plot_reading', 'plot_masking']
 
 # %% ../nbs/engine/06_readings.ipynb #35830b3f
 from collections import defaultdict
@@ -146,12 +147,13 @@ def plot_learning(
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True, layout="constrained")
-    found = []
+    found, all_low = [], []
     for ax, vary in zip(axes, ("people", "clips")):
         for test, colour in zip(study["tests"], (BLUE, ORANGE)):
             curve = learning_curve(study, vary, test)
             x = [n for n, *_ in curve]
             y, low, high = np.array([point[1][:3] for point in curve]).T
+            all_low += [*low.clip(0.003)]
             sides = [y - low.clip(0.003), high - y]
             label = f"{test}, {len(study['tests'][test])} clips"
             ax.errorbar(x, y, sides, fmt="o-", capsize=3, color=colour, label=label)
@@ -162,7 +164,8 @@ def plot_learning(
         ax.axhline(GUESSED, color="k", ls=":", lw=0.8, label="a guess")
         ax.set(xscale="log", yscale="log")
         ax.set_xticks(x, list(map(str, x)))
-        ax.set_yticks(_TICKS, [f"{y:.0%}" for y in _TICKS])
+        ticks = [y for y in _TICKS if y > min(all_low) / 2]
+        ax.set_yticks(ticks, [f"{100 * y:g}%" for y in ticks])
         ax.minorticks_off()
     axes[0].set(xlabel="people, with all their clips", ylabel="words wrong")
     axes[1].set(xlabel="clips of each of all people")
@@ -191,10 +194,47 @@ def show_sources(
     heads = [f"words wrong, {test} ({len(c)} clips)" for test, c in study["tests"].items()]
     return markdown_table(["learned from", "clips", *heads], rows)
 
-# %% ../nbs/engine/06_readings.ipynb #1e502444
+# %% ../nbs/engine/06_readings.ipynb #85b5ef85
 _OUTLINE = [0, 6, 2, 5, 1, 7, 3, 8, 0]  # once around the lips
 
 
+def draw_outline(
+    ax,
+    mouth,  # (9, 2)
+    colour: str = BLUE,
+    label: str = None,
+):
+    "The lips as a closed line, and each of the nine points as a dot."
+    mouth = np.asarray(mouth)
+    ax.plot(*mouth[_OUTLINE].T, color=colour, lw=1, label=label)
+    ax.plot(*mouth.T, ".", color=ORANGE, ms=4)
+
+
+def plot_mouths(
+    pictures,  # (H, W, 3) each
+    mouths,  # (n, 9, 2) px in these pictures
+    titles: list,  # one a picture
+    alt: str,
+    beside: float = 20,  # px of picture around the points of all
+):
+    "A strip of pictures cut around the mouth, and below each its nine points."
+    import matplotlib.pyplot as plt
+
+    mouths = np.asarray(mouths)
+    (left, top), (right, bottom) = mouths.min((0, 1)) - beside, mouths.max((0, 1)) + beside
+    height = 2 * (bottom - top) / (right - left) + 0.4
+    size = len(mouths), height
+    fig, axes = plt.subplots(2, len(mouths), figsize=size, squeeze=False, layout="constrained")
+    for column, picture, mouth, title in zip(axes.T, pictures, mouths, titles):
+        column[0].imshow(picture)
+        column[0].set_title(title, fontsize=9)
+        draw_outline(column[1], mouth)
+        for ax in column:
+            ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+            ax.axis("off")
+    show(fig, alt, jpeg=True)
+
+# %% ../nbs/engine/06_readings.ipynb #1e502444
 def plot_reading(
     reading: dict,  # of n frames: seconds, mouth (9, 2), said, believed (word, probability)
 ):
@@ -202,7 +242,7 @@ def plot_reading(
     import matplotlib.pyplot as plt
 
     def below(ax, x, points, text, colour):
-        how = dict(xycoords="axes fraction", textcoords="offset points", ha="center", fontsize=8)
+        how = dict(xycoords="axes fraction", textcoords="offset points", ha="center", fontsize=9)
         ax.annotate(text, (x, 0), (0, points), color=colour, **how)
 
     mouth = np.array(reading["mouth"])
@@ -210,11 +250,10 @@ def plot_reading(
     fig, axes = plt.subplots(1, n, figsize=(0.4 + 0.75 * n, 1.7), sharex=True, sharey=True)
     for i, ax in enumerate(axes):
         word, sure = reading["believed"][i]
-        ax.plot(*mouth[i, _OUTLINE].T, color=BLUE, lw=1)
-        ax.plot(*mouth[i].T, ".", color=ORANGE, ms=4)
-        ax.set_title(f"{reading['seconds'][i]:.2f} s", fontsize=7)
+        draw_outline(ax, mouth[i])
+        ax.set_title(f"{reading['seconds'][i]:.2f} s", fontsize=9)
         below(ax, 0.5, -12, reading["said"][i], "0.5")
-        below(ax, 0.5, -26, word, str(round(0.85 - 0.85 * sure, 2)))  # a grey
+        below(ax, 0.5, -26, word, str(round(0.7 - 0.7 * sure, 2)))  # a grey
         ax.set_aspect("equal")
         ax.axis("off")
     axes[0].invert_yaxis()
@@ -226,3 +265,33 @@ def plot_reading(
         f"{n} frames of a mouth, nine points each. Said: {reading['text']}. "
         f"Read: {reading['read']}.",
     )
+
+# %% ../nbs/engine/06_readings.ipynb #044f1de4
+def plot_masking(
+    mouths,  # (T, 9, 2), as the network is given them
+    clusters,  # (T,) of every frame
+    hidden,  # (T,) bool
+    named,  # (T,) cluster that the network names
+    every: int = 4,  # frames from mouth to mouth
+):
+    "The mouths of a clip; its clusters; what the network sees; what it names where it is blind."
+    import matplotlib.pyplot as plt
+
+    clusters, hidden, named = (np.asarray(x) for x in (clusters, hidden, named))
+    T = len(clusters)
+    fig, axes = plt.subplots(4, figsize=(9, 3.2), height_ratios=(2, 1, 1, 1), layout="constrained")
+    where = np.arange(every // 2, T, every)
+    for at in where[~hidden[where]]:
+        draw_outline(axes[0], np.asarray(mouths[at]) + [15 * at, 0])
+    axes[0].set(xlim=(0, 15 * T), aspect="equal", yticks=[])
+    axes[0].invert_yaxis()
+    rows = clusters, np.where(hidden, np.nan, clusters), np.where(hidden, named, np.nan)
+    for ax, row, name in zip(axes[1:], rows, ("cluster", "seen", "named")):
+        ax.imshow(row[None], aspect="auto", cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
+        ax.set_yticks([0], [name])
+    axes[3].set_xlabel("frame")
+    for ax in axes[:3]:
+        ax.set_xticks([])
+    axes[0].spines[:].set_visible(False)
+    right = (clusters == named)[hidden].mean()
+    show(fig, f"A film of {T} frames; {hidden.sum()} are hidden, {right:.0%} of them named right")
