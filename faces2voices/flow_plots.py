@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_arrows', 'plot_field', 'field_explorer', 'plot_trajectories', 'plot_trajectory_panels', 'plot_truth',
            'plot_lines', 'plot_walks', 'animate_flow', 'plot_fan', 'plot_guidance', 'plot_loss', 'plot_errors',
-           'plot_paths', 'show_mels', 'show_mel_trajectory']
+           'plot_paths', 'show_mels', 'show_mel_trajectory', 'compare_sounds']
 
 # %% ../nbs/engine/11_flow_plots.ipynb #f0513fe2
 import numpy as np
@@ -387,3 +387,28 @@ def show_mel_trajectory(
         {f"t = {i / n:.1f}": trajectory[i, 0] for i in stops},
         "A mel spectrogram from noise (left) to speech (right).",
     )
+
+# %% ../nbs/engine/11_flow_plots.ipynb #fa5edecc
+def compare_sounds(
+    sounds,  # name: (N,) sound at 16 kHz
+    at: float = 0.5,  # seconds: where 20 ms of each wave are shown
+    alt: str = "",  # text alternative
+):
+    "Sounds side by side: 20 ms of the wave, and below it the mel spectrogram."
+    import matplotlib.pyplot as plt
+
+    n = len(sounds)
+    layout = dict(layout="constrained", sharey="row", squeeze=False)
+    heights = dict(height_ratios=[1, 1.7])
+    fig, (top, low) = plt.subplots(2, n, figsize=(1.8 * n, 3), **layout, **heights)
+    first, samples = int(at * MEL.sr), MEL.sr // 50
+    for wave, picture, (name, wav) in zip(top, low, sounds.items()):
+        wave.plot(torch.arange(samples) * 1000 / MEL.sr, wav[first : first + samples], c=BLUE, lw=1)
+        wave.set(title=name, xlabel="ms", xlim=(0, 20))
+        mel = MEL(wav[: len(wav) // MEL.hop * MEL.hop])
+        place = dict(origin="lower", aspect="auto", extent=(0, len(wav) / MEL.sr, 0, MEL.n_mels))
+        picture.imshow(mel, cmap="magma", vmin=-11.5, vmax=1.5, **place)
+        picture.set(xlabel="seconds")
+    low[0].set_ylabel("mel bin")
+    names = ", ".join(sounds)
+    show(fig, alt or f"Waves and mel spectrograms: {names}.", jpeg=True, dpi=150)

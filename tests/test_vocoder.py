@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from faces2voices.errors import CheckpointError
 from faces2voices.core import PAPER, TINY, seed_everything, test_same as same
 from faces2voices.audio import MEL, pitch, vowel
+from faces2voices.hifigan import HIFIGAN, hifigan, load_hifigan
 from faces2voices.statistics import paired_difference
 from faces2voices.streaming import context_columns, stream_with_context, vocode_stream
 from faces2voices.vocoder import (
     FFT_BINS,
-    HIFIGAN,
     Generator,
     Source,
     SourceFilter,
@@ -21,8 +21,6 @@ from faces2voices.vocoder import (
     excitation,
     fold,
     full_discriminators,
-    hifigan,
-    load_hifigan,
     make_vocoder,
     mel_loss,
     n_weights,
