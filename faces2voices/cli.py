@@ -814,7 +814,8 @@ def _evaluate(
 
     `--split unseen` asks about people of whom nothing was trained on, where the manifest lists
     such a split."""
-    from faces2voices.evaluation import METRIC_PACKAGES, metric_card, show_card
+    from faces2voices.cards import METRIC_PACKAGES, show_card
+    from faces2voices.evaluation import metric_card
     from faces2voices.synthesis import FacesToVoices
 
     f2v, which = FacesToVoices.from_pretrained(model), None if split == "all" else split
@@ -958,7 +959,7 @@ def _sweep(
 ):
     """Speak validation clips without the flow, with few and many steps of it, and with weak and
     strong guidance."""
-    from faces2voices.evaluation import METRIC_PACKAGES
+    from faces2voices.cards import METRIC_PACKAGES
     from faces2voices.experiments import show_flow_study, sweep_study
 
     found = sweep_study(model, data, limit, seed)

@@ -21,15 +21,8 @@ from .corpora import ClipDataset
 from .storage import WEIGHTS_DIR
 from .synthesis import FacesToVoices
 from .judges import grammar_of, pocketsphinx_recogniser, word_errors
-from faces2voices.evaluation import (
-    Sound,
-    command_text,
-    energy_correlation,
-    mcd,
-    score_text,
-    show_card,
-    stoi,
-)
+from .cards import command_text, score_text, show_card
+from .evaluation import Sound, energy_correlation, mcd, stoi
 from .studies import RESULTS
 
 # %% ../nbs/18_experiments.ipynb #d7d8e0b5
