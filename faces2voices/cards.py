@@ -10,6 +10,7 @@ __all__ = ['TIMED', 'METRICS', 'POOLS', 'SIGNS', 'CONDITIONS', 'METRIC_PACKAGES'
            'beginnings_text', 'claims', 'metric_range', 'plot_scores', 'plot_shifts']
 
 # %% ../nbs/engine/17_cards.ipynb #3fd945ee
+import textwrap
 from itertools import chain
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -613,6 +614,9 @@ def metric_range(
     return 0, 1 if name.startswith("WER") else None
 
 
+_TICKS = {(0, 1): (0, 0.5, 1), (1, 5): (1, 3, 5)}
+
+
 def plot_scores(
     cards: dict,  # model → its card, or what has rows and errors as a card has
     names: list,  # metrics, one panel each
@@ -621,8 +625,10 @@ def plot_scores(
     "A panel for each metric: dots over the rows of the cards, with their standard errors."
     import matplotlib.pyplot as plt
 
-    keys = list(dict.fromkeys(chain.from_iterable(card["rows"] for card in cards.values())))
-    size = (1.2 + 1.7 * len(names), 0.9 + 0.36 * len(keys))
+    there = set(chain.from_iterable(card["rows"] for card in cards.values()))
+    keys = [key for key in CONDITIONS if key in there]
+    keys += sorted(there - set(keys), key=list(next(iter(cards.values()))["rows"]).index)
+    size = (1.2 + 1.7 * len(names), 1.0 + 0.36 * len(keys))
     fig, axes = plt.subplots(
         1, len(names), figsize=size, layout="constrained", sharey=True, squeeze=False
     )
@@ -632,14 +638,15 @@ def plot_scores(
             here = {key: of[name] for key, of in card["rows"].items() if of.get(name) is not None}
             errors = [card.get("errors", {}).get(key, {}).get(name) or 0 for key in here]
             heights = [keys.index(key) + 0.24 * (i - (len(cards) - 1) / 2) for key in here]
-            style = dict(fmt="o", ms=5, color=PALETTE[i], capsize=2, label=model)
+            style = dict(fmt="o", ms=5, color=PALETTE[i], capsize=2, label=model, clip_on=False)
             ax.errorbar(list(here.values()), heights, xerr=errors, **style)
             drawn += here.values()
         low, high = metric_range(name, drawn)
         ax.set_xlim(low, high or 1.1 * max([*drawn, 1e-9]))
-        ax.margins(x=0.05)
+        if (low, high) in _TICKS:
+            ax.set_xticks(_TICKS[low, high], map(str, _TICKS[low, high]))
         arrow = "higher" if SIGNS[name] > 0 else "lower"
-        ax.set_title(name, fontsize=10)
+        ax.set_title("\n".join(textwrap.wrap(name, 18)), fontsize=10)
         ax.set_xlabel(f"{arrow} is better", fontsize=9)
         ax.grid(alpha=0.3)
     axes[0, 0].set_yticks(range(len(keys)), keys)
