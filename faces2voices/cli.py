@@ -13,7 +13,6 @@ from typing import Annotated, Optional
 import typer
 from .errors import F2VError, atomic_path
 from .core import EULER_STEPS
-from .course import course_app
 from faces2voices.shell import (
     DeviceChoice,
     DubOption,
@@ -39,6 +38,7 @@ from faces2voices.shell import (
     plain_text,
     record_result,
 )
+from .course_commands import course_app
 from .more_commands import more_app, study_app
 
 # %% ../nbs/20_cli.ipynb #a8776670
