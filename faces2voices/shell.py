@@ -6,7 +6,7 @@
 __all__ = ['console', 'error_console', 'DeviceChoice', 'BenchChoice', 'WhatChoice', 'PackChoice', 'LayoutChoice', 'PresetChoice',
            'ModelOption', 'StepsOption', 'GuidanceOption', 'SeedOption', 'OtherFaceOption', 'ReferenceOption',
            'ExpressionOption', 'DubOption', 'ReportOption', 'FacesOption', 'SplitOption', 'OutOption', 'WorkersOption',
-           'plain_text', 'choice', 'new_file', 'make_folder', 'command_line', 'record_result', 'record_and_print',
+           'plain_text', 'choice_type', 'new_file', 'make_folder', 'command_line', 'record_result', 'record_and_print',
            'parse_seeds']
 
 # %% ../nbs/engine/20_shell.ipynb #1ab244b1
@@ -35,7 +35,7 @@ def plain_text(
     return escape(str(text).replace("\n", "\\n"))
 
 # %% ../nbs/engine/20_shell.ipynb #4280fc54
-def choice(
+def choice_type(
     name: str,  # of the type
     *values: str,  # that are allowed
 ):
@@ -43,12 +43,12 @@ def choice(
     return enum.Enum(name, {value: value for value in values}, type=str)
 
 
-DeviceChoice = choice("DeviceChoice", "auto", "cpu", "cuda")
-BenchChoice = choice("BenchChoice", "vocoder", "flow", "train", "loader")
-WhatChoice = choice("WhatChoice", "faces", "grid")
-PackChoice = choice("PackChoice", "buffalo_sc", "buffalo_l")
-LayoutChoice = choice("LayoutChoice", "lrs2", "lrs3", "voxmm")
-PresetChoice = choice("PresetChoice", "tiny", "grid", "eigenlips", "slim", "paper")
+DeviceChoice = choice_type("DeviceChoice", "auto", "cpu", "cuda")
+BenchChoice = choice_type("BenchChoice", "vocoder", "flow", "train", "loader")
+WhatChoice = choice_type("WhatChoice", "faces", "grid")
+PackChoice = choice_type("PackChoice", "buffalo_sc", "buffalo_l")
+LayoutChoice = choice_type("LayoutChoice", "lrs2", "lrs3", "voxmm")
+PresetChoice = choice_type("PresetChoice", "tiny", "grid", "eigenlips", "slim", "paper")
 
 # %% ../nbs/engine/20_shell.ipynb #2669e376
 def new_file(path: Optional[Path]) -> Optional[Path]:

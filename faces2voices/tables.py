@@ -177,7 +177,7 @@ def rubric_markdown(
     path,  # rubric.csv
 ) -> str:
     "What a person judges, with levels and points, as a table."
-    rows = [(r["part"], r["level"], r["points"], r["description"]) for r in readtable_text(path)]
+    rows = [(r["part"], r["level"], r["points"], r["description"]) for r in read_table(path)]
     return table_text(["part", "level", "points", "when"], rows)
 
 # %% ../nbs/engine/19_tables.ipynb #2e8d2183
@@ -192,7 +192,7 @@ def traceability_markdown(
 ) -> str:
     "The way from the paper to the code, as a table with links."
     rows = []
-    for r in readtable_text(path):
+    for r in read_table(path):
         function = r["function"].removeprefix("faces2voices.")
         link = f"{r['notebook']}.ipynb#{anchor(r['heading'])}"
         where = f"[{r['heading']}]({link})"
