@@ -616,7 +616,7 @@ def metric_range(
 
 _TICKS = {(0, 1): (0, 0.5, 1), (1, 5): (1, 3, 5)}
 
-
+# %% ../nbs/engine/17_cards.ipynb #cbb91b4e
 def plot_scores(
     cards: dict,  # model → its card, or what has rows and errors as a card has
     names: list,  # metrics, one panel each

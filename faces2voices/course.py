@@ -636,7 +636,7 @@ def _marks(name, cells, attempts, handed, nbs, how, tick) -> list[Mark]:
             best.setdefault((student, e.name), Mark(student, name, e.name, False, why, 0.0))
     return list(best.values())
 
-
+# %% ../nbs/19_course.ipynb #f20a774b
 def _goodness(mark: Mark) -> int:
     "Passed is better than not judged, and that than failed."
     return [False, None, True].index(mark.passed)
