@@ -617,6 +617,13 @@ def metric_range(
 _TICKS = {(0, 1): (0, 0.5, 1), (1, 5): (1, 3, 5)}
 
 # %% ../nbs/engine/17_cards.ipynb #cbb91b4e
+def _set_range(ax, limits: tuple, drawn: list):
+    "Begin and end the lower axis where the metric does."
+    ax.set_xlim(limits[0], limits[1] or 1.1 * max([*drawn, 1e-9]))
+    if limits in _TICKS:
+        ax.set_xticks(_TICKS[limits], map(str, _TICKS[limits]))
+
+# %% ../nbs/engine/17_cards.ipynb #d6331551
 def plot_scores(
     cards: dict,  # model → its card, or what has rows and errors as a card has
     names: list,  # metrics, one panel each
@@ -641,10 +648,7 @@ def plot_scores(
             style = dict(fmt="o", ms=5, color=PALETTE[i], capsize=2, label=model, clip_on=False)
             ax.errorbar(list(here.values()), heights, xerr=errors, **style)
             drawn += here.values()
-        low, high = metric_range(name, drawn)
-        ax.set_xlim(low, high or 1.1 * max([*drawn, 1e-9]))
-        if (low, high) in _TICKS:
-            ax.set_xticks(_TICKS[low, high], map(str, _TICKS[low, high]))
+        _set_range(ax, metric_range(name, drawn), drawn)
         arrow = "higher" if SIGNS[name] > 0 else "lower"
         ax.set_title("\n".join(textwrap.wrap(name, 18)), fontsize=10)
         ax.set_xlabel(f"{arrow} is better", fontsize=9)
