@@ -37,7 +37,7 @@ from .hierarchy import envelope_match
 from .preparing import TensorStore, fingerprint
 from .synthesis import FacesToVoices
 from .training import fit
-from .evaluation import correlation
+from .measures import correlation
 from .studies import clips_with_targets, score_mu, split_with_sound
 from faces2voices.variants import (
     MEL_LOSSES,

@@ -13,7 +13,7 @@ from .errors import CheckpointError
 from .figures import BLUE, markdown_table, show
 from .statistics import t_interval
 from .storage import WEIGHTS_DIR
-from .evaluation import command_text, score_text, show_card
+from .cards import command_text, score_text, show_card
 from .studies import RESULTS
 
 # %% ../nbs/18_experiments.ipynb #08864caa

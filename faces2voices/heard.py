@@ -24,7 +24,7 @@ from .corpora import Clip, collate
 from .decoder import Decoder
 from .synthesis import FacesToVoices
 from .training import DecoderExample, decoder_batches, fit
-from .evaluation import METRICS, find_recognisers, unavailable_metrics
+from .cards import METRICS, find_recognisers, unavailable_metrics
 from .studies import speak_mel
 from .sweeps import score_sound
 from .variants import VARIANTS

@@ -90,15 +90,9 @@ from faces2voices.judges import (
     pocketsphinx_recogniser,
     word_errors,
 )
-from faces2voices.evaluation import (
-    correlation,
-    mean_f0,
-    measure_shifts,
-    pool_values,
-    speech_frames,
-    stoi,
-    unit_accuracy,
-)
+from .measures import correlation, mean_f0, unit_accuracy
+from .cards import pool_values
+from .evaluation import measure_shifts, speech_frames, stoi
 
 # %% ../nbs/engine/18_studies.ipynb #af897d43
 RESULTS = WEIGHTS_DIR.parents[1] / "nbs" / "results"  # of a checkout

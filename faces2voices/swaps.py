@@ -16,7 +16,9 @@ from .statistics import bootstrap_interval, equivalence
 from .core import whole_seed
 from .corpora import Clip, ClipDataset
 from .synthesis import FacesToVoices
-from .evaluation import Sound, correlation, find_recognisers, unavailable_metrics
+from .cards import find_recognisers, unavailable_metrics
+from .evaluation import Sound
+from .measures import correlation
 from .judges import word_errors
 
 # %% ../nbs/engine/18_swaps.ipynb #6b1e0006

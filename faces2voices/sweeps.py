@@ -17,13 +17,8 @@ from .corpora import ClipDataset
 from .core import whole_seed
 from .draws import DrawSetting, make_draws, predict_clip, training_spectrum
 from .errors import CorpusError
-from faces2voices.evaluation import (
-    METRICS,
-    MetricInput,
-    Sound,
-    find_recognisers,
-    unavailable_metrics,
-)
+from .cards import METRICS, find_recognisers, unavailable_metrics
+from .evaluation import MetricInput, Sound
 from .figures import markdown_table
 from .soundfiles import save_wav
 from .statistics import holm, paired_difference

@@ -28,8 +28,16 @@ from faces2voices.grading import Grading, LessonProcess
 from faces2voices.notebooks import read_notebook, source
 from faces2voices.sandbox import Sandbox, choose_sandbox, confine
 from faces2voices.submissions import answers_in, collect
-from faces2voices.course import (
+from faces2voices import course_commands, tables
+from faces2voices.tables import (
     ERRORS,
+    collect_errors,
+    errors_markdown,
+    read_table,
+    rooms_markdown,
+    traceability_markdown,
+)
+from faces2voices.course import (
     exercises,
     grade,
     is_hidden,
@@ -37,18 +45,13 @@ from faces2voices.course import (
     is_variants,
     leaks,
     lessons,
-    collect_errors,
     drawn_variant,
-    read_table,
-    rooms_markdown,
     write_student_edition,
     strings_in,
     write_teacher_edition,
     teacher_notes,
-    traceability_markdown,
     varied_cells,
     variants_of,
-    errors_markdown,
     exercises_markdown,
 )
 
@@ -711,7 +714,7 @@ def toy_lessons(folder):
 
 
 def run_course(*words):
-    return CliRunner().invoke(course.course_app, list(map(str, words)))
+    return CliRunner().invoke(course_commands.course_app, list(map(str, words)))
 
 
 def test_the_whole_cycle(tmp_path):
@@ -907,7 +910,7 @@ def f(path, n):
         raise bad('end')
     raise NoFaceError(path, 'no face' if n else f'no {n}', cure)
 """).body[0]
-    assert sorted(entry[:3] for entry in course._errors_in(block, "m.f")) == [
+    assert sorted(entry[:3] for entry in tables._errors_in(block, "m.f")) == [
         ("CorpusError", "end of …", ""),
         ("MediaError", "line … is short", "Make it longer"),
         ("NoFaceError", "no face / no …", "Play it / Stop it"),

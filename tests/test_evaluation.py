@@ -15,10 +15,12 @@ import torch.nn.functional as F
 import torchaudio
 from faces2voices import (
     bench as be,
+    cards as ca,
     evaluation as ev,
     experiments as ex,
     judges as ju,
     listening as li,
+    measures as me,
     studies as st,
 )
 from faces2voices.audio import MEL, energy, pitch, vowel
@@ -82,9 +84,9 @@ def test_pitch_scores():
     f0 = 5 + 0.2 * torch.sin(torch.arange(60) / 7.0)
     a, b = (f0, torch.ones(60)), (f0 + math.log(2) / 12, (torch.arange(60) < 40).float())
     assert math.isclose(ev.f0_error(b, a), 100, rel_tol=1e-3)
-    assert len(ev.both_voiced(a, b)[0]) == 40 and ev.correlation(*ev.both_voiced(a, b)) > 0.9999
-    assert math.isclose(ev.mean_f0(b), (b[0][:40]).mean().item(), rel_tol=1e-6)
-    assert math.isnan(ev.mean_f0((f0, torch.zeros(60))))
+    assert len(me.both_voiced(a, b)[0]) == 40 and me.correlation(*me.both_voiced(a, b)) > 0.9999
+    assert math.isclose(me.mean_f0(b), (b[0][:40]).mean().item(), rel_tol=1e-6)
+    assert math.isnan(me.mean_f0((f0, torch.zeros(60))))
 
 
 def low_pass(wav, hz):
@@ -140,7 +142,7 @@ def damaged(spoken):
 
 @pytest.mark.parametrize("metric", HEARS)
 def test_perfect_is_best_and_known_damage_is_heard_step_by_step(metric, spoken, damaged, model):
-    m = next(m for m in ev.METRICS if m.name == metric)
+    m = next(m for m in ca.METRICS if m.name == metric)
     if m.needs:
         pytest.importorskip(m.needs)
     text = spoken[0]
@@ -152,7 +154,7 @@ def test_perfect_is_best_and_known_damage_is_heard_step_by_step(metric, spoken, 
 
     def score(sound, truth):
         x = ev.MetricInput(sound, truth, text, model, recognisers)
-        return float(np.ravel(m.measure(x))[0])
+        return float(np.ravel(ev.MEASURES[metric](x))[0])
 
     def scores(sounds):
         return [score(sound, sounds[0]) for sound in sounds]
@@ -176,10 +178,10 @@ def test_correlation_agrees_with_its_definition():
     x, y = np.random.default_rng(0).normal(size=(2, 50))
     y = y + x
     want = ((x - x.mean()) * (y - y.mean())).mean() / (x.std() * y.std())
-    assert math.isclose(ev.correlation(x, y), want, rel_tol=1e-9) and math.isclose(
-        ev.correlation(x, -2 * x), -1, rel_tol=1e-9
+    assert math.isclose(me.correlation(x, y), want, rel_tol=1e-9) and math.isclose(
+        me.correlation(x, -2 * x), -1, rel_tol=1e-9
     )
-    assert math.isnan(ev.correlation(x, 0 * x)) and math.isnan(ev.correlation([1, 2], [1, 2]))
+    assert math.isnan(me.correlation(x, 0 * x)) and math.isnan(me.correlation([1, 2], [1, 2]))
 
 
 def test_energy_ignores_gain_and_silence(voice):
@@ -230,7 +232,7 @@ def test_pocketsphinx_hears_the_world_and_remembers_nothing():
 
 def test_the_error_of_a_mean_on_a_card_is_its_standard_error():
     v = np.random.default_rng(1).normal(size=(400, 1))
-    rows, errors, intervals = ev.pool_values(
+    rows, errors, intervals = ca.pool_values(
         {
             ("original", "STOI"): dict(enumerate(v)),
             ("original", "ESTOI"): {"c": np.array([0.5])},
@@ -395,7 +397,7 @@ def test_what_has_no_package_says_where_it_comes_from(monkeypatch):
     with pytest.raises(ToolMissingError, match="F2V_UTMOS"):
         ju.utmos(torch.zeros(16000))
     with pytest.raises(ToolMissingError, match="coloured face crops"):
-        ev.no_syncnet(None)
+        ju.no_syncnet(None)
 
 
 def test_a_clone_named_like_the_package_of_dnsmos_leaves_it_alone(tmp_path, monkeypatch):
@@ -436,17 +438,17 @@ def test_clips_that_were_trained_on_are_left_out():
         entry("c", "s2", "x", "test"),
         entry("d", "s2", "z", "test"),
     ]
-    kept, out = ev.unseen_clips(entries)
+    kept, out = ca.unseen_clips(entries)
     assert [e.name for e in kept] == ["d"] and (
         out["sentence_trained_on"],
         out["face_trained_on"],
         out["faces_are_new"],
     ) == (1, 1, True)
-    kept, out = ev.unseen_clips(entries[:2])  # one speaker: the face cannot be new
+    kept, out = ca.unseen_clips(entries[:2])  # one speaker: the face cannot be new
     assert [e.name for e in kept] == ["b"] and not out["faces_are_new"]
-    assert len(ev.unseen_clips(entries, "train")[0]) == 1
+    assert len(ca.unseen_clips(entries, "train")[0]) == 1
     assert (
-        ev.unseen_clips(entries[2:])[1]["faces_are_new"] is None
+        ca.unseen_clips(entries[2:])[1]["faces_are_new"] is None
     )  # a manifest without training clips cannot tell
 
 
@@ -518,12 +520,12 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
     `original` is perfect, and absent tools are blanks with a reason."""
     pytest.importorskip("pystoi")
     quick = "", "librosa", "pesq", "pystoi"
-    monkeypatch.setattr(ev, "METRICS", [m for m in ev.METRICS if m.needs in quick])
-    monkeypatch.setattr(ev, "pocketsphinx_recogniser", lambda grammar: lambda wav: "")
+    monkeypatch.setattr(ca, "METRICS", [m for m in ca.METRICS if m.needs in quick])
+    monkeypatch.setattr(ca, "pocketsphinx_recogniser", lambda grammar: lambda wav: "")
     monkeypatch.setitem(sys.modules, "pesq", None)
     rows, errors, reasons = ev.score(model, clips[1:3], steps=1, guidance=1.0, seed=0)
     assert (
-        tuple(rows) == ev.CONDITIONS
+        tuple(rows) == ca.CONDITIONS
         and "pip install pesq" in reasons["PESQ"]
         and "PESQ" not in rows["original"]
     )
@@ -559,19 +561,19 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
         commit="abc1234",
         data={},
     )
-    shown = ev.show_card(json.loads(json.dumps(card)))
+    shown = ca.show_card(json.loads(json.dumps(card)))
     assert (
         len({line.count("|") for line in shown.splitlines() if line.startswith("|")}) == 1
         and "pip install pesq" in shown
     )
     assert "95 %" not in shown.split("\n- ")[0]  # a card of before the intervals
     limits = {"synthesised": {"MCD, dB": [1.25, 2.5]}}
-    assert "| 1.25 to 2.50 " in ev.show_card(card | dict(intervals=limits))
+    assert "| 1.25 to 2.50 " in ca.show_card(card | dict(intervals=limits))
 
 
 def test_each_metric_stands_in_one_table_of_the_card():
-    assert sorted(itertools.chain.from_iterable(ev.TABLES.values())) == sorted(
-        m.name for m in ev.METRICS
+    assert sorted(itertools.chain.from_iterable(ca.TABLES.values())) == sorted(
+        m.name for m in ca.METRICS
     )
 
 
@@ -586,7 +588,7 @@ def test_beginnings_that_were_trained_on_are_told_apart():
         },
         ("original", "ESTOI"): {"c0": np.array([1.0])},
     }
-    found = ev.by_beginning(values, clips, {"bin blue at f"})
+    found = ca.by_beginning(values, clips, {"bin blue at f"})
     assert (
         found["trained on"]["clips"] == 2
         and found["new"]["clips"] == 1
@@ -599,7 +601,7 @@ def test_beginnings_that_were_trained_on_are_told_apart():
         and math.isclose(high, 2 / 6, abs_tol=1e-4)
         and found["new"]["WER"]["original"] == [1, None, None]
     )
-    lines = ev.beginnings_text(dict(by_beginning=json.loads(json.dumps(found))))
+    lines = ca.beginnings_text(dict(by_beginning=json.loads(json.dumps(found))))
     assert (
         "the 2 clips" in lines[0]
         and "original 25.0 % [16.7, 33.3]" in lines[0]
@@ -607,8 +609,8 @@ def test_beginnings_that_were_trained_on_are_told_apart():
     )
     assert "original 100.0 %" in lines[1] and "[" not in lines[1]  # one clip has no interval
     assert (
-        ev.beginnings_text({}) == []
-        and ev.beginnings_text(dict(by_beginning=ev.by_beginning(values, clips, set()))) == []
+        ca.beginnings_text({}) == []
+        and ca.beginnings_text(dict(by_beginning=ca.by_beginning(values, clips, set()))) == []
     )
 
 
@@ -621,19 +623,19 @@ def test_every_speaker_gets_numbers_and_from_ten_clips_on_their_errors():
         ("synthesised", "WER"): {c.name: np.array([i % 4, 6]) for i, c in enumerate(clips)},
         ("original", "ESTOI"): {"few2": np.array([1.0])},
     }
-    found = json.loads(json.dumps(ev.by_speaker(values, clips)))
+    found = json.loads(json.dumps(ca.by_speaker(values, clips)))
     assert {who: of["clips"] for who, of in found.items()} == people
     assert found["many"]["rows"] == {"synthesised": {"WER": round(13 / 60, 5)}}
     low, high = found["many"]["intervals"]["synthesised"]["WER"]
     assert low < 13 / 60 < high and found["many"]["errors"]["synthesised"]["WER"] > 0
     assert all(found[who]["errors"] == found[who]["intervals"] == {} for who in ("few", "one"))
-    lines = ev.speakers_table(dict(by_speaker=found)).strip().splitlines()
+    lines = ca.speakers_table(dict(by_speaker=found)).strip().splitlines()
     assert "WER ↓" in lines[0] and "ESTOI" not in lines[0] and len(lines) == 2 + len(people)
     of = {line.split("|")[1].strip(): line for line in lines}
     assert "21.7 ± " in of["many"] and "±" not in of["few"] + of["one"] and "| 3 " in of["few"]
     assert (
-        ev.by_speaker(values, clips[:10]) == {}
-        and ev.speakers_table({}) == ev.speakers_table(dict(by_speaker={})) == ""
+        ca.by_speaker(values, clips[:10]) == {}
+        and ca.speakers_table({}) == ca.speakers_table(dict(by_speaker={})) == ""
     )
 
 
@@ -643,7 +645,7 @@ def test_cards_of_before_are_still_shown():
         pytest.skip("no card of GRID is stored")
     del card["reasons"], card["errors"]
     card.pop("by_beginning", None)
-    shown = ev.show_card(
+    shown = ca.show_card(
         card | dict(reasons={"LSE-C": "no SyncNet", "LSE-D": "no SyncNet"}, errors={})
     )
     assert "blank: LSE-C, LSE-D, because no SyncNet" in shown and any(
@@ -834,8 +836,8 @@ def test_the_aligned_measures_are_the_plain_ones_of_the_moved_sound(spoken):
     pytest.importorskip("pystoi")
     pytest.importorskip("librosa")
     wav = spoken[1]
-    known = {m.name: m for m in ev.METRICS}
-    timed = [known[name] for name in ev.TIMED if name != "PESQ"]
+    known = {m.name: m for m in ca.METRICS}
+    timed = [known[name] for name in ca.TIMED if name != "PESQ"]
     late = ev.MetricInput(
         ev.Sound(noisy(ev.shift_sound(wav, 240), 15)), ev.Sound(wav), "", None, {}
     )
@@ -857,7 +859,7 @@ def test_time_alone_costs_estoi_and_no_words(spoken):
     pytest.importorskip("librosa")
     text, wav = spoken
     values = ev.measure_shifts({"a": (wav, text)}, lambda wav: text, (0, 10, 40))
-    rows = ev.pool_values(values).rows
+    rows = ca.pool_values(values).rows
     assert list(rows) == [0, 10, 40] and all(r["WER"] == 0 for r in rows.values())
     assert rows[0]["ESTOI"] > 0.999 > rows[10]["ESTOI"] > rows[40]["ESTOI"]
     assert rows[0]["MCD, dB"] < rows[10]["MCD, dB"] < rows[40]["MCD, dB"]
@@ -896,7 +898,7 @@ def tune(hz, voiced=20):
 def test_the_sex_of_a_voice_is_the_originals_side_of_the_boundary():
     man, deep, woman, high = (tune(hz) for hz in (110.0, 90.0, 180.0, 260.0))
     silent = tune(110.0, voiced=0)
-    right = ev.same_sex_of_voice
+    right = me.same_sex_of_voice
     assert right(man, deep) == right(woman, high) == right(high, woman) == 1
     assert right(man, woman) == right(high, deep) == 0
     assert right(silent, man) == right(silent, woman) == 0  # no pitch is no right pitch
@@ -904,13 +906,13 @@ def test_the_sex_of_a_voice_is_the_originals_side_of_the_boundary():
 
 
 def test_the_pitch_level_is_a_median_and_its_error_is_in_cents():
-    assert math.isclose(ev.median_f0(tune(110.0)), 110, rel_tol=1e-5)
+    assert math.isclose(me.median_f0(tune(110.0)), 110, rel_tol=1e-5)
     up = 110 * 2 ** (300 / 1200)
     for a, b in ((110.0, up), (up, 110.0)):
-        assert math.isclose(ev.pitch_level_error(tune(a), tune(b)), 300, rel_tol=1e-4)
-    assert ev.pitch_level_error(tune(110.0), tune(110.0)) == 0
+        assert math.isclose(me.pitch_level_error(tune(a), tune(b)), 300, rel_tol=1e-4)
+    assert me.pitch_level_error(tune(110.0), tune(110.0)) == 0
     for a, b in ((tune(110.0, 0), tune(110.0)), (tune(110.0), tune(110.0, 0))):
-        assert math.isnan(ev.pitch_level_error(a, b))
+        assert math.isnan(me.pitch_level_error(a, b))
 
 
 def test_silence_gains_nothing_on_the_card():
@@ -923,14 +925,14 @@ def test_silence_gains_nothing_on_the_card():
             c: np.array([x]) for c, x in zip("abcd", (100.0, 200.0, 900.0, np.nan))
         },
     }
-    pooled = ev.pool_values(values)
+    pooled = ca.pool_values(values)
     card = dict(rows=pooled.rows, errors={}, intervals=pooled.intervals)
-    assert ev.score_text(card, "synthesised", "sex of the voice right") == "75.0 %"
-    assert ev.score_text(card, "synthesised", "median pitch error, cents") == "200"
-    assert ev.interval_text(card, "synthesised", "median pitch error, cents") == "100 to 900"
-    assert ev.interval_text(card, "synthesised", "sex of the voice right").endswith("100.0 %")
+    assert ca.score_text(card, "synthesised", "sex of the voice right") == "75.0 %"
+    assert ca.score_text(card, "synthesised", "median pitch error, cents") == "200"
+    assert ca.interval_text(card, "synthesised", "median pitch error, cents") == "100 to 900"
+    assert ca.interval_text(card, "synthesised", "sex of the voice right").endswith("100.0 %")
     assert (
-        ev.interval_text(card, "original", "WER") == ev.interval_text({}, "original", "WER") == ""
+        ca.interval_text(card, "original", "WER") == ca.interval_text({}, "original", "WER") == ""
     )
 
 
@@ -944,10 +946,10 @@ def test_people_who_are_all_new_are_judged_on_all_that_is_new():
         entry("e", "s11", "x1", "unseen"),
         entry("f", "s11", "w", "unseen"),
     ]
-    kept, out = ev.unseen_clips(entries, "unseen")
+    kept, out = ca.unseen_clips(entries, "unseen")
     assert [e.name for e in kept] == ["d", "f"] and out["faces_are_new"] is True
     assert (out["of_split"], out["sentence_trained_on"], out["face_trained_on"]) == (3, 1, 0)
-    kept, out = ev.unseen_clips(entries, "test")
+    kept, out = ca.unseen_clips(entries, "test")
     assert [e.name for e in kept] == ["b"] and out["faces_are_new"] is False
 
 
@@ -959,7 +961,7 @@ def test_of_the_people_of_many_tsv_no_clip_is_left_out(shared):
         who, name, split, _ = line.split("\t")
         entries.append(entry(f"{who}_{name}", who, grid_text(name), split))
     for split, n, new in (("test", 63, False), ("unseen", 34, True)):
-        kept, out = ev.unseen_clips(entries, split)
+        kept, out = ca.unseen_clips(entries, split)
         assert len(kept) == out["of_split"] == n and out["faces_are_new"] is new
         assert out["sentence_trained_on"] == 0
 
@@ -968,9 +970,9 @@ def test_distillmos_is_a_column_that_says_why_it_is_blank(clips, model, monkeypa
     def absent(wav):
         raise ToolMissingError("distillmos", "is not installed", "pip install distillmos")
 
-    mos = next(m for m in ev.METRICS if m.name == "DistillMOS")
-    monkeypatch.setattr(ev, "METRICS", [mos])
-    monkeypatch.setattr(ev, "pocketsphinx_recogniser", lambda grammar: lambda wav: "")
+    mos = next(m for m in ca.METRICS if m.name == "DistillMOS")
+    monkeypatch.setattr(ca, "METRICS", [mos])
+    monkeypatch.setattr(ca, "pocketsphinx_recogniser", lambda grammar: lambda wav: "")
     monkeypatch.setattr(ev, "distillmos", absent)
     rows, _, reasons = ev.score(model, clips[:2], steps=1, guidance=1.0, seed=0)
     assert rows == {} and "pip install distillmos" in reasons["DistillMOS"]
@@ -997,10 +999,10 @@ def test_claims_are_paired_over_the_clips():
     claim = "with another face, the voice is less the clip's own"
 
     def holds(v):
-        pooled = ev.pool_values(v)
+        pooled = ca.pool_values(v)
         card = dict(rows=pooled.rows, errors=pooled.errors)
         paired = dict(claims=json.loads(json.dumps(ev.paired_claims(v))))
-        return [dict((c, h) for c, h, _ in ev.claims(x))[claim] for x in (card, card | paired)]
+        return [dict((c, h) for c, h, _ in ca.claims(x))[claim] for x in (card, card | paired)]
 
     assert holds(values(better, easy)) == [False, True]
     assert holds(values(easy, better)) == [False, False]
@@ -1026,7 +1028,7 @@ def test_claims_need_two_standard_errors():
         return dict(rows={"wrong face": rows}, errors={"wrong face": errors})
 
     def verdict(*numbers):
-        return {claim: holds for claim, holds, _ in ev.claims(card(*numbers))}
+        return {claim: holds for claim, holds, _ in ca.claims(card(*numbers))}
 
     name = "with another face, mean pitch follows the borrowed face"
     assert (
@@ -1038,14 +1040,14 @@ def test_claims_need_two_standard_errors():
     lips = dict(
         rows={"wrong lips": {"WER of the borrowed lips": 0.1, "WER": 0.9}}, errors={}
     )  # lower is better
-    assert ev.claims(lips)[0][1] is True
+    assert ca.claims(lips)[0][1] is True
 
 
 def test_a_corpus_of_known_sentences_is_an_error(tmp_path):
     entries = [entry("a", "s", "x", "train"), entry("b", "s", "x", "test")]
     write_manifest(entries, tmp_path / "manifest.jsonl")
     with pytest.raises(CorpusError, match="not trained on"):
-        ev.test_clips(tmp_path)
+        ca.test_clips(tmp_path)
 
 
 def test_a_perfect_mu_is_judged_perfect(clips, model):
@@ -1115,7 +1117,7 @@ def test_an_independent_judge_hears_who_speaks(shared):
 
 
 def test_all_splits_leave_out_what_was_trained_on(tmp_path):
-    kept, left_out = ev.unseen_clips(
+    kept, left_out = ca.unseen_clips(
         [
             entry("a", "s", "x", "train"),
             entry("b", "t", "y", ""),
@@ -1129,5 +1131,5 @@ def test_all_splits_leave_out_what_was_trained_on(tmp_path):
         and left_out["faces_are_new"]
         and left_out["sentence_trained_on"] == 2
     )
-    kept, left_out = ev.unseen_clips([entry("a", "s", "x", ""), entry("b", "t", "y", "")], None)
+    kept, left_out = ca.unseen_clips([entry("a", "s", "x", ""), entry("b", "t", "y", "")], None)
     assert [e.name for e in kept] == ["a", "b"] and left_out["faces_are_new"] is None

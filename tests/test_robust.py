@@ -662,7 +662,7 @@ def test_seeds_of_any_library(f2v, clip):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_limits_that_leave_no_clip(prepared, limit):
-    from faces2voices.evaluation import test_clips
+    from faces2voices.cards import test_clips
 
     assert run("evaluate", prepared, "--limit", limit).exit_code == 2
     with pytest.raises(CorpusError, match=f"{limit} clips"):

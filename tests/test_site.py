@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import pytest
 import yaml
-from faces2voices.course import anchor
+from faces2voices.tables import anchor
 from nbdev.config import get_config
 from PIL import Image
 from make_site import OPEN_LINES, blocks, code_of, documented, joined, mend_page, statements
