@@ -25,7 +25,7 @@ from .decoder import Decoder
 from .synthesis import FacesToVoices
 from .training import DecoderExample, decoder_batches, fit
 from .cards import METRICS, find_recognisers, unavailable_metrics
-from .studies import speak_mel
+from .studies import vocode_mel
 from .sweeps import score_sound
 from .variants import VARIANTS
 from faces2voices.ablation import (
@@ -144,7 +144,7 @@ def speak_run(
         speaker = _speaker(out, seen)[None]
         how = dict(steps=HEARD_STEPS, temperature=TEMPERATURE)
         mel = decoder.sample(out.mu, speaker=speaker, **how)
-    return speak_mel(vocoder, mel[0], *ear.tune(out.mu[0]))
+    return vocode_mel(vocoder, mel[0], *ear.tune(out.mu[0]))
 
 # %% ../nbs/engine/18_heard.ipynb #62e0011a
 HEARD = "whole", "no-timbre", "no-prosody", "flat", "flat-targets", "parallel-targets"
@@ -215,7 +215,7 @@ def hear_run(
 def hear_bounds(hall: Hall) -> dict:  # name → metric → a number a clip
     "The recordings, and their mels by the same ear and vocoder: no variant can do better."
     copies = [
-        speak_mel(hall.judge.vocoder, clip.mel, *hall.ear.tune(clip.mel)) for clip in hall.clips
+        vocode_mel(hall.judge.vocoder, clip.mel, *hall.ear.tune(clip.mel)) for clip in hall.clips
     ]
     return {
         "recording": clip_columns([hall.score(clip.wav, clip) for clip in hall.clips]),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'MU_MEASURES', 'CONTENT_MEASURES', 'CLIP_METRICS', 'PROBES', 'STAGE_GOALS', 'GIVEN_TRUTHS', 'SYNC_MEASURES',
-           'STRANGER_MEASURES', 'COPY_MEASURES', 'COPY_PAIRS', 'speak_mel', 'preset_for', 'loudness', 'score_mu',
+           'STRANGER_MEASURES', 'COPY_MEASURES', 'COPY_PAIRS', 'vocode_mel', 'preset_for', 'loudness', 'score_mu',
            'evaluate_mu', 'evaluate_variant', 'SharedTargets', 'clips_with_targets', 'split_with_sound',
            'lip_features_and_units', 'evaluate_content', 'recorded_gain', 'masked_ce_study', 'plot_masked_ce',
            'EnrolledTalkers', 'enroll_talkers', 'retrieval_scores', 'search_voices', 'link_study', 'unseen_entries',
@@ -101,7 +101,7 @@ if not RESULTS.is_dir():
 
 # %% ../nbs/engine/18_studies.ipynb #5e1e0001
 @torch.no_grad()
-def speak_mel(
+def vocode_mel(
     vocoder,
     mel,  # (80, 4T) normalised
     log_f0,  # (2T,) ln Hz
@@ -1050,7 +1050,7 @@ def score_out_of_step(
     b = collate(truths[:1])
     out = hierarchy(*hierarchy.inputs(b))
     log_f0, voiced = out.prosody.log_f0[0], out.prosody.voiced_logit[0].sigmoid().round()
-    wav = speak_mel(vocoder, out.mu[0], log_f0, voiced)
+    wav = vocode_mel(vocoder, out.mu[0], log_f0, voiced)
     said = {}
     if recognise:
         errors, words = word_errors(truths[0].text, recognise(wav))

@@ -126,7 +126,7 @@ def swap_changes(
             changed[condition, k] = bootstrap_interval(gap[np.isfinite(gap)])
     return changed
 
-
+# %% ../nbs/engine/18_swaps.ipynb #6b1e0013
 def show_swaps(
     found: dict,  # from `swap_study`
 ) -> str:  # Markdown

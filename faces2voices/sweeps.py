@@ -22,7 +22,7 @@ from .evaluation import MetricInput, Sound
 from .figures import markdown_table
 from .soundfiles import save_wav
 from .statistics import holm, paired_difference
-from .studies import speak_mel
+from .studies import vocode_mel
 from .synthesis import FacesToVoices
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0006
@@ -45,10 +45,10 @@ def ways_to_speak(
     yield "recording", clip.wav
     for name, made in make_draws(model, known, settings, spectrum, 1, seed):
         if name == "truth":
-            wav = speak_mel(model.vocoder, made[0], clip.log_f0, clip.voiced)
+            wav = vocode_mel(model.vocoder, made[0], clip.log_f0, clip.voiced)
             yield "its mel, by the vocoder", wav
         else:
-            yield name, speak_mel(model.vocoder, made[0], known.log_f0, known.voiced)
+            yield name, vocode_mel(model.vocoder, made[0], known.log_f0, known.voiced)
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0008
 SWEEP_METRICS = ("WER", "WER, CTC", "ESTOI", "F0 contour, r", "energy, r", "DNSMOS OVRL")

@@ -29,7 +29,7 @@ class Said(torch.nn.Module):
 
 def test_no_variant_gains_by_contours_that_it_predicts(seen, monkeypatch):
     spoken = []
-    monkeypatch.setattr(heard, "speak_mel", lambda *told: spoken.append(told) or torch.zeros(640))
+    monkeypatch.setattr(heard, "vocode_mel", lambda *told: spoken.append(told) or torch.zeros(640))
     clip = seen.splits["test"][0]
     mu = torch.randn(1, *clip.mel.shape)
     ear = heard.make_ear(seen.splits["train"])

@@ -39,7 +39,7 @@ def test_every_row_goes_through_one_vocoder_at_its_own_pitch(talkers, clip, monk
         spoken.append((mel, log_f0, voiced))
         return torch.zeros(640)
 
-    monkeypatch.setattr(sweeps, "speak_mel", speak)
+    monkeypatch.setattr(sweeps, "vocode_mel", speak)
     spectrum = torch.full((80, 129), 0.04)
     few = [DrawSetting(2, temperature=0.3)]
     rows = dict(sweeps.ways_to_speak(talkers, clip, few, spectrum, 0))
