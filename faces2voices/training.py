@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PREPARED_SHARE', 'READER_BATCH', 'READER_RATE', 'SEGMENT_COLUMNS', 'PLAIN_SHARE', 'shuffled', 'schedule', 'EMA',
-           'loss_terms', 'TrainConfig', 'Learner', 'broadcast_weights', 'fit', 'Trainer', 'show_history', 'train_units',
-           'fit_eigenlips', 'fit_reader', 'pretrain_reader', 'fit_hierarchy', 'train_hierarchy', 'decoder_batches',
-           'decoder_loss', 'train_decoder', 'train_vocoder', 'train_model_vocoder', 'train_system', 'adapt']
+           'loss_terms', 'TrainConfig', 'Learner', 'fit', 'Trainer', 'show_history', 'train_units', 'fit_eigenlips',
+           'fit_reader', 'pretrain_reader', 'fit_hierarchy', 'train_hierarchy', 'decoder_batches', 'decoder_loss',
+           'train_decoder', 'train_vocoder', 'train_model_vocoder', 'train_system', 'adapt']
 
 # %% ../nbs/16_training.ipynb #787aaa54
 import json
@@ -155,12 +155,28 @@ class Learner:
         self.opt = torch.optim.AdamW(self.params, lr, betas=betas)
         self.ema = EMA(module, ema)
 
-# %% ../nbs/16_training.ipynb #7d3b5e90
-@torch.no_grad()
-def broadcast_weights(module, accelerator):
-    "Give every process the main process's parameters and buffers."
-    if accelerator.num_processes > 1:
-        broadcast([x.data for x in (*module.parameters(), *module.buffers())])
+# %% ../nbs/16_training.ipynb #df32cf77
+@patch
+def backward(
+    self: Learner,
+    step: int,
+    batches: list,  # of the step
+    config: TrainConfig,
+) -> dict:  # detached mean losses by name
+    """The gradient of the mean loss over some batches, one in memory at a time.
+
+    The number of a batch seeds what is drawn for it: dropout, the times of the flow, its noise.
+    """
+    self.opt.zero_grad()
+    found = []
+    for k, batch in enumerate(batches):
+        number = batch_number(step, k, len(batches), self.accelerator)
+        seed_everything(config.seed * 1_000_003 + number)
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=config.bf16):
+            losses = loss_terms(self.loss_fn(batch))
+        (losses["total"] / len(batches)).backward()
+        found.append({k: v.detach().float() for k, v in losses.items()})
+    return {k: torch.stack([f[k] for f in found]).mean() for k in found[0]}
 
 
 @patch
