@@ -201,15 +201,6 @@ def step(
     self.ema.update(self.module, step)
     return losses
 
-
-def _describe_failure(step: int, batches: list, losses: dict) -> str:
-    "What went wrong, among which clips."
-    values = ", ".join(f"{k} {float(v):.4g}" for k, v in losses.items())
-    names = []
-    for batch in batches:
-        names += getattr(batch, "names", [])
-    return f"step {step}: a loss or its gradient is not finite ({values}); batch: {names}"
-
 # %% ../nbs/16_training.ipynb #b3c2c1eb
 @patch
 def freeze(self: Learner, frozen: bool = True):
@@ -230,6 +221,15 @@ def load_state_dict(self: Learner, state: dict):
     self.module.load_state_dict(state["module"])
     self.ema.module.load_state_dict(state["ema"])
     self.opt.load_state_dict(state["opt"])
+
+
+def _describe_failure(step: int, batches: list, losses: dict) -> str:
+    "What went wrong, among which clips."
+    values = ", ".join(f"{k} {float(v):.4g}" for k, v in losses.items())
+    names = []
+    for batch in batches:
+        names += getattr(batch, "names", [])
+    return f"step {step}: a loss or its gradient is not finite ({values}); batch: {names}"
 
 # %% ../nbs/16_training.ipynb #1f66feef
 def fit(
