@@ -33,15 +33,9 @@ from faces2voices.vocoder import (
 from .storage import WEIGHTS_DIR
 from .synthesis import FacesToVoices
 from .runs import make_accelerator
-from faces2voices.training import (
-    PLAIN_SHARE,
-    SEGMENT_COLUMNS,
-    DecoderExample,
-    TrainConfig,
-    Trainer,
-    decoder_loss,
-    fit,
-)
+from .parts import DecoderExample
+from .processes import draw_ahead
+from .training import PLAIN_SHARE, SEGMENT_COLUMNS, decoder_loss, fit
 
 # %% ../nbs/engine/20_costs.ipynb #1be90d5f
 class LoaderSpeed(NamedTuple):
@@ -61,20 +55,9 @@ def _measure_loader(
     seed: int,
 ) -> LoaderSpeed:
     "Draw batches and do nothing with them; the start of the processes does not count."
-    config = TrainConfig(
-        steps=steps + 1,
-        warmup=1,
-        clip=1.0,
-        bf16=False,
-        accumulate=1,
-        log_every=1,
-        save_every=1.0,
-        seed=seed,
-    )
-    trainer = Trainer([], config, "supply", None, Accelerator(cpu=True))
     draw = batches(dataset, preset.batch["hierarchy"], seed, preset.vary)
     clips = 0
-    with trainer.prefetch(draw, workers) as coming:
+    with draw_ahead(draw, range(steps + 1), 1, Accelerator(cpu=True), workers) as coming:
         next(coming)
         began = time.perf_counter()
         for step in coming:

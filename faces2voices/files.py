@@ -21,7 +21,8 @@ from .manifests import download, file_checksum, unpack
 from .reading import shift_words
 from .report import report_section
 from .storage import first_line
-from .synthesis import FacesToVoices, peak_loudness
+from .synthesis import FacesToVoices
+from .doubts import peak_loudness
 
 # %% ../nbs/engine/20_files.ipynb #c5d16f6d
 class FileResult(NamedTuple):

@@ -137,7 +137,8 @@ def _pretrain(
 
     Example: `faces2voices pretrain landmarks prepared/grid -o runs/reader`"""
     from faces2voices.mouths import reader_sources
-    from faces2voices.training import pretrain_reader, reader_errors
+    from faces2voices.parts import reader_errors
+    from faces2voices.training import pretrain_reader
 
     landmarks, prepared = reader_sources(sources)
     run = make_folder(out)

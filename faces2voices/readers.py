@@ -17,7 +17,8 @@ from .lipreading import LipReader, load_reader, read_clips, wrong_words
 from .mouths import MouthClip, hold_gaps, pad_mouths, prepared_mouths
 from .readings import confusion_counts
 from .runs import claim
-from .training import READER_BATCH, READER_RATE, fit_reader, reader_corpora
+from .parts import reader_corpora
+from .training import READER_BATCH, READER_RATE, fit_reader
 
 # %% ../nbs/engine/18_readers.ipynb #a2ab407b
 class ReaderRun(NamedTuple):

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS_DIR', 'packaged_models', 'find_model', 'model_files', 'read_config', 'first_line', 'check_weights',
-           'load_weights', 'DiskBackedTensor', 'read_picture']
+           'load_weights', 'StoredModel', 'DiskBackedTensor', 'read_picture']
 
 # %% ../nbs/engine/15_storage.ipynb #7a1960e2
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from .errors import CheckpointError, F2VError, MediaError
-from .core import Preset
+from .core import Preset, pick_device
 from .media import MAX_PIXELS
+from .tracking import face_pack
 
 # %% ../nbs/engine/15_storage.ipynb #937f6c4c
 WEIGHTS_DIR = (
@@ -189,6 +193,105 @@ def load_weights(
             )
         state[name] = x.float() if x.is_floating_point() else x
     module.load_state_dict(state)
+
+# %% ../nbs/engine/15_storage.ipynb #572cb3e7
+class StoredModel(nn.Module, PyTorchModelHubMixin):
+    "A model of one preset that is written to a folder and read from one, or from a hub."
+
+    only_trains = ()  # names of weights that are not written begin with one of these
+
+    def __init__(self, preset: dict, info: dict = None):
+        super().__init__()
+        self.preset = Preset.from_json(preset)
+        self.info = info or {}
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @classmethod
+    def _stays_at_home(cls, name: str) -> bool:
+        return name.startswith(cls.only_trains)
+
+# %% ../nbs/engine/15_storage.ipynb #57f797ce
+@patch
+def _save_pretrained(self: StoredModel, save_directory):
+    "Half-precision weights of all that speaks; the mixin writes `config.json` beside them."
+    state = {}
+    for name, x in self.state_dict().items():
+        if not self._stays_at_home(name):
+            state[name] = (x.half() if x.is_floating_point() else x).contiguous()
+    save_file(state, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
+    config = dict(preset=self.preset.to_json(), info=self.info)
+    (Path(save_directory) / "config.json").write_text(json.dumps(config, indent=1))
+
+# %% ../nbs/engine/15_storage.ipynb #9513c7b2
+@patch(cls_method=True)
+def from_folder(
+    cls: StoredModel,
+    folder,  # a folder that holds config.json and model.safetensors
+) -> StoredModel:
+    "Build the model that a folder describes; CheckpointError says what is wrong with it."
+    config_file, weights = model_files(folder)
+    config = read_config(config_file)
+    try:
+        check_weights(weights, lambda: cls(**config), cls._stays_at_home)
+        model = cls(**config)
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as e:
+        raise CheckpointError(
+            folder,
+            f"cannot be read as a faces2voices model ({first_line(e)})",
+            "Was it written by another version, or cut short?",
+        ) from e
+    load_weights(model, weights, cls._stays_at_home)
+    return model.eval()
+
+# %% ../nbs/engine/15_storage.ipynb #f2688d95
+@patch(cls_method=True)
+def from_pretrained(
+    cls: StoredModel,
+    name: str = "talkers",  # `talkers`, `grid`, a folder, or a Hugging Face Hub id (`user/model`)
+    device: str = "auto",  # `auto`, `cpu`, `cuda`
+    faces=None,  # folder of insightface models, for real faces
+) -> StoredModel:
+    """A trained model: one of the package's own, one from a folder, or one from the Hub.
+
+    `faces` must hold models, if given.
+    """
+    folder = find_model(name)
+    if faces is not None:
+        face_pack(faces)
+    model = cls.from_folder(folder).to(pick_device(device))
+    model.faces_root = faces
+    return model
+
+# %% ../nbs/engine/15_storage.ipynb #19832613
+@patch
+@contextmanager
+def computing(self: StoredModel):
+    """Evaluation mode, no gradient and float32, whatever stands around.
+
+    Training mode comes back afterwards. CheckpointError where the weights are of another precision.
+    """
+    types = {p.dtype for p in self.parameters()} - {torch.float32}
+    if types:
+        raise CheckpointError(
+            "the model",
+            f"has weights in {types.pop()}, and computes in float32",
+            "Call f2v.float() first",
+        )
+    learning = [m for m in self.modules() if m.training]
+    self.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            yield
+    finally:
+        for m in learning:
+            m.training = True
 
 # %% ../nbs/engine/15_storage.ipynb #28336222
 class DiskBackedTensor:

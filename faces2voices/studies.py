@@ -80,7 +80,8 @@ from faces2voices.synchrony import (
     sound_offset,
     train_synchroniser,
 )
-from .training import fit_hierarchy, load_lip_encoder, shuffled, train_speaker
+from .parts import load_lip_encoder, train_speaker
+from .training import fit_hierarchy, shuffled
 from .sentences import grid_sentence
 from faces2voices.judges import (
     dnsmos,

@@ -18,6 +18,7 @@ from functools import partial
 from types import SimpleNamespace
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_impls import op_implementations_dict
 from torch.fx.experimental import _config as functorch_config
@@ -27,6 +28,7 @@ from faces2voices import (
     eigenlips,
     hierarchy,
     lipreading,
+    parts,
     runs,
     timbre,
     training,
@@ -144,7 +146,7 @@ def test_a_whole_training_stays_on_the_accelerator(preset, meta, monkeypatch, tm
     monkeypatch.setattr(training.Trainer, "save_checkpoint", lambda trainer: None)
     monkeypatch.setattr(training.Trainer, "save_average", lambda trainer: None)
     monkeypatch.setattr(training, "claim_run", lambda *a: None)  # no folder of clips is read
-    monkeypatch.setattr(training, "load_lip_encoder", lambda *a: None)  # no file of weights
+    monkeypatch.setattr(parts, "load_lip_encoder", lambda *a: None)  # no file of weights
     model = training.train_system(preset, tmp_path, "DATA")
     assert set(seen) == set(PARTS) - ({"locator"} if preset.face_backend != "locator" else set())
     assert all(devices == {meta} for devices in seen.values()), seen
@@ -215,7 +217,7 @@ def test_vocoders_and_critics_ask_for_one_device(preset, fake):
         [0.1 * torch.randn(20_000)] * 2, 2, generator.segment, contours=contours
     )(0)
     with fake:
-        b = training.send_to_device(b, torch.device("cuda"))
+        b = send_to_device(b, torch.device("cuda"))
         game = vocoder.AdversarialLosses(on_gpu(generator), on_gpu(critics), keep_stft=True)
         assert game.generator_loss(b)["total"].device.type == "cuda"
         assert game.discriminator_loss(b).device.type == "cuda"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
-from faces2voices import cli, files, reading as R, report, synthesis as S
+from faces2voices import cli, films, files, reading as R, report, synthesis as S
 from faces2voices.content import WORD_SMOOTHING, word_loss
 from faces2voices.core import TINY
 from faces2voices.corpora import Clip
@@ -35,7 +35,7 @@ def beliefs(labels, n: int = 1 + len(LETTERS)):
 def reader(monkeypatch):
     "A model of three words, which reads the word of a frame off the grey of its lips."
     for name, n in dict(WINDOW_FRAMES=50, CONTEXT_FRAMES=10, FADE_FRAMES=4).items():
-        monkeypatch.setattr(S, name, n)
+        monkeypatch.setattr(films, name, n)
     torch.manual_seed(0)
     model = S.FacesToVoices(replace(TINY, words=LETTERS, **SMALL).to_json())
     seen = {}

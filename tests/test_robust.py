@@ -393,9 +393,9 @@ def test_a_model_of_the_mesh_names_the_way_to_it(bare):
 
 def test_an_identity_of_another_model_is_no_identity(monkeypatch):
     "Numbers of a foreign recogniser are not read as this model's: the mean voice speaks."
-    from faces2voices import synthesis
+    from faces2voices.tracking import FaceBackend
 
-    class Foreign(synthesis.FaceBackend):
+    class Foreign(FaceBackend):
         name = "foreign"
 
         def identity(self, face):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faces2voices import files, report, synthesis as S
+from faces2voices import films, files, report, synthesis as S
 from faces2voices.soundfiles import load_audio, save_wav
 from faces2voices.audio import MEL, pitch
 from faces2voices.figures import players
@@ -42,7 +42,7 @@ def film(clip):
 def small(monkeypatch):
     "Windows of 6 seconds."
     for name, n in dict(WINDOW_FRAMES=150, CONTEXT_FRAMES=30).items():
-        monkeypatch.setattr(S, name, n)
+        monkeypatch.setattr(films, name, n)
 
 
 @pytest.mark.parametrize("T", [1, 499, 500, 501, 999, 45_000])
@@ -52,9 +52,9 @@ def test_windows_keep_every_frame_once(T):
     assert all(a.keep_stop == b.keep_start for a, b in zip(ws, ws[1:]))
     for w in ws:
         assert 0 <= w.start <= w.keep_start < w.keep_stop <= w.stop <= T
-        assert w.stop - w.start <= S.WINDOW_FRAMES
+        assert w.stop - w.start <= films.WINDOW_FRAMES
     for w in ws[1:]:
-        assert min(w.keep_start - w.start, S.CONTEXT_FRAMES) == S.CONTEXT_FRAMES
+        assert min(w.keep_start - w.start, films.CONTEXT_FRAMES) == films.CONTEXT_FRAMES
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -127,7 +127,7 @@ def test_the_words_of_a_reader_are_spoken(clip):
 def test_a_film_in_windows_is_near_the_whole(f2v, film, small, monkeypatch):
     parts = list(f2v.stream_clip(film))
     ours = S.Speech.join(parts)
-    monkeypatch.setattr(S, "WINDOW_FRAMES", 10**6)
+    monkeypatch.setattr(films, "WINDOW_FRAMES", 10**6)
     whole = f2v.synthesize_clip(film)
     assert len(parts) > 2 and len(ours.wav) == 640 * 300 == 160 * ours.mel.shape[1]
     assert (
@@ -314,9 +314,9 @@ FILM = '''
 import resource, sys, torch
 from dataclasses import replace
 from memory_of_long_video import Middle
-from faces2voices import files, synthesis as S, video as V
+from faces2voices import films, files, synthesis as S, video as V
 from faces2voices.core import TINY
-S.WINDOW_FRAMES, S.CONTEXT_FRAMES, S.FADE_FRAMES, V.KEEP_BYTES = 50, 10, 4, 0
+films.WINDOW_FRAMES, films.CONTEXT_FRAMES, films.FADE_FRAMES, V.KEEP_BYTES = 50, 10, 4, 0
 torch.manual_seed(0)
 small = dict(lip_width=8, dim=32, decoder_channels=(32, 32), vocoder_channels=32)
 model = S.FacesToVoices(replace(TINY, **small).to_json())

@@ -326,17 +326,17 @@ def test_ordinary_real_clips_raise_no_doubt(tmp_path, shared, mesh):
 def test_a_model_sees_the_kind_of_motion_that_it_knows(
     monkeypatch, there, size, trained_with, expected
 ):
-    from faces2voices import synthesis
+    from faces2voices import films
     from faces2voices.core import EIGENLIPS
 
-    class Named(synthesis.FaceBackend):
+    class Named(films.FaceBackend):
         def __init__(self, name, root=None):
             self.name = name
             self.finds_motion = name == "mediapipe"
             if name == "auto":
                 self.__init__("mediapipe" if "mediapipe" in there else "cascade")
 
-    monkeypatch.setattr(synthesis, "make_backend", Named)
-    monkeypatch.setattr(synthesis, "backends_at_hand", lambda root: there.split())
+    monkeypatch.setattr(films, "make_backend", Named)
+    monkeypatch.setattr(films, "backends_at_hand", lambda root: there.split())
     preset = replace(EIGENLIPS, expression_dim=size, face_backend=trained_with)
     assert FacesToVoices(preset.to_json()).face_backend.name == expected

@@ -21,6 +21,7 @@ from torch import nn
 from faces2voices.errors import CheckpointError, CorpusError, F2VError, ToolMissingError
 from faces2voices.core import PRESETS, test_same as same
 from faces2voices import costs, runs, training
+from faces2voices.processes import draw_ahead
 from faces2voices.runs import open_board, SampleLogger
 from faces2voices.training import (
     EMA,
@@ -256,8 +257,7 @@ def test_drawing_leaves_the_global_generator_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    config = training.TrainConfig(4, 1, 1.0, False, 1, 1, 1.0, 0)
-    with training.Trainer([], config, "x", None, Accelerator()).prefetch(batch_of, 0) as drawn:
+    with draw_ahead(batch_of, range(4), 1, Accelerator(), 0) as drawn:
         assert len(list(drawn)) == 4
     same(torch.rand(2), expected)
 
@@ -725,7 +725,7 @@ def test_a_vocoder_may_be_taken_with_its_speaker_encoder_or_alone(
 
     monkeypatch.setattr(training, "train_speaker", train_speaker)
     monkeypatch.setattr(training, "train_model_vocoder", train_model_vocoder)
-    for name in ("train_units", "train_hierarchy", "train_decoder", "claim_run", "_read_targets"):
+    for name in ("train_units", "train_hierarchy", "train_decoder", "claim_run", "read_targets"):
         monkeypatch.setattr(training, name, lambda *a: SimpleNamespace(add=lambda **kw: None))
     monkeypatch.setattr(training, "load_or_train", lambda run, name, module, step, only: step())
     monkeypatch.setattr(training, "training_clips", lambda *a: [])
