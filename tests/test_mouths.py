@@ -25,7 +25,8 @@ from faces2voices.mouths import (
     warp_time,
 )
 from faces2voices.readers import choose_clips, reader_runs, reader_study
-from faces2voices.training import pretrain_reader, reader_corpora, reader_errors
+from faces2voices.parts import reader_errors
+from faces2voices.training import pretrain_reader, reader_corpora
 
 REST = [[-20, 0], [20, 0], [0, -3], [0, 3], [0, 30], [8, -2], [-8, -2], [8, 2], [-8, 2]]
 WORDS = "bin", "blue", "at", "f", "two", "now"
