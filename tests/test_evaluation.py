@@ -571,6 +571,11 @@ def test_the_rows_of_a_score(clips, model, monkeypatch):
     assert "| 1.25 to 2.50 " in ca.show_card(card | dict(intervals=limits))
 
 
+def test_each_metric_that_is_described_is_measured_and_the_other_way_round():
+    assert [m.name for m in ca.METRICS] == list(dict.fromkeys(m.name for m in ca.METRICS))
+    assert ev.MEASURES.keys() == {m.name for m in ca.METRICS}
+
+
 def test_each_metric_stands_in_one_table_of_the_card():
     assert sorted(itertools.chain.from_iterable(ca.TABLES.values())) == sorted(
         m.name for m in ca.METRICS
