@@ -22,7 +22,7 @@ PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 ENGINE_ROOMS = sorted((ROOT / "nbs" / "engine").glob("*.ipynb"))
 NOTEBOOKS = [*PAGES, *ENGINE_ROOMS]
 LESSONS = [p for p in PAGES if p.name[:2].isdigit()]
-HELD = {"02", "03", "04", "08", "09"}  # numbers of the lessons that keep all budgets
+HELD = {p.name[:2] for p in LESSONS} - {"18"}  # numbers of the lessons that keep all budgets
 
 
 def names(path) -> str:
