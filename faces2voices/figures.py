@@ -10,7 +10,6 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'AMBER', 'PALETTE', 'pictur
 import html
 from base64 import b64encode
 from io import BytesIO
-import numpy as np
 import torch
 
 # %% ../nbs/engine/00_figures.ipynb #caa27d20
@@ -30,8 +29,7 @@ def picture_of(
     "A figure as pixels."
     from PIL import Image
 
-    fig.canvas.draw()
-    picture = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
+    picture = Image.open(BytesIO(image_bytes(fig))).convert("RGB")
     return picture.quantize(colours, dither=Image.Dither.NONE) if colours else picture
 
 # %% ../nbs/engine/00_figures.ipynb #bec6ef55
