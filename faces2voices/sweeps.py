@@ -18,7 +18,7 @@ from .core import whole_seed
 from .draws import DrawSetting, make_draws, predict_clip, training_spectrum
 from .errors import CorpusError
 from .cards import METRICS, find_recognisers, unavailable_metrics
-from .evaluation import MetricInput, Sound
+from .evaluation import MEASURES, MetricInput, Sound
 from .figures import markdown_table
 from .soundfiles import save_wav
 from .statistics import holm, paired_difference
@@ -63,7 +63,7 @@ def score_sound(
 ) -> dict:  # name of a metric → number; a word error rate is that of the clip
     "What the judges say of one sound, beside the recording of its clip."
     heard = MetricInput(Sound(wav), Sound(clip.wav), clip.text, model, recognisers)
-    values = {m: np.atleast_2d(m.measure(heard)) for m in metrics}
+    values = {m: np.atleast_2d(MEASURES[m.name](heard)) for m in metrics}
     return {m.name: round(float(m.pool(of_clip)), 4) for m, of_clip in values.items()}
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0009
