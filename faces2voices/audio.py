@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from .errors import ToolMissingError
-from .figures import BLUE, open_axes, players, show
+from .figures import MEL_LOOK, BLUE, open_axes, players, show
 from .core import SAMPLE_RATE
 from .soundfiles import fit_length
 
@@ -119,8 +119,7 @@ def _speech_figure(wav, title):
     open_axes(top)
     top.spines["left"].set_visible(False)
     mel = MEL(wav[: len(wav) // 160 * 160])
-    place = dict(origin="lower", aspect="auto", extent=(0, seconds, 0, 80))
-    low.imshow(mel, cmap="magma", vmin=-11.5, vmax=1.5, **place)
+    low.imshow(mel, extent=(0, seconds, 0, 80), **MEL_LOOK)
     low.set(xlabel="seconds", ylabel="mel bin")
     return fig
 

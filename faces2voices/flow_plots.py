@@ -11,7 +11,17 @@ __all__ = ['plot_arrows', 'plot_field', 'field_explorer', 'plot_trajectories', '
 import numpy as np
 import torch
 from .audio import MEL
-from .figures import BLUE, GREEN, ORANGE, PINK, SKY, picture_of, show, show_animation
+from faces2voices.figures import (
+    MEL_LOOK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PINK,
+    SKY,
+    picture_of,
+    show,
+    show_animation,
+)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #baa1a67e
 _LIMIT = 3.5  # half the width of a panel of the plane
@@ -366,10 +376,8 @@ def show_mels(
     size = (1.7 * len(mels), 1.9)
     layout = dict(layout="constrained", sharey=True, squeeze=False)
     fig, axs = plt.subplots(1, len(mels), figsize=size, **layout)
-    look = dict(origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
-    look["interpolation"] = "nearest"
     for ax, (name, mel) in zip(axs[0], mels.items()):
-        ax.imshow(MEL.denormalize(mel.detach().cpu()), **look)
+        ax.imshow(MEL.denormalize(mel.detach().cpu()), **MEL_LOOK)
         ax.set(title=name, xticks=[], yticks=[])
     axs[0, 0].set_ylabel("mel bin")
     fig.supxlabel("time", size=10)
@@ -406,8 +414,7 @@ def compare_sounds(
         wave.plot(torch.arange(samples) * 1000 / MEL.sr, wav[first : first + samples], c=BLUE, lw=1)
         wave.set(title=name, xlabel="ms", xlim=(0, 20))
         mel = MEL(wav[: len(wav) // MEL.hop * MEL.hop])
-        place = dict(origin="lower", aspect="auto", extent=(0, len(wav) / MEL.sr, 0, MEL.n_mels))
-        picture.imshow(mel, cmap="magma", vmin=-11.5, vmax=1.5, **place)
+        picture.imshow(mel, extent=(0, len(wav) / MEL.sr, 0, MEL.n_mels), **MEL_LOOK)
         picture.set(xlabel="seconds")
     low[0].set_ylabel("mel bin")
     names = ", ".join(sounds)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from .core import SAMPLE_RATE
 from .audio import MEL
-from .figures import BLUE, ORANGE, picture_of, show, show_animation
+from .figures import MEL_LOOK, BLUE, ORANGE, picture_of, show, show_animation
 
 # %% ../nbs/engine/13_mel_field.ipynb #63ef97db
 class Walk(NamedTuple):
@@ -34,9 +34,7 @@ def read_walk(
     return Walk(ts, xt, v, xt + (1 - ts)[:, None, None, None] * v)
 
 # %% ../nbs/engine/13_mel_field.ipynb #209d9738
-_PLACE = dict(origin="lower", aspect="auto", interpolation="nearest")
-_MEL_LOOK = dict(cmap="magma", vmin=-11.5, vmax=1.5) | _PLACE
-_VELOCITY_LOOK = dict(cmap="RdBu_r", vmin=-3, vmax=3) | _PLACE
+_VELOCITY_LOOK = MEL_LOOK | dict(cmap="RdBu_r", vmin=-3, vmax=3)
 
 
 def mel_field_figure(
@@ -53,9 +51,9 @@ def mel_field_figure(
     layout = dict(layout="constrained", squeeze=False, sharex=True, sharey=True)
     fig, axs = plt.subplots(3, n, figsize=(width * n + 0.4, 4.6), **layout)
     for i in range(n):
-        axs[0, i].imshow(MEL.denormalize(xt[i]), **_MEL_LOOK)
+        axs[0, i].imshow(MEL.denormalize(xt[i]), **MEL_LOOK)
         axs[1, i].imshow(v[i], **_VELOCITY_LOOK)
-        axs[2, i].imshow(MEL.denormalize(guess[i]), **_MEL_LOOK)
+        axs[2, i].imshow(MEL.denormalize(guess[i]), **MEL_LOOK)
         axs[0, i].set_title(f"t = {float(ts[i]):.2f}")
     for ax, name in zip(axs[:, 0], ("$x_t$", "$v(x_t, t)$", "guess $\\hat x_1$")):
         ax.set(ylabel=name, xticks=[], yticks=[])
@@ -186,7 +184,7 @@ def animate_mels(
     for i in torch.linspace(0, len(walk.ts) - 1, stops).round().long().tolist():
         for ax, mel, name in zip(axs, (walk.xt, walk.guess), ("$x_t$", "guess $\\hat x_1$")):
             ax.clear()
-            ax.imshow(MEL.denormalize(mel[i, 0]), **_MEL_LOOK)
+            ax.imshow(MEL.denormalize(mel[i, 0]), **MEL_LOOK)
             ax.set(ylabel=name, xticks=[], yticks=[])
         axs[0].set_title(f"t = {float(walk.ts[i]):.2f}")
         pictures.append(picture_of(fig, colours))

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment
 from .errors import atomic_path
 from faces2voices.figures import (
+    MEL_LOOK,
     BLUE,
     GREEN,
     ORANGE,
@@ -33,15 +34,7 @@ def draw_mel(
     mel,  # (80, 4T) ln mel
 ):
     "A mel spectrogram over its seconds, always in the same colours."
-    ax.imshow(
-        mel,
-        origin="lower",
-        aspect="auto",
-        cmap="magma",
-        extent=(0, mel.shape[1] / MEL_RATE, 0, MEL.n_mels),
-        vmin=-11.5,
-        vmax=1.5,
-    )
+    ax.imshow(mel, extent=(0, mel.shape[1] / MEL_RATE, 0, MEL.n_mels), **MEL_LOOK)
 
 
 def draw_pitch(

@@ -8,7 +8,7 @@ __all__ = ['show_period', 'show_filters', 'show_linear_and_mel', 'compare_mels']
 # %% ../nbs/engine/01_sound_plots.ipynb #fe4ef33b
 import numpy as np
 from .core import SAMPLE_RATE
-from .figures import BLUE, ORANGE, open_axes, show
+from .figures import MEL_LOOK, BLUE, ORANGE, open_axes, show
 
 # %% ../nbs/engine/01_sound_plots.ipynb #80053eae
 def _decibels(x) -> np.ndarray:
@@ -124,9 +124,8 @@ def compare_mels(
     fig, axes = plt.subplots(
         1, len(mels), figsize=(10, 2.4), sharey=True, layout="constrained", squeeze=False
     )
-    look = dict(origin="lower", aspect="auto", cmap="magma", vmin=-11.5, vmax=1.5)
     for ax, (title, mel) in zip(axes[0], mels.items()):
-        ax.imshow(mel, extent=(0, mel.shape[1] / 100, 0, len(mel)), **look)
+        ax.imshow(mel, extent=(0, mel.shape[1] / 100, 0, len(mel)), **MEL_LOOK)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("seconds")
     axes[0, 0].set_ylabel("mel bin")
