@@ -8,6 +8,7 @@ __all__ = ['average_gradients', 'broadcast_weights', 'batch_number', 'StepDatase
 # %% ../nbs/engine/16_processes.ipynb #604a6d26
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 import torch
@@ -87,6 +88,16 @@ def _die_at_once(worker):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
+def _moved(drawn, device):  # yields the batches of each step, on the device
+    "A signal to all processes may end those that draw first: then there is time for it to come."
+    try:
+        for step in drawn:
+            yield send_to_device(step, device, non_blocking=True)
+    except RuntimeError:
+        time.sleep(0.5)
+        raise
+
+
 @contextmanager
 def draw_ahead(
     batches,  # batch number → batch
@@ -111,7 +122,7 @@ def draw_ahead(
     )
     drawn = iter(loader)
     try:
-        yield (send_to_device(step, device, non_blocking=True) for step in drawn)
+        yield _moved(drawn, device)
     finally:
         if workers:
             drawn._shutdown_workers()  # at once, although a traceback may hold `drawn` for long

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from faces2voices import (
 )
 from faces2voices.soundfiles import load_audio, save_wav
 from faces2voices.audio import pitch
+from faces2voices.doubts import turned_away
 from faces2voices.errors import (
     CheckpointError,
     CorpusError,
@@ -238,6 +240,22 @@ def test_a_signal_leaves_a_checkpoint(tmp_path, number, everybody):
     assert child.returncode == 128 + number and "Traceback" not in said, said[-1500:]
     assert torch.load(tmp_path / "m.ckpt", weights_only=True)["step"] >= 20
     assert {p.name for p in tmp_path.iterdir()} == {"m.ckpt", "m.jsonl"}
+
+
+@linux
+def test_workers_that_hear_a_signal_first_do_not_hide_it(tmp_path):
+    command = [sys.executable, "-c", LEARN, "train", "-o", str(tmp_path)]
+    kw = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(command, cwd=ROOT, **kw) as child:
+        assert "learning" in child.stdout.readline()
+        workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        assert len(workers) >= 2
+        for worker in workers:
+            os.kill(int(worker), signal.SIGHUP)
+        time.sleep(0.1)
+        os.kill(child.pid, signal.SIGHUP)
+        said = child.communicate(timeout=60)[1]
+    assert child.returncode == 128 + signal.SIGHUP and "Traceback" not in said, said[-1500:]
 
 
 @linux
@@ -949,14 +967,14 @@ def test_a_hidden_mouth_is_said(f2v, tmp_path):
 def test_a_face_that_looks_aside_is_said(seen, f2v):
     looked = seen[1]
     points = looked.track.points
-    assert not S.turned_away(points)
+    assert not turned_away(points)
     profile = points.copy()
     profile[:, 2, 0] += 0.4 * (points[:, 1, 0] - points[:, 0, 0])  # the nose, towards one eye
     narrow = points * [0.5, 1.0]
     rolled = (points @ [1, 1j]) * np.exp(1j * 0.7)
     rolled = np.stack([rolled.real, rolled.imag], -1)
     for turned in (profile, narrow, rolled):
-        assert S.turned_away(turned)
+        assert turned_away(turned)
     said = f2v.quality_notes(
         looked._replace(track=looked.track._replace(points=profile)), -20.0, 0.0
     )
