@@ -25,6 +25,7 @@ from .decoder import Decoder
 from .synthesis import FacesToVoices
 from .training import DecoderExample, decoder_batches, fit
 from .cards import METRICS, find_recognisers, unavailable_metrics
+from .evaluation import Sound
 from .studies import vocode_mel
 from .sweeps import score_sound
 from .variants import VARIANTS
@@ -164,13 +165,15 @@ class Hall(NamedTuple):
     "Who listens to what."
 
     clips: list  # of Clip
+    truths: dict  # name of a clip → its recording as Sound
     judge: FacesToVoices  # its vocoder speaks, its speaker encoder listens
     ear: Ear
     recognisers: dict
     metrics: list  # of Metric
 
     def score(self, wav, clip) -> dict:  # metric → number
-        return score_sound(wav, clip, self.judge, self.recognisers, self.metrics)
+        truth = self.truths[clip.name]
+        return score_sound(wav, truth, clip, self.judge, self.recognisers, self.metrics)
 
 
 def open_hall(
@@ -188,7 +191,9 @@ def open_hall(
     recognisers = find_recognisers(clips, reasons)
     metrics = [m for m in METRICS if m.name in HEARD_METRICS and m.name not in reasons]
     judge = FacesToVoices.from_pretrained(model, device="cpu")
-    return Hall(clips, judge, make_ear(seen.splits["train"][:300]), recognisers, metrics)
+    truths = {clip.name: Sound(clip.wav) for clip in clips}
+    ear = make_ear(seen.splits["train"][:300])
+    return Hall(clips, truths, judge, ear, recognisers, metrics)
 
 # %% ../nbs/engine/18_heard.ipynb #62e0012a
 def hear_run(

@@ -56,13 +56,14 @@ SWEEP_METRICS = ("WER", "WER, CTC", "ESTOI", "F0 contour, r", "energy, r", "DNSM
 
 def score_sound(
     wav,  # (N,)
-    clip,  # Clip with sound
+    truth: Sound,  # the recording, heard once for all that is compared with it
+    clip,  # Clip, for its text
     model: FacesToVoices,
     recognisers: dict,  # from `find_recognisers`
     metrics: list,  # of Metric
 ) -> dict:  # name of a metric → number; a word error rate is that of the clip
     "What the judges say of one sound, beside the recording of its clip."
-    heard = MetricInput(Sound(wav), Sound(clip.wav), clip.text, model, recognisers)
+    heard = MetricInput(Sound(wav), truth, clip.text, model, recognisers)
     values = {m: np.atleast_2d(MEASURES[m.name](heard)) for m in metrics}
     return {m.name: round(float(m.pool(of_clip)), 4) for m, of_clip in values.items()}
 
@@ -101,10 +102,12 @@ def sweep_study(
     metrics = [m for m in METRICS if m.name in SWEEP_METRICS and m.name not in reasons]
     rows = {}
     for clip in tqdm(clips, desc="speak and judge", unit="clip"):
+        truth = Sound(clip.wav)
         for row, wav in ways_to_speak(model, clip, settings, spectrum, seed):
             if sounds:
                 save_wav(Path(sounds) / folder_name(row) / f"{clip.name}.wav", wav)
-            for metric, value in score_sound(wav, clip, model, recognisers, metrics).items():
+            scores = score_sound(wav, truth, clip, model, recognisers, metrics)
+            for metric, value in scores.items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value)
     return dict(model=Path(name).name, split=split, clips=len(clips), rows=rows)
 
