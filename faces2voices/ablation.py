@@ -7,7 +7,8 @@ __all__ = ['ABLATION_BATCH', 'VARIANT_MEASURES', 'SHARES', 'ABLATION_STEPS', 'Li
            'cache_lips', 'frozen_preset', 'SeenClips', 'load_seen_clips', 'feature_batch', 'take_share', 'seen_batches',
            'fit_pitch_reader', 'hear_pitch', 'fit_voicing_reader', 'hear_voicing', 'score_clip', 'clip_columns',
            'hear_truth', 'AblationRun', 'mean_losses', 'build_run', 'load_run', 'train_run', 'ablation_runs',
-           'finished_row', 'run_ablation', 'write_ablation', 'clip_table', 'compare_variants', 'show_variants']
+           'finished_row', 'run_ablation', 'write_ablation', 'clip_table', 'known_columns', 'compare_variants',
+           'show_variants']
 
 # %% ../nbs/engine/18_ablation.ipynb #8ea9a7c4
 import json
@@ -24,8 +25,9 @@ from tqdm.auto import tqdm
 from .errors import CheckpointError, CorpusError, atomic_path
 from .figures import markdown_table
 from .statistics import compare_tables, crossed_interval
-from .records import commit, machine
+from .records import commit, machine, made_by
 from .core import GRID, GRID_WORDS, TINY, Preset, seed_everything, whole_seed
+from .jury import split_with_sound
 
 # %% ../nbs/engine/18_ablation.ipynb #9f4a3222
 from .corpora import Batch, Clip, ClipDataset, batches, collate, with_targets
@@ -38,7 +40,7 @@ from .preparing import TensorStore, fingerprint
 from .synthesis import FacesToVoices
 from .training import fit
 from .measures import correlation
-from .studies import clips_with_targets, score_mu, split_with_sound
+from .studies import clips_with_targets, score_mu
 from faces2voices.variants import (
     MEL_LOSSES,
     VARIANTS,
@@ -567,7 +569,10 @@ def clip_table(
     return found
 
 
-def _known_columns(table) -> np.ndarray:  # (seeds, clips) → (seeds, those that are numbers)
+def known_columns(
+    table,  # (seeds, clips)
+) -> np.ndarray:  # (seeds, clips)
+    "The clips whose number is known in every seed."
     return table[:, np.isfinite(table).all(0)]
 
 
@@ -604,7 +609,7 @@ def show_variants(
     measures = [f"{k} {better}" for k, better in VARIANT_MEASURES.items()]
     text = markdown_table(["variant", "seeds", "M weights", *measures], body)
     text += f"\n\n{len(record['clips'][split])} clips of the split {split}, {share:.0%} of the "
-    text += f"training clips; made by `{record['command']}` on {record['machine']}"
+    text += f"training clips{made_by(record)}"
     if changed:
         text += "\n\nBold: differs from the whole within seeds and clips (p < 0.05 after Holm's "
         text += f"correction over {len(changed)} comparisons)."
@@ -615,7 +620,7 @@ def _cell(record, name, share, split, measure, changed) -> str | None:
     values = clip_table(record, name, share, split, measure)
     if not values:
         return None
-    table = _known_columns(np.stack(list(values.values())))
+    table = known_columns(np.stack(list(values.values())))
     if not table.size:
         return None
     difference = changed.get((split, name, measure))

@@ -33,8 +33,10 @@ from faces2voices.flow_scores import (
 from .preparing import fingerprint
 from .runs import claim, clips_identity
 from .solvers import SOLVERS
-from .statistics import bootstrap_interval, mean, ratio
+from .statistics import bootstrap_interval, ratio
 from .synthesis import FacesToVoices
+from .jury import spread
+from .records import made_by
 
 # %% ../nbs/engine/18_draws.ipynb #ca0cb173
 class DrawSetting(NamedTuple):
@@ -202,8 +204,7 @@ def training_spectrum(
     "Of some training clips; where there are none, of those that are judged."
     train = ClipDataset(data, split="train")
     train = train if len(train) else ClipDataset(data, split=fallback)
-    chosen = range(0, len(train), -(-len(train) // limit))
-    seen = [predict_clip(model, train[i]) for i in chosen]
+    seen = [predict_clip(model, train[i]) for i in spread(range(len(train)), limit)]
     return residual_spectrum([known.mel - known.mu for known in seen])
 
 
@@ -332,5 +333,4 @@ def show_draws(
     )
     text = f"{clips}{found['draws']} draws each; calls for 95 % of the gain over μ + white noise, "
     text += f"τ = 1: {calls}"
-    made = f"; made by `{found['command']}` on {found['machine']}" if "command" in found else ""
-    return f"{markdown_table(head, body)}\n\n{text}{made}"
+    return f"{markdown_table(head, body)}\n\n{text}{made_by(found)}"

@@ -24,10 +24,8 @@ from .corpora import Clip, collate
 from .decoder import Decoder
 from .synthesis import FacesToVoices
 from .training import DecoderExample, decoder_batches, fit
-from .cards import METRICS, find_recognisers, unavailable_metrics
-from .evaluation import Sound
+from .cards import METRICS
 from .studies import vocode_mel
-from .sweeps import score_sound
 from .variants import VARIANTS
 from faces2voices.ablation import (
     ABLATION_STEPS,
@@ -44,6 +42,8 @@ from faces2voices.ablation import (
     load_run,
     load_seen_clips,
 )
+from .jury import Jury, make_jury, spread
+from .records import made_by
 
 # %% ../nbs/engine/18_heard.ipynb #62e0006a
 class Ear(NamedTuple):
@@ -162,18 +162,11 @@ HEARD_METRICS = (
 
 
 class Hall(NamedTuple):
-    "Who listens to what."
+    "What is spoken, and who listens."
 
     clips: list  # of Clip
-    truths: dict  # name of a clip → its recording as Sound
-    judge: FacesToVoices  # its vocoder speaks, its speaker encoder listens
     ear: Ear
-    recognisers: dict
-    metrics: list  # of Metric
-
-    def score(self, wav, clip) -> dict:  # metric → number
-        truth = self.truths[clip.name]
-        return score_sound(wav, truth, clip, self.judge, self.recognisers, self.metrics)
+    jury: Jury  # its model's vocoder speaks
 
 
 def open_hall(
@@ -186,14 +179,10 @@ def open_hall(
     clips = seen.splits.get(split, [])
     if not clips:
         raise CorpusError(split, "has no clips with sound", "Ask for another --split")
-    clips = clips[:: -(-len(clips) // limit)]
-    reasons = unavailable_metrics(clips)
-    recognisers = find_recognisers(clips, reasons)
-    metrics = [m for m in METRICS if m.name in HEARD_METRICS and m.name not in reasons]
+    clips = spread(clips, limit)
     judge = FacesToVoices.from_pretrained(model, device="cpu")
-    truths = {clip.name: Sound(clip.wav) for clip in clips}
     ear = make_ear(seen.splits["train"][:300])
-    return Hall(clips, truths, judge, ear, recognisers, metrics)
+    return Hall(clips, ear, make_jury(clips, HEARD_METRICS, judge))
 
 # %% ../nbs/engine/18_heard.ipynb #62e0012a
 def hear_run(
@@ -208,23 +197,26 @@ def hear_run(
     model = load_run(run, seen, out)
     decoder = train_flow(run, seen, out, flow_steps) if flow_steps else None
     wavs = {
-        clip.name: speak_run(model, decoder, clip, seen, hall.ear, hall.judge.vocoder)
+        clip.name: speak_run(model, decoder, clip, seen, hall.ear, hall.jury.model.vocoder)
         for clip in hall.clips
     }
     if sounds:
         for name, wav in wavs.items():
             save_wav(Path(sounds) / run.name / f"{name}.wav", wav, overwrite=True)
-    return clip_columns([hall.score(wavs[clip.name], clip) for clip in hall.clips])
+    return clip_columns([hall.jury.score(wavs[clip.name], clip) for clip in hall.clips])
 
 
 def hear_bounds(hall: Hall) -> dict:  # name → metric → a number a clip
     "The recordings, and their mels by the same ear and vocoder: no variant can do better."
     copies = [
-        vocode_mel(hall.judge.vocoder, clip.mel, *hall.ear.tune(clip.mel)) for clip in hall.clips
+        vocode_mel(hall.jury.model.vocoder, clip.mel, *hall.ear.tune(clip.mel))
+        for clip in hall.clips
     ]
     return {
-        "recording": clip_columns([hall.score(clip.wav, clip) for clip in hall.clips]),
-        "true mel": clip_columns([hall.score(wav, clip) for wav, clip in zip(copies, hall.clips)]),
+        "recording": clip_columns([hall.jury.score(clip.wav, clip) for clip in hall.clips]),
+        "true mel": clip_columns(
+            [hall.jury.score(wav, clip) for wav, clip in zip(copies, hall.clips)]
+        ),
     }
 
 # %% ../nbs/engine/18_heard.ipynb #62e0013a
@@ -311,8 +303,7 @@ def show_heard(
     head = ["speech of", *(f"{k} {better[k]}" for k in metrics)]
     text = f"{len(found['clips'])} clips of the split {found['split']}; bold: differs from the "
     text += f"whole (p < 0.05 after Holm's correction over {len(changed)} comparisons)"
-    made = f"; made by `{found['command']}` on {found['machine']}" if "command" in found else ""
-    return f"{markdown_table(head, body)}\n\n{text}{made}"
+    return f"{markdown_table(head, body)}\n\n{text}{made_by(found)}"
 
 
 def _mean_text(metric: str, values) -> str:

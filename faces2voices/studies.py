@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['RESULTS', 'MU_MEASURES', 'CONTENT_MEASURES', 'CLIP_METRICS', 'PROBES', 'STAGE_GOALS', 'GIVEN_TRUTHS', 'SYNC_MEASURES',
            'STRANGER_MEASURES', 'COPY_MEASURES', 'COPY_PAIRS', 'vocode_mel', 'preset_for', 'loudness', 'score_mu',
-           'evaluate_mu', 'evaluate_variant', 'SharedTargets', 'clips_with_targets', 'split_with_sound',
-           'lip_features_and_units', 'evaluate_content', 'recorded_gain', 'masked_ce_study', 'plot_masked_ce',
-           'EnrolledTalkers', 'enroll_talkers', 'retrieval_scores', 'search_voices', 'link_study', 'unseen_entries',
-           'clip_scores', 'clip_metrics', 'ProbeClip', 'collect_probe_data', 'probe_targets', 'probe_stages',
-           'load_labelled_clip', 'train_phone_reader', 'stage_study', 'show_clip_metrics', 'plot_probes',
-           'error_given_truth', 'given_true_words', 'teacher_study', 'show_teacher', 'lip_read', 'slot_study',
-           'wrong_by_slot', 'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study',
-           'show_adaptation', 'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync', 'synchroniser_study',
-           'show_synchroniser', 'score_stranger', 'stranger_study', 'show_strangers', 'shift_study', 'copy_scores',
-           'copy_study', 'compare_copies']
+           'evaluate_mu', 'evaluate_variant', 'SharedTargets', 'clips_with_targets', 'lip_features_and_units',
+           'evaluate_content', 'recorded_gain', 'masked_ce_study', 'plot_masked_ce', 'EnrolledTalkers',
+           'enroll_talkers', 'retrieval_scores', 'search_voices', 'link_study', 'unseen_entries', 'clip_scores',
+           'clip_metrics', 'ProbeClip', 'collect_probe_data', 'probe_targets', 'probe_stages', 'load_labelled_clip',
+           'train_phone_reader', 'stage_study', 'show_clip_metrics', 'plot_probes', 'error_given_truth',
+           'given_true_words', 'teacher_study', 'show_teacher', 'lip_read', 'slot_study', 'wrong_by_slot',
+           'confidence_study', 'show_confidence', 'filter_speaker', 'adaptation_study', 'show_adaptation',
+           'score_out_of_step', 'sync_study', 'compare_pairs', 'show_sync', 'synchroniser_study', 'show_synchroniser',
+           'score_stranger', 'stranger_study', 'show_strangers', 'shift_study', 'copy_scores', 'copy_study',
+           'compare_copies']
 
 # %% ../nbs/engine/18_studies.ipynb #e1c6f648
 import time
@@ -41,6 +41,8 @@ from faces2voices.statistics import (
 )
 from .core import EIGENLIPS, GRID, GRID_WORDS, TINY, Preset, seed_everything, whole_seed
 from .audio import MEL, griffin_lim
+from .jury import split_with_sound, spread
+from .records import made_by
 
 # %% ../nbs/engine/18_studies.ipynb #7a1259ee
 from .talkers import make_talker
@@ -232,19 +234,6 @@ def clips_with_targets(
     targets = model.units, model.speaker_encoder, preset.words
     return SharedTargets(train.add(*targets), val.add(*targets), model.speaker_encoder, preset)
 
-
-def split_with_sound(data, split: str) -> ClipDataset:
-    "The clips of a split; CheckpointError where there are none with sound."
-    dataset = ClipDataset(data, split=split)
-    if not len(dataset):
-        raise CheckpointError(
-            data,
-            f"holds no clips with sound whose split is `{split}`",
-            "Prepare a corpus with `faces2voices prepare`, and give lines of its "
-            f"manifest.jsonl the split {split}",
-        )
-    return dataset
-
 # %% ../nbs/engine/18_studies.ipynb #e97de274
 MU_MEASURES = {
     "prior loss": "↓",
@@ -277,7 +266,7 @@ def lip_features_and_units(
             "Prepare a corpus with `faces2voices prepare`",
         )
     if limit:
-        names = names[:: -(-len(names) // limit)]
+        names = spread(names, limit)
     found = []
     for name in names:
         clip = load_clip(Path(data) / f"{name}.npz")
@@ -1138,7 +1127,7 @@ def _clips_of_study(data, shared, known, split, most: int, moved: bool, out) -> 
             f"knows no offset of a clip of the split {split}",
             "Find them first: `faces2voices sync PREPARED --reader READER`",
         )
-    chosen = set(names[:: -(-len(names) // most)])
+    chosen = set(spread(names, most))
     dataset = ClipDataset(data, names=chosen, synchronised=moved, cache=4e8)
     return _with_targets_of(shared, dataset, out)
 
@@ -1188,12 +1177,7 @@ def _conditions(found: dict) -> str:
     clips = found["clips"]
     text = f"{clips['training']} training clips, {found['steps']} steps, seeds {found['seeds']}, "
     text += f"{clips['judged']} clips of the split {found['split']}"
-    return f"\n\n{text}" + _made_by(found)
-
-
-def _made_by(found: dict) -> str:
-    "How a recorded study was made; nothing for one that was not recorded."
-    return f"; made by `{found['command']}` on {found['machine']}" if "command" in found else ""
+    return f"\n\n{text}" + made_by(found)
 
 # %% ../nbs/engine/18_studies.ipynb #b30876cb
 def synchroniser_study(
@@ -1234,7 +1218,7 @@ def show_synchroniser(
 ) -> str:  # Markdown
     "How two witnesses of an offset agree."
     head = ["split", "speaker", "clips", "r", "sd by sound, ms", "sd by words", "sd of difference"]
-    text = f"trained on {found['training']} clips, {found['steps']} steps" + _made_by(found)
+    text = f"trained on {found['training']} clips, {found['steps']} steps" + made_by(found)
     return markdown_table(head, [list(row.values()) for row in found["rows"]]) + f"\n\n{text}"
 
 # %% ../nbs/engine/18_studies.ipynb #d9220fb4

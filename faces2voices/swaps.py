@@ -16,10 +16,11 @@ from .statistics import bootstrap_interval, equivalence
 from .core import whole_seed
 from .corpora import Clip, ClipDataset
 from .synthesis import FacesToVoices
-from .cards import find_recognisers, unavailable_metrics
 from .evaluation import Sound
 from .measures import correlation
 from .judges import word_errors
+from .jury import make_jury, split_with_sound, spread
+from .records import made_by
 
 # %% ../nbs/engine/18_swaps.ipynb #6b1e0006
 def _freeze(track):
@@ -93,24 +94,20 @@ def swap_study(
     seed: int = 0,
 ) -> dict:  # what JSON can hold
     "Every condition's scores, clip by clip; CorpusError where there are no clips."
-    dataset = ClipDataset(data, split=split)
-    if not len(dataset):
-        reason = f"holds no clips with sound of the split {split}"
-        raise CorpusError(data, reason, "Prepare a corpus, or ask for another --split")
-    clips = [dataset[i] for i in range(0, len(dataset), -(-len(dataset) // limit))]
+    dataset = split_with_sound(data, split)
+    clips = [dataset[i] for i in spread(range(len(dataset)), limit)]
     model = FacesToVoices.from_pretrained(name, device="cpu")
-    recognisers = find_recognisers(clips, unavailable_metrics(clips))
-    recognise = recognisers.get("WER, CTC") or recognisers.get("WER")
-    recordings = {clip.name: Sound(clip.wav) for clip in clips}
+    jury = make_jury(clips, (), model)
+    who = "WER, CTC" if "WER, CTC" in jury.recognisers else "WER"
+    recognise = jury.recognisers.get(who)
     rows = {}
     for clip in tqdm(clips, desc="swap", unit="clip"):
         other = unlike_partner(clip, clips)
         for condition, seen in swap_conditions(clip, other).items():
             speech = model.synthesize_clip(seen, seed=whole_seed(seed))
-            voices = recordings[clip.name], recordings[other.name]
+            voices = jury.recordings[clip.name], jury.recordings[other.name]
             for k, x in score_swap(speech, clip, *voices, recognise).items():
                 rows.setdefault(condition, {}).setdefault(k, []).append(x)
-    who = "WER, CTC" if "WER, CTC" in recognisers else "WER"
     return dict(model=Path(name).name, split=split, clips=len(clips), words_by=who, rows=rows)
 
 # %% ../nbs/engine/18_swaps.ipynb #6b1e0010
@@ -151,5 +148,4 @@ def show_swaps(
         p = equivalence(gap, WORD_MARGIN)
         text += f" With another face the words stay within ±{WORD_MARGIN:g}: p = {p:.3f} by two "
         text += "one-sided tests"
-    made = f"; made by `{found['command']}` on {found['machine']}" if "command" in found else ""
-    return f"{markdown_table(head, body)}\n\n{text}{made}"
+    return f"{markdown_table(head, body)}\n\n{text}{made_by(found)}"
