@@ -112,7 +112,7 @@ def data_uri(kind: str, data: bytes) -> str:
 def sound_bytes(
     wav,  # (n,), in [−1, 1]
     rate: int,  # samples a second
-    format: str = "WAV",  # or MP3, a seventh of the size
+    format: str = "WAV",  # FLAC: half of the size; MP3: a seventh, and no longer the same
 ) -> bytes:
     "A sound as a file."
     import soundfile

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from .errors import CorpusError, atomic_path
-from .figures import markdown_table
+from .figures import markdown_table, sound_bytes
 from .statistics import crossed_interval
 from .core import SAMPLE_RATE, whole_seed
-from .soundfiles import load_audio, save_wav
+from .soundfiles import load_audio
 from .media import film_sound
 
 # %% ../nbs/engine/17_listening.ipynb #62eabc9f
@@ -87,7 +87,7 @@ function choice(item, [n, word]) {{
 }}
 function question(item, i) {{
   return `<fieldset><legend>Sound ${{i + 1}} of ${{items.length}}</legend>`
-    + `<audio controls preload="none" src="${{item}}.wav"></audio>`
+    + `<audio controls preload="none" src="${{item}}.flac"></audio>`
     + marks.map(mark => choice(item, mark)).join("") + "</fieldset>";
 }}
 document.getElementById("sounds").innerHTML = items.map(question).join("");
@@ -130,7 +130,8 @@ def listening_test(
     with atomic_path(out / "key.json") as tmp:
         tmp.write_text(json.dumps(key, indent=1))
     for n, (_, _, wav) in items.items():
-        save_wav(out / "page" / f"{n}.wav", normalize_rms(wav))
+        with atomic_path(out / "page" / f"{n}.flac") as tmp:
+            tmp.write_bytes(sound_bytes(normalize_rms(wav), SAMPLE_RATE, "FLAC"))
     with atomic_path(out / "page" / "index.html") as tmp:
         tmp.write_text(_page_text(question, key["test"], list(items)), encoding="utf-8")
     return out / "page" / "index.html"

@@ -127,7 +127,7 @@ def test_a_listening_test_goes_out_and_comes_back(folders, tmp_path):
     key = json.loads((tmp_path / "test" / "key.json").read_text())
     page = (tmp_path / "test" / "page" / "index.html").read_text()
     assert made.exit_code == 0 and "7 sounds" in made.output
-    assert len(list((tmp_path / "test" / "page").glob("*.wav"))) == 7
+    assert len(list((tmp_path / "test" / "page").glob("*.flac"))) == 7
     assert "Is it &lt;you&gt;?" in page and "films" not in page
     assert {s for s, _ in key["items"].values()} == {str(films), str(ours)}
     files = []
