@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['ABLATION_BATCH', 'VARIANT_MEASURES', 'SHARES', 'ABLATION_STEPS', 'LipSource', 'load_lip_source', 'check_lips',
            'cache_lips', 'frozen_preset', 'SeenClips', 'load_seen_clips', 'feature_batch', 'take_share', 'seen_batches',
-           'fit_pitch_reader', 'hear_pitch', 'fit_voicing_reader', 'hear_voicing', 'score_clip', 'clip_columns',
-           'hear_truth', 'AblationRun', 'mean_losses', 'build_run', 'load_run', 'train_run', 'ablation_runs',
-           'finished_row', 'run_ablation', 'write_ablation', 'clip_table', 'known_columns', 'compare_variants',
-           'show_variants']
+           'score_clip', 'clip_columns', 'hear_truth', 'AblationRun', 'mean_losses', 'build_run', 'load_run',
+           'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
+           'known_columns', 'compare_variants', 'show_variants']
 
 # %% ../nbs/engine/18_ablation.ipynb #8ea9a7c4
 import json
@@ -34,7 +33,7 @@ from .corpora import Batch, Clip, ClipDataset, batches, collate, with_targets
 from .mouths import need_mouth
 from .sentences import grid_sentence
 from .lipreading import FrozenReader, load_reader, wrong_words
-from .prosody import denormalize_pitch, normalize_pitch
+from .ears import Ear, make_ear
 from .hierarchy import envelope_match
 from .preparing import TensorStore, fingerprint
 from .synthesis import FacesToVoices
@@ -231,54 +230,6 @@ VARIANT_MEASURES = {
 }
 
 
-def _mel_frames(
-    mel,  # (80, 4T)
-) -> torch.Tensor:  # (2T, 481)
-    "Mel, its neighbours and a one, at 50 Hz."
-    pairs = mel.T.unflatten(0, (-1, 2)).flatten(1)
-    before, after = pairs.roll(1, 0), pairs.roll(-1, 0)
-    before[0], after[-1] = pairs[0], pairs[-1]
-    return torch.cat([before, pairs, after, torch.ones(len(pairs), 1)], 1)
-
-
-def fit_pitch_reader(
-    clips: list,  # of Clip, with mel
-    ridge: float = 10.0,
-) -> torch.Tensor:  # (481,)
-    "A straight line from true mels to normalised ln F0, on voiced frames."
-    frames = torch.cat([_mel_frames(clip.mel)[clip.voiced > 0] for clip in clips]).double()
-    truth = torch.cat([normalize_pitch(clip.log_f0[clip.voiced > 0]) for clip in clips])
-    square = frames.T @ frames + ridge * torch.eye(frames.shape[1])
-    return torch.linalg.solve(square, frames.T @ truth.double()).float()
-
-
-def hear_pitch(
-    mel,  # (80, 4T) normalised
-    reader,  # from `fit_pitch_reader`
-) -> torch.Tensor:  # (2T,) ln Hz
-    "The pitch in a mel; it means something where there is voice."
-    return denormalize_pitch(_mel_frames(mel) @ reader)
-
-
-def fit_voicing_reader(
-    clips: list,  # of Clip, with mel
-    ridge: float = 10.0,
-) -> torch.Tensor:  # (481,)
-    "A straight line from true mels to 1 where there is voice and −1 where there is none."
-    frames = torch.cat([_mel_frames(clip.mel) for clip in clips]).double()
-    truth = torch.cat([2 * clip.voiced - 1 for clip in clips])
-    square = frames.T @ frames + ridge * torch.eye(frames.shape[1])
-    return torch.linalg.solve(square, frames.T @ truth.double()).float()
-
-
-def hear_voicing(
-    mel,  # (80, 4T) normalised
-    reader,  # from `fit_voicing_reader`
-) -> torch.Tensor:  # (2T,) 0. or 1.
-    "Where there is voice in a mel."
-    return (_mel_frames(mel) @ reader > 0).float()
-
-
 def _pitch_scores(name: str, log_f0, clip: Clip) -> dict:
     voiced = clip.voiced > 0
     off = log_f0[voiced].mean() - clip.log_f0[voiced].mean()
@@ -293,7 +244,7 @@ def score_clip(
     model,  # a variant in eval mode
     clip: Clip,
     seen: SeenClips,
-    pitch_reader,  # from `fit_pitch_reader`
+    ear: Ear,
     told: bool,  # was it taught units, voices and contours?
 ) -> dict:  # of VARIANT_MEASURES, those that there are
     "What a variant makes of one clip."
@@ -301,7 +252,7 @@ def score_clip(
     out = model(*model.inputs(b))
     found = score_mu(out, clip, seen.speaker_encoder)
     found["envelope match"] = envelope_match(out.mu[0], clip.mel).item()
-    found |= _pitch_scores("F0 in μ", hear_pitch(out.mu[0], pitch_reader), clip)
+    found |= _pitch_scores("F0 in μ", ear.pitch(out.mu[0]), clip)
     if not told:
         found.pop("unit accuracy in speech", None)
         return {k: found[k] for k in VARIANT_MEASURES if k in found}
@@ -328,13 +279,13 @@ def clip_columns(
 # %% ../nbs/engine/18_ablation.ipynb #1e15db6f
 def hear_truth(
     seen: SeenClips,
-    pitch_reader,  # from `fit_pitch_reader`
+    ear: Ear,
 ) -> dict:  # split → measure → a number a clip
-    "What the pitch reader makes of true mels: no variant can be expected to do better."
+    "What the ear makes of true mels: no variant can be expected to do better."
     found = {}
     for split in _JUDGED:
         if clips := seen.splits.get(split):
-            heard = [hear_pitch(clip.mel, pitch_reader) for clip in clips]
+            heard = [ear.pitch(clip.mel) for clip in clips]
             found[split] = clip_columns(
                 [_pitch_scores("F0 in μ", log_f0, clip) for log_f0, clip in zip(heard, clips)]
             )
@@ -431,7 +382,7 @@ def _remove_unfinished(run: AblationRun, out: Path):
 def train_run(
     run: AblationRun,
     seen: SeenClips,
-    pitch_reader,  # from `fit_pitch_reader`
+    ear: Ear,
     out,  # folder of the runs
 ) -> dict:  # what JSON can hold
     """Train, find the curve, score the clips of the splits test and unseen, and write it all down.
@@ -448,7 +399,7 @@ def train_run(
     for split in _JUDGED:
         if judged := seen.splits.get(split):
             scores[split] = clip_columns(
-                [score_clip(model, clip, seen, pitch_reader, told) for clip in judged]
+                [score_clip(model, clip, seen, ear, told) for clip in judged]
             )
     row = run._asdict() | dict(
         clips=len(clips),
@@ -521,14 +472,14 @@ def run_ablation(
     out = Path(out)
     runs = ablation_runs(variants, shares, steps, seeds)
     seen = load_seen_clips(data, out, lips)
-    pitch_reader = fit_pitch_reader(seen.splits["train"][:300])
+    ear = make_ear(seen.splits["train"][:300])
     done = [run for run in runs if finished_row(run, out)]
     todo = [run for run in runs if run not in done]
     with tqdm(total=len(runs), initial=len(done), desc="ablation", unit="run") as bar:
         for run in todo:
             bar.set_postfix_str(run.name)
             if not finished_row(run, out):  # by another process, meanwhile
-                train_run(run, seen, pitch_reader, out)
+                train_run(run, seen, ear, out)
             bar.update()
     judged = {split: seen.splits[split] for split in _JUDGED if split in seen.splits}
     return dict(
@@ -536,7 +487,7 @@ def run_ablation(
         lips=dict(source=Path(lips).name, dim=seen.lip_dim),
         clips={split: [clip.name for clip in clips] for split, clips in judged.items()},
         people={split: [clip.speaker_id for clip in clips] for split, clips in judged.items()},
-        true_mel=hear_truth(seen, pitch_reader),
+        true_mel=hear_truth(seen, ear),
         rows=[finished_row(run, out) for run in runs],
     )
 

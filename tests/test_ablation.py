@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from faces2voices import ablation as ab
+from faces2voices.ears import Ear, make_ear
 from faces2voices.core import GRID, GRID_WORDS, TINY, test_same as same
 from faces2voices.corpora import Clip, ClipDataset, save_clip, word_labels
 from faces2voices.content import Content
@@ -258,6 +259,7 @@ def test_a_variant_that_there_is_not():
 # --- the experiment, on clips of chance
 
 SENTENCE = "bin blue at f two now"
+DEAF = Ear(torch.zeros(481), torch.zeros(481))
 
 
 def made_clip(i, split="train", frames=20, words=("bin", "blue")):
@@ -312,10 +314,10 @@ def test_all_variants_meet_the_same_batches_in_the_same_order(seen, tmp_path, mo
         return log_of(steps)
 
     monkeypatch.setattr(ab, "fit", look)
-    reader = ab.fit_pitch_reader(seen.splits["train"])
+    ear = make_ear(seen.splits["train"])
     runs = ab.ablation_runs(VARIANTS, [1.0], 1, [0, 1])
     for run in runs:
-        ab.train_run(run, seen, reader, tmp_path)
+        ab.train_run(run, seen, ear, tmp_path)
     for seed in (0, 1):
         first, *others = [met[run] for run in runs if run.seed == seed]
         for names, lips, how in others:
@@ -349,7 +351,7 @@ def test_a_run_is_judged_where_its_validation_loss_is_smallest(seen, tmp_path, m
         return log_of(steps)
 
     monkeypatch.setattr(ab, "fit", states)
-    row = ab.train_run(run, seen, ab.fit_pitch_reader(seen.splits["train"]), tmp_path)
+    row = ab.train_run(run, seen, make_ear(seen.splits["train"]), tmp_path)
     assert [point["step"] for point in row["curve"]] == [1, 2, 3, 4]
     assert row["judged_at"] == 2
     first = ab.build_run(run, seen)
@@ -547,7 +549,7 @@ def test_the_truth_scores_best_in_every_measure(seen):
     wordy = seen._replace(preset=replace(FEATURED, words=GRID_WORDS))
     clip = made_clip(100 * 2, "test", words=GRID_WORDS)
     clip = clip._replace(voice=seen.speaker_encoder(clip.mel[None])[0].detach())
-    nothing = torch.zeros(481)
+    nothing = DEAF
     found = ab.score_clip(perfect(clip), clip, wordy, nothing, told=True)
     assert list(found) == list(ab.VARIANT_MEASURES)
     best = {"↓": 0.0, "↑": 1.0}
@@ -567,13 +569,13 @@ def test_the_truth_scores_best_in_every_measure(seen):
 def test_what_was_never_taught_is_not_scored(seen):
     clip = seen.splits["test"][0]
     model = build("stages-mel", FEATURED).eval()
-    found = ab.score_clip(model, clip, seen, torch.zeros(481), told=False)
+    found = ab.score_clip(model, clip, seen, DEAF, told=False)
     assert list(found) == list(ab.VARIANT_MEASURES)[:7]
-    told = ab.score_clip(build("whole", FEATURED).eval(), clip, seen, torch.zeros(481), told=True)
+    told = ab.score_clip(build("whole", FEATURED).eval(), clip, seen, DEAF, told=True)
     assert set(told) == set(ab.VARIANT_MEASURES) - {"words wrong"}
 
 
-def test_the_pitch_reader_reads_a_ridge_in_the_mel():
+def test_the_ear_hears_a_ridge_in_the_mel():
     g = torch.Generator().manual_seed(0)
 
     def clip_of_ridge(i):
@@ -583,9 +585,9 @@ def test_the_pitch_reader_reads_a_ridge_in_the_mel():
         return made_clip(i)._replace(mel=mel, log_f0=log_f0, voiced=torch.ones(40))
 
     clips = [clip_of_ridge(i) for i in range(20)]
-    reader = ab.fit_pitch_reader(clips[:15], ridge=1e-3)
+    ear = make_ear(clips[:15], ridge=1e-3)
     for clip in clips[15:]:
-        assert np.corrcoef(ab.hear_pitch(clip.mel, reader), clip.log_f0)[0, 1] > 0.95
+        assert np.corrcoef(ear.pitch(clip.mel), clip.log_f0)[0, 1] > 0.95
 
 
 # --- comparisons

@@ -6,6 +6,7 @@ import pytest
 import torch
 from faces2voices import heard
 from faces2voices.ablation import AblationRun
+from faces2voices.ears import make_ear
 from faces2voices.core import test_same as same
 from faces2voices.hierarchy import Mu
 from faces2voices.variants import build_variant
@@ -32,7 +33,7 @@ def test_no_variant_gains_by_contours_that_it_predicts(seen, monkeypatch):
     monkeypatch.setattr(heard, "vocode_mel", lambda *told: spoken.append(told) or torch.zeros(640))
     clip = seen.splits["test"][0]
     mu = torch.randn(1, *clip.mel.shape)
-    ear = heard.make_ear(seen.splits["train"])
+    ear = make_ear(seen.splits["train"])
     wrong = torch.zeros(1, len(clip.log_f0))
     for model in (Said(mu), Said(mu, torch.ones(1, 256), wrong)):
         heard.speak_run(model, None, clip, seen, ear, "vocoder")
@@ -51,7 +52,7 @@ def test_the_ear_hears_voice_and_pitch_where_a_mel_tells_them():
         mel[10] += voiced.repeat_interleave(2)
         mel[20] += clip.log_f0.repeat_interleave(2) - 5
         clips.append(clip._replace(mel=mel, voiced=voiced))
-    ear = heard.make_ear(clips[:15])
+    ear = make_ear(clips[:15])
     for clip in clips[15:]:
         log_f0, voiced = ear.tune(clip.mel)
         assert (voiced == clip.voiced).float().mean() > 0.95
