@@ -277,10 +277,7 @@ def clip_columns(
     return {k: [_number(row[k]) for row in rows] for k in rows[0]}
 
 # %% ../nbs/engine/18_ablation.ipynb #1e15db6f
-def hear_truth(
-    seen: SeenClips,
-    ear: Ear,
-) -> dict:  # split → measure → a number a clip
+def hear_truth(seen: SeenClips, ear: Ear) -> dict:  # split → measure → a number a clip
     "What the ear makes of true mels: no variant can be expected to do better."
     found = {}
     for split in _JUDGED:

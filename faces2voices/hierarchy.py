@@ -82,7 +82,8 @@ def _envelopes(
     mel,  # (80, L) normalised
 ):  # (15, L)
     "Third-octave envelopes of a mel spectrogram."
-    return (third_octaves().to(mel.device) @ (2 * MEL.denormalize(mel)).exp() + 1e-10).sqrt()
+    log_mel = MEL.denormalize(mel).clamp(max=40)  # a μ that is not yet trained may be beyond exp
+    return (third_octaves().to(mel.device) @ (2 * log_mel).exp() + 1e-10).sqrt()
 
 # %% ../nbs/10_hierarchy.ipynb #7304998f
 def _unit(x, dim):
