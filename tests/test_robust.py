@@ -439,13 +439,12 @@ def test_who_finds_no_face_names_the_model_that_may(f2v, tmp_path):
 
 def test_drawn_talkers_are_prepared_with_the_locator(tmp_path):
     from faces2voices.manifests import Entry, read_manifest
+    from faces2voices.training_commands import _finder
 
     drawn = read_manifest(ROOT / "data_samples" / "manifest.jsonl")
-    assert cli._finder("auto", drawn) == "locator" and cli._finder("cascade", drawn) == "cascade"
-    assert (
-        cli._finder("auto", [*drawn, Entry("a", Path("a.mp4"))]) == "auto"
-        and cli._finder("auto", []) == "auto"
-    )
+    assert _finder("auto", drawn) == "locator" and _finder("cascade", drawn) == "cascade"
+    assert _finder("auto", [*drawn, Entry("a", Path("a.mp4"))]) == "auto"
+    assert _finder("auto", []) == "auto"
 
 
 def test_the_next_step_after_talkers_works_as_printed(monkeypatch, tmp_path):
