@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'CONTROLS', 'DrawSetting', 'draw_settings', 'residual_spectrum', 'shape_noise', 'Known', 'predict_clip',
-           'make_draws', 'score_draws', 'energy_gain', 'calls_for_gain', 'training_spectrum', 'draw_study',
-           'show_draws']
+           'make_draws', 'score_draws', 'energy_gain', 'calls_for_gain', 'training_clips', 'training_spectrum',
+           'draw_study', 'show_draws']
 
 # %% ../nbs/engine/18_draws.ipynb #3ffea532
 import json
@@ -35,7 +35,7 @@ from .runs import claim, clips_identity
 from .solvers import SOLVERS
 from .statistics import bootstrap_interval, ratio
 from .synthesis import FacesToVoices
-from .jury import spread
+from .jury import split_with_sound, spread
 from .records import made_by
 
 # %% ../nbs/engine/18_draws.ipynb #ca0cb173
@@ -195,16 +195,23 @@ def calls_for_gain(
     return min(n for n, e in energies.items() if control - e >= share * most)
 
 # %% ../nbs/engine/18_draws.ipynb #2c328ac0
-def training_spectrum(
-    model: FacesToVoices,
+def training_clips(
     data,  # folder of prepared clips with sound
     limit: int,  # clips at most
     fallback: str,  # split of those that are judged
-) -> torch.Tensor:  # as of `residual_spectrum`
-    "Of some training clips; where there are none, of those that are judged."
+) -> list:  # of Clip
+    "Some training clips; where there are none, of those that are judged."
     train = ClipDataset(data, split="train")
     train = train if len(train) else ClipDataset(data, split=fallback)
-    seen = [predict_clip(model, train[i]) for i in spread(range(len(train)), limit)]
+    return [train[i] for i in spread(range(len(train)), limit)]
+
+
+def training_spectrum(
+    model: FacesToVoices,
+    clips: list,  # of Clip with sound
+) -> torch.Tensor:  # as of `residual_spectrum`
+    "What the hierarchy leaves open of clips that it was trained on."
+    seen = [predict_clip(model, clip) for clip in clips]
     return residual_spectrum([known.mel - known.mu for known in seen])
 
 
@@ -284,10 +291,7 @@ def draw_study(
 ) -> dict:  # what JSON can hold
     "Scores of truth, μ, μ with noise, and the flow at many settings; CorpusError without clips."
     seed, settings, out = whole_seed(seed), settings or draw_settings(), Path(out)
-    dataset = ClipDataset(data, split=split)
-    if not len(dataset):
-        reason = f"holds no clips with sound of the split {split}"
-        raise CorpusError(data, reason, "Prepare a corpus, or ask for another --split")
+    dataset = split_with_sound(data, split)
     model = FacesToVoices.from_pretrained(name, device="auto")
     names = [s.name for s in settings]
     claim(
@@ -299,7 +303,7 @@ def draw_study(
     judged = range(min(limit, len(dataset)))
     paths = [out / f"{dataset.names[i]}.npz" for i in judged]
     if not all(path.exists() for path in paths):
-        spectrum = training_spectrum(model, data, 30, split)
+        spectrum = training_spectrum(model, training_clips(data, 30, split))
     for i, path in zip(tqdm(judged, desc="draws of every clip"), paths):
         if not path.exists():
             _score_clip(model, dataset[i], settings, spectrum, path, draws, seed)

@@ -19,6 +19,7 @@ from faces2voices.draws import (
 from faces2voices.synthesis import FacesToVoices
 from faces2voices.video import preprocess
 
+TRUTH = "its mel, by the vocoder"
 SAMPLE = Path(__file__).parents[1] / "data_samples" / "t0022_000.mp4"
 
 
@@ -32,6 +33,15 @@ def clip(talkers):
     return clip_of("t0022_000", preprocess(SAMPLE, talkers.face_backend))
 
 
+class Listener:
+    def __init__(self):
+        self.heard = []
+
+    def tune(self, mel):
+        self.heard.append(mel)
+        return "pitch", "voicing"
+
+
 def test_every_row_goes_through_one_vocoder_at_its_own_pitch(talkers, clip, monkeypatch):
     spoken = []
 
@@ -42,12 +52,18 @@ def test_every_row_goes_through_one_vocoder_at_its_own_pitch(talkers, clip, monk
     monkeypatch.setattr(sweeps, "vocode_mel", speak)
     spectrum = torch.full((80, 129), 0.04)
     few = [DrawSetting(2, temperature=0.3)]
-    rows = dict(sweeps.ways_to_speak(talkers, clip, few, spectrum, 0))
-    assert list(rows)[:3] == ["recording", "its mel, by the vocoder", "μ"]
-    assert list(rows)[-1] == few[0].name and len(rows) == 6
+    ear = Listener()
+    rows = dict(sweeps.ways_to_speak(talkers, clip, few, spectrum, ear, 0))
+    told = dict(zip(list(rows)[1:], spoken))
+    own = [name for name in told if name.endswith(", its own tune")]
+    assert own == [f"{n}, its own tune" for n in (TRUTH, "μ", "μ + white noise")]
+    for name, heard in zip(own, ear.heard, strict=True):
+        mel, *tune = told.pop(name)
+        assert mel is heard and tune == ["pitch", "voicing"]
+    assert list(told) == [TRUTH, "μ", "μ + white noise", "μ + shaped noise", few[0].name]
     same(rows["recording"], clip.wav)
     known = predict_clip(talkers, clip)
-    (mel, log_f0, voiced), (mu, *tune), *others = spoken
+    (mel, log_f0, voiced), (mu, *tune), *others = told.values()
     same(mel, MEL.normalize(MEL(clip.wav)), atol=1e-4)
     same(log_f0, clip.log_f0)
     same(voiced, clip.voiced)
