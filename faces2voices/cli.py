@@ -214,7 +214,8 @@ def _summary(done, out, page):
         lines.append(f"report  {page}")
     for line in lines:
         console.print("  " + plain_text(line))
-    console.print("next: open the report in a browser, or the lessons with [bold]make lab[/]")
+    first = "open the report in a browser, or " if page else ""
+    console.print(f"next: {first}the lessons with [bold]make lab[/]")
 
 # %% ../nbs/20_cli.ipynb #1b4143af
 if __name__ == "__main__" and "ipykernel" not in sys.modules and "__file__" in globals():
