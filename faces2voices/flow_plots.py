@@ -140,7 +140,7 @@ def plot_trajectory_panels(
     "One panel for each trajectory: the ways of 80 points."
     import matplotlib.pyplot as plt
 
-    size = (2.05 * len(trajectories), 2.45)
+    size = (2.05 * len(trajectories), 2.8)
     fig, axs = plt.subplots(1, len(trajectories), figsize=size, layout="constrained")
     for ax, (title, trajectory) in zip(axs, trajectories.items()):
         plot_trajectories(trajectory[:, :80], data, ax, title)
@@ -159,7 +159,7 @@ def plot_truth(
     "Three panels: the exact field, the learned field, and where the learned one leads."
     import matplotlib.pyplot as plt
 
-    fig, axs = plt.subplots(1, 3, figsize=(6.3, 2.3), layout="constrained")
+    fig, axs = plt.subplots(1, 3, figsize=(6.3, 2.6), layout="constrained")
     for ax, field, name in zip(axs, (exact, learned), ("exact", "learned")):
         plot_arrows(ax, field, t, density=density)
         ax.set_title(f"{name} field, t = {t}")

@@ -129,7 +129,7 @@ def plot_race(
         guidance,
     )
     x0 = torch.randn(60, 2, generator=torch.Generator().manual_seed(1))
-    fig, (left, *tracks) = plt.subplots(1, 5, figsize=(9, 2.4), layout="constrained")
+    fig, (left, *tracks) = plt.subplots(1, 5, figsize=(9, 2.8), layout="constrained")
     plot_arrows(left, field, t)
     end, results = race(field, x0, nfe)
     for ax, (name, (trajectory, error)) in zip(tracks, results.items()):
