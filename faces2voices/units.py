@@ -49,7 +49,7 @@ def cepstra(
 
 # %% ../nbs/05_units.ipynb #090c87dd
 class UnitQuantizer(nn.Module):
-    "Sound → unit numbers, by the nearest of K centroids in whitened features."
+    "Sound → unit numbers, by the nearest of K centroids in standardised features."
 
     def __init__(
         self,
