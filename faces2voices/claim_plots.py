@@ -32,7 +32,7 @@ def _shade_worse(ax, better: str):
     ax.axvline(0, color="0.5", lw=1)
     ax.set_xlim(low, high)
 
-
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1008a
 def _panels(titles: dict, rows: list, worlds):
     "A figure and its axes: a panel a measure, with its arrow or none, and a row a name."
     import matplotlib.pyplot as plt
@@ -53,7 +53,7 @@ def _panels(titles: dict, rows: list, worlds):
 def _shift(k: int, worlds) -> float:  # of the k-th world in a row
     return 0.3 * (k - (len(worlds) - 1) / 2)
 
-
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1009a
 def changes_of(
     record: dict,  # of `run_ablation`
     variant: str,
@@ -70,7 +70,7 @@ def changes_of(
     table = known_columns(np.stack([theirs[seed] - whole[seed] for seed in seeds]))
     return table if table.size else None
 
-
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1010a
 def plot_variants(
     records: dict,  # world → record of `run_ablation`
     measures,  # of VARIANT_MEASURES
@@ -93,7 +93,7 @@ def plot_variants(
         _shade_worse(ax, better)
     return fig
 
-# %% ../nbs/engine/18_claim_plots.ipynb #ab1010a
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1013a
 def learning_curve(
     record: dict,  # of `run_ablation`
     variant: str,
@@ -107,7 +107,7 @@ def learning_curve(
             points.setdefault(point["step"], []).append(point["of_mu"])
     return {step: float(np.mean(values)) for step, values in points.items()}
 
-
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1014a
 def plot_variant_curves(
     records: dict,  # world → record of `run_ablation`
     variants=tuple(VARIANTS),
@@ -132,7 +132,7 @@ def plot_variant_curves(
     open_axes(*axes[0])
     return fig
 
-# %% ../nbs/engine/18_claim_plots.ipynb #ab1013a
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1017a
 def plot_shares(
     records: dict,  # world → record of `run_ablation`
     measure: str,  # of VARIANT_MEASURES
@@ -164,7 +164,7 @@ def plot_shares(
     open_axes(*axes[0])
     return fig
 
-# %% ../nbs/engine/18_claim_plots.ipynb #ab1016a
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1020a
 def plot_judges(
     draws: dict,  # world → record of `study flow`
     sweeps: dict,  # world → record of `sweep`, of the same model
@@ -186,7 +186,7 @@ def plot_judges(
         _shade_worse(ax, "↑")
     return fig
 
-# %% ../nbs/engine/18_claim_plots.ipynb #ab1019a
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1023a
 def plot_swaps(
     records: dict,  # world → record of `study swaps`
     measures=tuple(SWAP_MEASURES),
