@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'CONTROLS', 'DrawSetting', 'draw_settings', 'residual_spectrum', 'shape_noise', 'Known', 'predict_clip',
-           'make_draws', 'score_draws', 'energy_gain', 'calls_for_gain', 'training_clips', 'training_spectrum',
+           'make_draws', 'score_draws', 'energy_gain', 'calls_for_gain', 'reference_clips', 'training_spectrum',
            'draw_study', 'show_draws']
 
 # %% ../nbs/engine/18_draws.ipynb #3ffea532
@@ -195,7 +195,7 @@ def calls_for_gain(
     return min(n for n, e in energies.items() if control - e >= share * most)
 
 # %% ../nbs/engine/18_draws.ipynb #2c328ac0
-def training_clips(
+def reference_clips(
     data,  # folder of prepared clips with sound
     limit: int,  # clips at most
     fallback: str,  # split of those that are judged
@@ -303,7 +303,7 @@ def draw_study(
     judged = range(min(limit, len(dataset)))
     paths = [out / f"{dataset.names[i]}.npz" for i in judged]
     if not all(path.exists() for path in paths):
-        spectrum = training_spectrum(model, training_clips(data, 30, split))
+        spectrum = training_spectrum(model, reference_clips(data, 30, split))
     for i, path in zip(tqdm(judged, desc="draws of every clip"), paths):
         if not path.exists():
             _score_clip(model, dataset[i], settings, spectrum, path, draws, seed)

@@ -20,7 +20,7 @@ from faces2voices.draws import (
     DrawSetting,
     make_draws,
     predict_clip,
-    training_clips,
+    reference_clips,
     training_spectrum,
 )
 from .ears import Ear, make_ear
@@ -92,7 +92,7 @@ def sweep_study(
     dataset = split_with_sound(data, split)
     clips = [dataset[i] for i in spread(range(len(dataset)), limit)]
     model = FacesToVoices.from_pretrained(name, device="cpu")
-    train = training_clips(data, 120, split)
+    train = reference_clips(data, 120, split)
     spectrum = training_spectrum(model, spread(train, 30))
     ear = make_ear([clip._replace(mel=MEL.normalize(MEL(clip.wav))) for clip in train])
     jury = make_jury(clips, SWEEP_METRICS, model)

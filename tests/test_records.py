@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 from typer.testing import CliRunner
-from faces2voices import cli, records
+from faces2voices import cli, records, shell
 from faces2voices.errors import CorpusError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,9 +168,9 @@ synthesize a.mp4 b.mp4 --no-dub""".splitlines()
 @pytest.mark.parametrize("words", CALLS)
 def test_a_command_writes_down_what_it_was_called_with(words):
     line = f"faces2voices {words}"
-    again = cli.command_line(parse_under_root(line))
+    again = shell.command_line(parse_under_root(line))
     assert parse_under_root(again).params == parse_under_root(line).params
-    assert cli.command_line(parse_under_root(again)) == again
+    assert shell.command_line(parse_under_root(again)) == again
 
 
 def parse_under_root(line: str):
@@ -188,7 +188,7 @@ def parse_under_root(line: str):
 
 def test_the_file_of_a_result_is_not_in_its_command():
     ctx = parse_under_root("faces2voices evaluate prepared --limit 2 -o card.json")
-    assert cli.command_line(ctx) == "faces2voices evaluate prepared --limit 2"
+    assert shell.command_line(ctx) == "faces2voices evaluate prepared --limit 2"
 
 
 def test_a_folder_keeps_the_commands_that_made_it(tmp_path):
