@@ -22,7 +22,6 @@ PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 ENGINE_ROOMS = sorted((ROOT / "nbs" / "engine").glob("*.ipynb"))
 NOTEBOOKS = [*PAGES, *ENGINE_ROOMS]
 LESSONS = [p for p in PAGES if p.name[:2].isdigit()]
-HELD = {p.name[:2] for p in LESSONS} - {"18"}  # numbers of the lessons that keep all budgets
 
 
 def names(path) -> str:
@@ -131,7 +130,7 @@ def first_sight(cells) -> int:
     return 0
 
 
-@pytest.mark.parametrize("path", [p for p in LESSONS if p.name[:2] in HELD], ids=names)
+@pytest.mark.parametrize("path", LESSONS, ids=names)
 def test_a_lesson_keeps_its_budgets(path):
     cells = json.loads(path.read_text())["cells"]
     seen = [c for c in cells if not source(c).startswith("#| hide")]
