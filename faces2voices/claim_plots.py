@@ -26,10 +26,10 @@ def _draw_interval(ax, y: float, found: Interval, sure: bool, colour: str):
 
 
 def _shade_worse(ax, better: str):
-    low, high = ax.get_xlim()
-    worse = (0, max(high, 0)) if better == "↓" else (min(low, 0), 0)
-    ax.axvspan(*worse, color="0.93", zorder=0)
     ax.axvline(0, color="0.5", lw=1)
+    low, high = ax.get_xlim()
+    worse = (0, high) if better == "↓" else (low, 0)
+    ax.axvspan(*worse, color="0.93", zorder=0)
     ax.set_xlim(low, high)
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1008a
@@ -42,6 +42,7 @@ def _panels(titles: dict, rows: list, worlds):
     fig, (axes,) = plt.subplots(1, len(titles), **how)
     for ax, (title, better) in zip(axes, titles.items()):
         ax.set_title(f"{title} {better}".strip(), fontsize=10)
+        ax.locator_params(axis="x", nbins=4)
     axes[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
     for world, colour in zip(worlds, WORLD_COLOURS):
         axes[0].plot([], [], "o", color=colour, label=world)
