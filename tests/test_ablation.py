@@ -376,6 +376,16 @@ def without_time(found):
 FEW = dict(seeds=(0,), variants=("whole", "flat"), shares=(1.0,), steps=5)
 
 
+@pytest.fixture
+def one_thread():
+    "A process that is forked has no share in the threads of its parent, and would wait for them."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_what_was_stopped_or_killed_goes_on_and_ends_as_if_nothing_had_been(
