@@ -140,6 +140,6 @@ def show_sweep(
 
 
 def _sweep_cell(metric: str, values: list, difference) -> str:
-    mean = float(np.mean(values))
+    mean = float(np.nanmean(values))  # no tune is heard in some draws
     text = f"{100 * mean:.1f} %" if metric.startswith("WER") else f"{mean:.3f}"
     return f"**{text}**" if difference and difference.p < 0.05 else text

@@ -113,5 +113,7 @@ def test_rows_are_compared_with_mu_within_clips():
     better, alike = changed["better", "ESTOI"], changed["alike", "ESTOI"]
     assert abs(better.interval.estimate - 0.1) < 1e-9 and better.p < 0.01
     assert alike.p > 0.5
+    rows["unheard"] = {"ESTOI": [float("nan"), *hard[1:].tolist()]}
     table = sweeps.show_sweep(dict(rows=rows, model="m", clips=12, split="val"))
+    assert "nan" not in table
     assert "**5.100**" in table and "**5.000**" not in table
