@@ -52,6 +52,34 @@ def test_the_borrowed_face_is_of_the_person_who_sounds_least_alike():
         swaps.unlike_partner(low, [low, twin])
 
 
+def test_each_clip_is_compared_with_its_own_recording_and_with_the_lender_of_its_face(monkeypatch):
+    clips = [moving(0, 4.6), moving(1, 5.3)]
+    spoken = SimpleNamespace(from_pretrained=lambda name, device: spoken)
+    spoken.synthesize_clip = lambda clip, seed: (clip.name, clip.face, seed)
+    jury = SimpleNamespace(
+        recordings={clip.name: f"recording of {clip.name}" for clip in clips},
+        recognisers={"WER": "recogniser"},
+    )
+    seen = []
+
+    def score(speech, clip, own, borrowed, recognise):
+        seen.append((speech, clip.name, own, borrowed, recognise))
+        return {"energy, r": 1.0}
+
+    monkeypatch.setattr(swaps, "split_with_sound", lambda data, split: clips)
+    monkeypatch.setattr(swaps, "FacesToVoices", spoken)
+    monkeypatch.setattr(swaps, "make_jury", lambda clips, metrics, model: jury)
+    monkeypatch.setattr(swaps, "score_swap", score)
+    found = swaps.swap_study("talkers", "prepared", seed=3)
+    assert found["clips"] == 2 and found["words_by"] == "WER"
+    assert [len(of["energy, r"]) for of in found["rows"].values()] == [2] * 4
+    for (made, face, seed), name, own, borrowed, recognise in seen:
+        mine, other = clips if name == clips[0].name else clips[::-1]
+        assert made == name and seed == 3 and recognise == "recogniser"
+        assert own == f"recording of {mine.name}" and borrowed == f"recording of {other.name}"
+        assert any(torch.equal(face, clip.face) for clip in (mine, other))
+
+
 def test_scores_are_of_the_sound_that_was_made(monkeypatch):
     class Heard:
         def __init__(self, wav):
