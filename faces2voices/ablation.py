@@ -7,7 +7,7 @@ __all__ = ['ABLATION_BATCH', 'VARIANT_MEASURES', 'SHARES', 'ABLATION_STEPS', 'Li
            'cache_lips', 'frozen_preset', 'SeenClips', 'load_seen_clips', 'feature_batch', 'take_share', 'seen_batches',
            'score_clip', 'clip_columns', 'hear_truth', 'AblationRun', 'mean_losses', 'build_run', 'load_run',
            'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
-           'known_columns', 'compare_variants', 'show_variants']
+           'known_columns', 'variant_changes', 'compare_variants', 'show_variants']
 
 # %% ../nbs/engine/18_ablation.ipynb #8ea9a7c4
 import json
@@ -524,6 +524,23 @@ def known_columns(
     return table[:, np.isfinite(table).all(0)]
 
 
+def variant_changes(
+    record: dict,  # of `run_ablation`
+    variant: str,
+    share: float,
+    split: str,
+    measure: str,
+    reference: str = "whole",
+) -> (
+    np.ndarray | None
+):  # (seeds, clips), NaN where either has no number; None without a common seed
+    "What a variant has more than the reference, within the same seeds and clips."
+    theirs = clip_table(record, variant, share, split, measure)
+    whole = clip_table(record, reference, share, split, measure)
+    seeds = sorted(theirs.keys() & whole.keys())
+    return np.stack([theirs[seed] - whole[seed] for seed in seeds]) if seeds else None
+
+
 def compare_variants(
     record: dict,  # of `run_ablation`
     share: float = 1.0,
@@ -532,11 +549,8 @@ def compare_variants(
     "What each variant has more than the whole, over seeds and clips; from two seeds on."
     tables = {}
     for split, name, measure in product(record["clips"], VARIANTS, VARIANT_MEASURES):
-        theirs = clip_table(record, name, share, split, measure)
-        whole = clip_table(record, reference, share, split, measure)
-        seeds = sorted(theirs.keys() & whole.keys())
-        if name != reference and seeds:
-            table = np.stack([theirs[seed] - whole[seed] for seed in seeds])
+        table = variant_changes(record, name, share, split, measure, reference)
+        if name != reference and table is not None:
             tables[split, name, measure] = table
     return compare_tables(tables)
 

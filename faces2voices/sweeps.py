@@ -61,8 +61,8 @@ def ways_to_speak(
     yield "recording", clip.wav
     for name, (mel, *_) in make_draws(model, known, settings, spectrum, 1, seed):
         label = "its mel, by the vocoder" if name == "truth" else name
-        tune = (clip if name == "truth" else known)._asdict()
-        yield label, vocode_mel(model.vocoder, mel, tune["log_f0"], tune["voiced"])
+        told = clip if name == "truth" else known
+        yield label, vocode_mel(model.vocoder, mel, told.log_f0, told.voiced)
         if name in OWN_TUNE:
             yield f"{label}, its own tune", vocode_mel(model.vocoder, mel, *ear.tune(mel))
 
