@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BANDS', 'CONTROLS', 'DrawSetting', 'draw_settings', 'residual_spectrum', 'shape_noise', 'Known', 'predict_clip',
            'make_draws', 'score_draws', 'energy_gain', 'calls_for_gain', 'reference_clips', 'training_spectrum',
-           'draw_study', 'show_draws']
+           'voice_points', 'row_distances', 'draw_study', 'show_draws']
 
 # %% ../nbs/engine/18_draws.ipynb #3ffea532
 import json
@@ -171,7 +171,7 @@ def score_draws(
 
 # %% ../nbs/engine/18_draws.ipynb #4f74075d
 CONTROLS = "μ", "μ + white noise", "μ + shaped noise"
-_COMPONENTS = 16  # principal components of real patches, for the Fréchet distance
+_COMPONENTS = 16  # principal components of real points, for the Fréchet distances
 
 
 def energy_gain(
@@ -215,40 +215,80 @@ def training_spectrum(
     return residual_spectrum([known.mel - known.mu for known in seen])
 
 
+_VOICE_COLUMNS, _VOICE_HOP = 96, 24  # of the mel: a second or so, four times a second
+
+
+def voice_points(
+    encoder,  # a SpeakerEncoder
+    mel,  # (80, L), normalised
+) -> torch.Tensor:  # (n, 256)
+    "Where the speaker encoder hears a mel on its way, window by window; a short mel is one."
+    windows = mel.unfold(1, min(_VOICE_COLUMNS, mel.shape[1]), _VOICE_HOP)  # (80, n, columns)
+    with torch.no_grad():
+        return encoder(windows.transpose(0, 1).to(next(encoder.parameters()).device)).cpu()
+
+
 def _score_clip(model, clip, settings, spectrum, path: Path, draws: int, seed: int):
-    "Scores and patches of one clip, as one file."
+    "Scores, patches and voices of one clip, as one file."
     known = predict_clip(model, clip)
-    scores, patches = {}, {}
+    scores, patches, voices = {}, [], []
     for name, made in make_draws(model, known, settings, spectrum, draws, seed):
         scores[name] = score_draws(made, known.mel, known.mu)
-        patches[name] = mel_patches(made[0]).half().numpy()
-    kept = np.stack(list(patches.values()))
+        patches.append(mel_patches(made[0]).half().numpy())
+        voices.append(voice_points(model.speaker_encoder, made[0]).numpy())
+    kept = dict(scores=np.array(json.dumps(scores)), patches=patches, voices=voices)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as tmp, open(tmp, "wb") as file:
-        np.savez(file, scores=np.array(json.dumps(scores)), patches=kept)
+        np.savez(file, **kept)
 
 
-def _read_clip(path: Path) -> tuple:
+class _Judged(NamedTuple):
+    "What is kept of a clip, row by row."
+
+    scores: dict  # name → measure → number
+    patches: dict  # name → (n, 640)
+    voices: dict  # name → (m, 256)
+
+
+def _read_clip(path: Path) -> _Judged:
     with np.load(path, allow_pickle=False) as kept:
         scores = json.loads(str(kept["scores"]))
-        return scores, dict(zip(scores, kept["patches"].astype(np.float32)))
+        clouds = (dict(zip(scores, kept[k].astype(np.float32))) for k in ("patches", "voices"))
+        return _Judged(scores, *clouds)
 
 # %% ../nbs/engine/18_draws.ipynb #1971a370
-def _cloud_distances(patches: list, seed: int) -> dict:  # name → measure → number
-    "Made patches of all clips against the real ones."
+def row_distances(
+    clouds: list,  # of each clip: name of a row → (n, D) points
+) -> dict:  # name → Fréchet distance from the row `truth`, along its widest axes
+    "How far the points that a row made are from the real ones, as clouds of all clips."
+    joined = {name: np.concatenate([of_clip[name] for of_clip in clouds]) for name in clouds[0]}
+    middle = joined["truth"].mean(0)
+    axes = np.linalg.svd(joined["truth"] - middle, full_matrices=False)[2][:_COMPONENTS].T
+    seen = {name: (points - middle) @ axes for name, points in joined.items()}
+    return {name: frechet_distance(seen["truth"], made) for name, made in seen.items()}
+
+
+def _told_apart(patches: list, seed: int) -> dict:  # name → accuracy
+    "How often a classifier tells a row's patches from real ones; nothing of a single clip."
+    if len(patches) < 2:
+        return {}
     real = np.concatenate([of_clip["truth"] for of_clip in patches])
     clips = np.repeat(range(len(patches)), [len(of_clip["truth"]) for of_clip in patches])
-    middle = real.mean(0)
-    axes = np.linalg.svd(real - middle, full_matrices=False)[2][:_COMPONENTS].T
     found = {}
     for name in tqdm(patches[0], desc="real or made", leave=False):
         made = np.concatenate([of_clip[name] for of_clip in patches])
-        distance = frechet_distance((real - middle) @ axes, (made - middle) @ axes)
-        found[name] = dict(frechet=round(distance, 4))
-        if len(patches) > 1:
-            told = classifier_accuracy(*map(add_roughness, (real, made)), clips, clips, seed)
-            found[name]["told apart"] = round(told, 4)
+        found[name] = classifier_accuracy(*map(add_roughness, (real, made)), clips, clips, seed)
     return found
+
+
+def _cloud_columns(kept: list, seed: int) -> dict:  # column → name → number
+    "What is asked of all clips together."
+    patches = [clip.patches for clip in kept]
+    return {
+        "frechet": row_distances(patches),
+        "frechet of voices": row_distances([clip.voices for clip in kept]),
+        "told apart": _told_apart(patches, seed),
+    }
 
 # %% ../nbs/engine/18_draws.ipynb #2ac22ad2
 def _summarise_draws(
@@ -284,7 +324,7 @@ def draw_study(
     data,  # folder of prepared clips with sound
     out,  # folder of what is kept of each clip
     split: str = "val",
-    limit: int = 30,  # clips: the first ones of the split
+    limit: int = 30,  # clips at most, spread over the split
     draws: int = 8,  # of each clip and setting
     settings: list = None,  # of DrawSetting; None: those of `draw_settings`
     seed: int = 0,
@@ -298,9 +338,9 @@ def draw_study(
         out,
         model=fingerprint(model.hierarchy, fingerprint(model.decoder)),
         data=clips_identity(data),
-        asked=dict(split=split, draws=draws, settings=names, seed=seed),
+        asked=dict(split=split, draws=draws, settings=names, seed=seed, hop=_VOICE_HOP),
     )
-    judged = range(min(limit, len(dataset)))
+    judged = spread(range(len(dataset)), limit)
     paths = [out / f"{dataset.names[i]}.npz" for i in judged]
     if not all(path.exists() for path in paths):
         spectrum = training_spectrum(model, reference_clips(data, 30, split))
@@ -308,9 +348,10 @@ def draw_study(
         if not path.exists():
             _score_clip(model, dataset[i], settings, spectrum, path, draws, seed)
     kept = [_read_clip(path) for path in paths]
-    rows, calls = _summarise_draws([scores for scores, _ in kept], settings)
-    for row, found in _cloud_distances([patches for _, patches in kept], seed).items():
-        rows[row] |= found
+    rows, calls = _summarise_draws([clip.scores for clip in kept], settings)
+    for column, found in _cloud_columns(kept, seed).items():
+        for row, value in found.items():
+            rows[row][column] = round(value, 4)
     form = dict(flow_target=model.preset.flow_target, split=split, clips=len(kept), draws=draws)
     return dict(model=Path(name).name, **form, calls_for_95_percent=calls, rows=rows)
 
@@ -320,7 +361,7 @@ def show_draws(
 ) -> str:  # Markdown
     "A row a setting; the gain over white noise with its interval."
     head = ["", "energy ↓", "CRPS ↓", "gain over μ + white noise", "variety", "variety ÷ bias"]
-    head += ["below 3 Hz", "above 30 Hz", "Fréchet ↓", "told from real"]
+    head += ["below 3 Hz", "above 30 Hz", "Fréchet ↓", "Fréchet, voice ↓", "told from real"]
     body = []
     for name, r in found["rows"].items():
         gain, low, high = r["gain over μ + white noise"]
@@ -328,7 +369,7 @@ def show_draws(
         calibration = r["calibration"] if name not in ("truth", "μ") else None
         cells = [r["energy"], r["CRPS"], f"{gain:+.1%}{interval}", r["variety"], calibration]
         cells += [r[f"{band}, of the truth's"] for band in BANDS]
-        cells += [r["frechet"], r.get("told apart")]
+        cells += [r["frechet"], r.get("frechet of voices"), r.get("told apart")]
         body.append([name, *(f"{x:.3f}" if isinstance(x, float) else x for x in cells)])
     clips = f"`{found['model']}`, {found['clips']} clips of the split {found['split']}, "
     calls = ", ".join(
