@@ -165,6 +165,10 @@ def _adapt(
         ),
     ] = Path("runs/adapted"),
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each part.")] = 400,
+    only: Annotated[
+        Optional[str],
+        typer.Option(help="These parts alone, of `hierarchy,decoder,vocoder`; the others stay."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read clips ahead.")] = 2,
     seed: SeedOption = 0,
 ):
@@ -172,7 +176,9 @@ def _adapt(
     from faces2voices.training import adapt
 
     make_folder(out)
-    folder = adapt(model, data, out, steps, workers=workers, seed=seed, command=command_line(ctx))
+    parts = only.split(",") if only else None
+    how = dict(workers=workers, seed=seed, command=command_line(ctx))
+    folder = adapt(model, data, out, steps, parts, **how)
     console.print(
         f"model in {plain_text(folder)}; next: [bold]faces2voices evaluate DATA --model "
         f"{plain_text(folder)}[/]"

@@ -39,8 +39,10 @@ from faces2voices.vocoder import (
 )
 from .synthesis import FacesToVoices
 from faces2voices.runs import (
+    PART_NEEDS,
     SampleLogger,
     assemble,
+    check_parts,
     claim,
     claim_run,
     clips_identity,
@@ -673,9 +675,6 @@ def train_model_vocoder(model, worlds: list, preset, run, first, seed, workers=0
     )
 
 # %% ../nbs/16_training.ipynb #6c0f8685
-_ADAPT_KEEPS = "locator", "units", "speaker"  # parts that `adapt` leaves as they are
-
-
 def train_system(
     preset: Preset,
     out,  # folder of the run
@@ -684,17 +683,20 @@ def train_system(
     vocoder: str | None = None,  # a model whose vocoder is kept, and nothing else
     lips=None,  # file of a pre-trained lip encoder; see `load_lip_encoder`
     voices=None,  # more prepared clips, for the vocoder alone
-    adapt: bool = False,  # go on from `init` altogether
+    adapt: tuple = (),  # parts that go on from `init`, whose others stay; none: all begin anew
     only: list | None = None,  # parts that may be trained now; None: all
     workers: int = 2,
     seed: int = 0,
     board: bool = False,  # log for TensorBoard too
     command: str = "",  # the model card names it
 ) -> Path:  # folder of the finished model
-    "Train units, speaker encoder, hierarchy, decoder and vocoder, and save them as one model."
+    """Train units, speaker encoder, hierarchy, decoder and vocoder, and save them as one model.
+
+    CheckpointError where a part is not known, or one that is needed is missing."""
+    check_parts(only, PART_NEEDS)
     run = Path(out)
     seed = whole_seed(seed)
-    model, first = build_seeded(preset, init, adapt, seed, lips)
+    model, first = build_seeded(preset, init, bool(adapt), seed, lips)
     reader = fingerprint(model.hierarchy.lips) if lips else None
     on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed, reader, vocoder))
     speaks = FacesToVoices.from_pretrained(vocoder, device="cpu") if vocoder else first
@@ -702,7 +704,7 @@ def train_system(
 
     def step(name, module, train, *args):
         def work():
-            if not (adapt and name in _ADAPT_KEEPS):
+            if not adapt or name in adapt:
                 train(model, *args)
 
         load_or_train(run, name, module, work, only)
@@ -734,9 +736,13 @@ def adapt(
     data,  # prepared clips of somebody new, with a split `train`
     out,  # folder of the run
     steps: int = 400,  # of each part
+    only: list | None = None,  # of hierarchy, decoder and vocoder; None: all three
     **options,  # of `train_system`
 ) -> Path:  # folder of the adapted model
-    "Go on from a trained model with other clips, their sounds and lips as they are."
+    """Go on from a trained model with other clips, their sounds and lips as they are.
+
+    CheckpointError where `only` names a part that does not adapt."""
+    check_parts(only, _ADAPTED_PARTS)
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
     preset = replace(
         preset,
@@ -745,4 +751,5 @@ def adapt(
         steps=preset.steps | dict.fromkeys(_ADAPTED_PARTS, steps),
         lr={name: rate / 3 for name, rate in preset.lr.items()},
     )
-    return train_system(preset, out, data, init=model, adapt=True, **options)
+    parts = tuple(only or _ADAPTED_PARTS)
+    return train_system(preset, out, data, init=model, adapt=parts, **options)

@@ -310,6 +310,8 @@ def _train(
         board=board,
         command=command_line(ctx),
     )
+    if folder == out:  # parts are missing, and which was said
+        return
     console.print(
         f"model in {plain_text(folder)}; next: [bold]faces2voices evaluate DATA --model "
         f"{plain_text(folder)}[/]"

@@ -641,38 +641,43 @@ def test_the_paper_size_is_counted_without_memory_for_it():
     assert hierarchy.gflops > forward
 
 
-def test_adapting_keeps_units_and_voices_and_moves_the_rest(tmp_path):
-    from faces2voices.manifests import read_manifest
-    from faces2voices.preparing import prepare
-    from faces2voices.synthesis import FacesToVoices
+@pytest.mark.parametrize(
+    "only, moves",
+    [(None, {"hierarchy", "decoder", "vocoder"}), (["decoder"], {"decoder"})],
+    ids=["all", "the decoder alone"],
+)
+def test_adapting_keeps_units_and_voices_and_moves_the_rest(prepared, tmp_path, only, moves):
+    from faces2voices.storage import WEIGHTS_DIR
 
-    talkers = FacesToVoices.from_pretrained("talkers", device="cpu")
-    entries = [
-        e._replace(split="train")
-        for e in read_manifest(Path(__file__).parents[1] / "data_samples" / "manifest.jsonl")[:2]
-    ]
-    prepare(entries, tmp_path / "clips", talkers.face_backend)
-    adapted = FacesToVoices.from_pretrained(
-        adapt("talkers", tmp_path / "clips", tmp_path / "run", steps=1), device="cpu"
-    )
-    moved = {
-        name: any(
-            (a != b).any()
-            for a, b in zip(
-                getattr(talkers, name).state_dict().values(),
-                getattr(adapted, name).state_dict().values(),
-            )
-        )
-        for name in ("units", "speaker_encoder", "locator", "hierarchy", "decoder", "vocoder")
-    }
-    assert moved == dict(
-        units=False,
-        speaker_encoder=False,
-        locator=False,
-        hierarchy=True,
-        decoder=True,
-        vocoder=True,
-    )
+    folder = adapt("talkers", prepared, tmp_path / "run", steps=1, only=only)
+    before, after = (load_file(p / "model.safetensors") for p in (WEIGHTS_DIR / "talkers", folder))
+    assert {name.split(".")[0] for name in after} >= moves | {"units", "speaker_encoder", "locator"}
+    assert {name.split(".")[0] for name in after if (before[name] != after[name]).any()} == moves
+
+
+def test_a_folder_where_one_part_adapted_is_not_gone_on_with_for_others(prepared, tmp_path):
+    adapt("talkers", prepared, tmp_path / "run", steps=1, only=["decoder"])
+    with pytest.raises(CheckpointError, match="adapt"):
+        adapt("talkers", prepared, tmp_path / "run", steps=1)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "CLIPS", "-o", "RUN", "--only", "decoder,vocodr"],
+        ["adapt", "CLIPS", "--model", "talkers", "-o", "RUN", "--only", "units,vocodr"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_part_that_is_not_known_is_named_and_trains_nothing(prepared, tmp_path, command):
+    from typer.testing import CliRunner
+    from faces2voices.cli import app
+
+    places = dict(CLIPS=str(prepared), RUN=str(tmp_path / "run"))
+    found = CliRunner().invoke(app, [places.get(word, word) for word in command])
+    assert found.exit_code != 0
+    assert "vocodr" in str(found.exception or found.output)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 def test_adapting_to_nothing_is_an_error(tmp_path):
