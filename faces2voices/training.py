@@ -563,8 +563,9 @@ def decoder_loss(model):
 
 
 def train_decoder(model, dataset, preset, run, seed, board=None, workers=0):
-    "OT-CFM on the μ of the frozen hierarchy."
-    examples = precompute_mu(model.hierarchy, dataset, run, vary=preset.vary, seed=seed)
+    "OT-CFM on the μ of the frozen hierarchy, from lips that vary as little as in use."
+    vary = min(preset.vary, 1)
+    examples = precompute_mu(model.hierarchy, dataset, run, vary=vary, seed=seed)
     chances = None
     if preset.balance:
         people = dataset.people * (len(examples) // len(dataset))

@@ -661,6 +661,20 @@ def test_a_folder_where_one_part_adapted_is_not_gone_on_with_for_others(prepared
         adapt("talkers", prepared, tmp_path / "run", steps=1)
 
 
+def test_a_decoder_that_adapts_meets_lips_as_they_are_in_use(prepared, tmp_path, monkeypatch):
+    "The hierarchy adapts on clips that are varied much, and μ of those is worse than in use."
+    varied = []
+
+    def noted(*args, vary, **kw):
+        varied.append(vary)
+        return made(*args, vary=vary, **kw)
+
+    made = training.precompute_mu
+    monkeypatch.setattr(training, "precompute_mu", noted)
+    adapt("talkers", prepared, tmp_path / "run", steps=1, only=["decoder"])
+    assert varied == [1]
+
+
 @pytest.mark.parametrize(
     "command",
     [
