@@ -162,6 +162,18 @@ def open_hall(
     return Hall(clips, ear, make_jury(clips, HEARD_METRICS, judge))
 
 # %% ../nbs/engine/18_heard.ipynb #62e0012a
+def _sound_file(sounds, name: str, clip: Clip) -> Path:
+    return Path(sounds) / name.replace(" ", "-") / f"{clip.name}.wav"
+
+
+def _judge(wavs: list, name: str, hall: Hall, sounds=None) -> dict:  # metric → a number a clip
+    "Sounds of the clips under one name: judged, and kept where a folder is given for them."
+    for wav, clip in zip(wavs, hall.clips):
+        if sounds:
+            save_wav(_sound_file(sounds, name, clip), wav, overwrite=True)
+    return clip_columns([hall.jury.score(wav, clip) for wav, clip in zip(wavs, hall.clips)])
+
+
 def hear_run(
     run: AblationRun,
     seen: SeenClips,
@@ -173,28 +185,24 @@ def hear_run(
     "One run's speech, judged clip by clip."
     model = load_run(run, seen, out)
     decoder = train_flow(run, seen, out, flow_steps) if flow_steps else None
-    wavs = {
-        clip.name: speak_run(model, decoder, clip, seen, hall.ear, hall.jury.model.vocoder)
-        for clip in hall.clips
-    }
-    if sounds:
-        for name, wav in wavs.items():
-            save_wav(Path(sounds) / run.name / f"{name}.wav", wav, overwrite=True)
-    return clip_columns([hall.jury.score(wavs[clip.name], clip) for clip in hall.clips])
+    ear, vocoder = hall.ear, hall.jury.model.vocoder
+    wavs = [speak_run(model, decoder, clip, seen, ear, vocoder) for clip in hall.clips]
+    return _judge(wavs, run.name, hall, sounds)
 
 
-def hear_bounds(hall: Hall) -> dict:  # name → metric → a number a clip
+def hear_bounds(
+    hall: Hall,
+    sounds=None,  # folder for the sounds
+) -> dict:  # name → metric → a number a clip
     "The recordings, and their mels by the same ear and vocoder: no variant can do better."
-    copies = [
-        vocode_mel(hall.jury.model.vocoder, clip.mel, *hall.ear.tune(clip.mel))
-        for clip in hall.clips
-    ]
-    return {
-        "recording": clip_columns([hall.jury.score(clip.wav, clip) for clip in hall.clips]),
-        "true mel": clip_columns(
-            [hall.jury.score(wav, clip) for wav, clip in zip(copies, hall.clips)]
-        ),
+    vocoder = hall.jury.model.vocoder
+    spoken = {
+        "recording": [clip.wav for clip in hall.clips],
+        "true mel": [
+            vocode_mel(vocoder, clip.mel, *hall.ear.tune(clip.mel)) for clip in hall.clips
+        ],
     }
+    return {name: _judge(wavs, name, hall, sounds) for name, wavs in spoken.items()}
 
 # %% ../nbs/engine/18_heard.ipynb #62e0013a
 def heard_study(
@@ -222,14 +230,15 @@ def heard_study(
     rows = []
     for run in tqdm(runs, desc="speak and judge", unit="run"):
         path = out / f"{run.name}-heard-{split}-{len(hall.clips)}-{flow_steps}-{model}.json"
-        if not path.is_file():
+        files = [_sound_file(sounds, run.name, clip) for clip in hall.clips if sounds]
+        if not all(file.is_file() for file in (path, *files)):
             scores = hear_run(run, seen, hall, out, flow_steps, sounds)
-            with atomic_path(path) as tmp:
+            with atomic_path(path, overwrite=True) as tmp:
                 tmp.write_text(json.dumps(scores))
         row = dict(variant=run.variant, seed=run.seed)
         rows.append(row | dict(scores=json.loads(path.read_text(encoding="utf-8"))))
     how = dict(split=split, clips=[clip.name for clip in hall.clips], flow_steps=flow_steps)
-    return how | dict(vocoder=model, bounds=hear_bounds(hall), rows=rows)
+    return how | dict(vocoder=model, bounds=hear_bounds(hall, sounds), rows=rows)
 
 # %% ../nbs/engine/18_heard.ipynb #62e0015a
 def heard_table(
