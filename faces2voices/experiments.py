@@ -57,7 +57,7 @@ def stored_card(
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
-# %% ../nbs/18_experiments.ipynb #fbd8e0d9
+
 def _our_number(card: dict | None, metric: str) -> str:
     "With that of the original sound, where the judge could be wrong about it too."
     if card is None:
@@ -87,7 +87,7 @@ def ledger() -> list:  # of (measure, paper, others, and ours of LEDGER_CARDS), 
         rows.append((label, *published, *(_our_number(card, metric) for card in cards)))
     return rows
 
-# %% ../nbs/18_experiments.ipynb #5f63865e
+
 def ledger_markdown() -> str:
     "The ledger as a table, with the command of each of our columns below."
     head = ["measure", "paper", "measured by others, LRS3", *LEDGER_CARDS.values()]
