@@ -227,7 +227,7 @@ def voice_points(
     with torch.no_grad():
         return encoder(windows.transpose(0, 1).to(next(encoder.parameters()).device)).cpu()
 
-
+# %% ../nbs/engine/18_draws.ipynb #691e0a04
 def _score_clip(model, clip, settings, spectrum, path: Path, draws: int, seed: int):
     "Scores, patches and voices of one clip, as one file."
     known = predict_clip(model, clip)
@@ -369,7 +369,7 @@ def show_draws(
         calibration = r["calibration"] if name not in ("truth", "μ") else None
         cells = [r["energy"], r["CRPS"], f"{gain:+.1%}{interval}", r["variety"], calibration]
         cells += [r[f"{band}, of the truth's"] for band in BANDS]
-        cells += [r["frechet"], r.get("frechet of voices"), r.get("told apart")]
+        cells += [r["frechet"], f"{r['frechet of voices']:.4f}", r.get("told apart")]
         body.append([name, *(f"{x:.3f}" if isinstance(x, float) else x for x in cells)])
     clips = f"`{found['model']}`, {found['clips']} clips of the split {found['split']}, "
     calls = ", ".join(
