@@ -36,7 +36,7 @@ from .solvers import SOLVERS
 from .statistics import bootstrap_interval, ratio
 from .synthesis import FacesToVoices
 from .jury import split_with_sound, spread
-from .records import made_by
+from .records import made_by, model_name
 
 # %% ../nbs/engine/18_draws.ipynb #ca0cb173
 class DrawSetting(NamedTuple):
@@ -353,7 +353,7 @@ def draw_study(
         for row, value in found.items():
             rows[row][column] = round(value, 4)
     form = dict(flow_target=model.preset.flow_target, split=split, clips=len(kept), draws=draws)
-    return dict(model=Path(name).name, **form, calls_for_95_percent=calls, rows=rows)
+    return dict(model=model_name(name), **form, calls_for_95_percent=calls, rows=rows)
 
 # %% ../nbs/engine/18_draws.ipynb #4dfb0050
 def show_draws(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS_FILE', 'commit', 'machine', 'tool_version', 'versions', 'commands_of', 'note_making', 'data_of', 'record',
-           'made_by']
+           'model_name', 'made_by']
 
 # %% ../nbs/engine/00_records.ipynb #2c760415
 import json
@@ -129,6 +129,14 @@ def record(
     return kept
 
 # %% ../nbs/engine/00_records.ipynb #ma1a0001
+def model_name(
+    model,  # a name, or a folder; training leaves it as RUN/model
+) -> str:
+    "What a record calls a model: its name, or that of its run."
+    path = Path(model)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
 def made_by(
     found: dict,  # what a study found
 ) -> str:

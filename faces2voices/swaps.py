@@ -7,7 +7,6 @@ __all__ = ['SWAP_MEASURES', 'WORD_MARGIN', 'swap_conditions', 'unlike_partner', 
            'show_swaps']
 
 # %% ../nbs/engine/18_swaps.ipynb #6b1e0003
-from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 from .errors import CorpusError
@@ -20,7 +19,7 @@ from .evaluation import Sound
 from .measures import correlation
 from .judges import word_errors
 from .jury import make_jury, split_with_sound, spread
-from .records import made_by
+from .records import made_by, model_name
 
 # %% ../nbs/engine/18_swaps.ipynb #6b1e0006
 def _freeze(track):
@@ -108,7 +107,7 @@ def swap_study(
             voices = jury.recordings[clip.name], jury.recordings[other.name]
             for k, x in score_swap(speech, clip, *voices, recognise).items():
                 rows.setdefault(condition, {}).setdefault(k, []).append(x)
-    return dict(model=Path(name).name, split=split, clips=len(clips), words_by=who, rows=rows)
+    return dict(model=model_name(name), split=split, clips=len(clips), words_by=who, rows=rows)
 
 # %% ../nbs/engine/18_swaps.ipynb #6b1e0010
 def swap_changes(

@@ -32,7 +32,7 @@ from .statistics import holm, paired_difference
 from .studies import vocode_mel
 from .synthesis import FacesToVoices
 from .jury import make_jury, split_with_sound, spread
-from .records import made_by
+from .records import made_by, model_name
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0006
 def sweep_settings() -> list:  # of DrawSetting
@@ -103,7 +103,7 @@ def sweep_study(
                 save_wav(Path(sounds) / folder_name(row) / f"{clip.name}.wav", wav)
             for metric, value in jury.score(wav, clip).items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value)
-    return dict(model=Path(name).name, split=split, clips=len(clips), rows=rows)
+    return dict(model=model_name(name), split=split, clips=len(clips), rows=rows)
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0011
 def compare_with_mu(
