@@ -336,7 +336,7 @@ def draw_study(
     names = [s.name for s in settings]
     claim(
         out,
-        model=fingerprint(model.hierarchy, fingerprint(model.decoder)),
+        model=fingerprint(model.stored_weights()),
         data=clips_identity(data),
         asked=dict(split=split, draws=draws, settings=names, seed=seed, hop=_VOICE_HOP),
     )

@@ -388,21 +388,22 @@ def _write_records(good: dict, bad: list, kept: set, out: Path):
 
 # %% ../nbs/engine/05_preparing.ipynb #d2b61f04
 def fingerprint(
-    *parts,  # modules, and settings as JSON can hold them
+    *parts,  # modules, tensors by name, and settings as JSON can hold them
 ) -> str:  # 12 hexadecimal digits
     "What decides a result, in a few letters: SHA-256 of all weights and settings."
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, torch.nn.Module):
-            _add_weights(digest, part)
+        weights = part.state_dict() if isinstance(part, torch.nn.Module) else part
+        if isinstance(weights, dict) and any(map(torch.is_tensor, weights.values())):
+            _add_weights(digest, weights)
         else:
             digest.update(json.dumps(part).encode())
     return digest.hexdigest()[:12]
 
 # %% ../nbs/engine/05_preparing.ipynb #2a7f9d04
-def _add_weights(digest, module: torch.nn.Module):
+def _add_weights(digest, weights: dict):
     "Name, kind, shape and bytes of every weight."
-    for name, value in module.state_dict().items():
+    for name, value in weights.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 

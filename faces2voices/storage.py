@@ -215,12 +215,19 @@ class StoredModel(nn.Module, PyTorchModelHubMixin):
 
 # %% ../nbs/engine/15_storage.ipynb #57f797ce
 @patch
-def _save_pretrained(self: StoredModel, save_directory):
-    "Half-precision weights of all that speaks; the mixin writes `config.json` beside them."
-    state = {}
+def stored_weights(self: StoredModel) -> dict:  # name → tensor
+    "Half-precision weights of all that speaks: a model that is read twice has the same ones."
+    weights = {}
     for name, x in self.state_dict().items():
         if not self._stays_at_home(name):
-            state[name] = (x.half() if x.is_floating_point() else x).contiguous()
+            weights[name] = (x.half() if x.is_floating_point() else x).contiguous()
+    return weights
+
+
+@patch
+def _save_pretrained(self: StoredModel, save_directory):
+    "The stored weights; the mixin writes `config.json` beside them."
+    state = self.stored_weights()
     save_file(state, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
     config = dict(preset=self.preset.to_json(), info=self.info)
     (Path(save_directory) / "config.json").write_text(json.dumps(config, indent=1))

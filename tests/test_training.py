@@ -957,6 +957,21 @@ def test_the_scale_of_the_residual_is_measured_stored_and_kept(prepared, tmp_pat
     same(again.decoder.residual_scale, model.decoder.residual_scale)
 
 
+def test_a_study_of_a_saved_model_goes_on_where_it_was(prepared, tmp_path, monkeypatch):
+    "What only training needs is random in a model that is read: it must not count."
+    from faces2voices import draws
+
+    small().save_pretrained(tmp_path / "model")
+    few = dict(split="train", limit=2, draws=2, settings=[draws.DrawSetting(1)])
+    study = [tmp_path / "model", prepared, tmp_path / "study"]
+    found = draws.draw_study(*study, **few)
+    monkeypatch.setattr(draws, "make_draws", lambda *a: pytest.fail("drawn again"))
+    assert draws.draw_study(*study, **few) == found
+    small(dropout=0.2).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="model"):
+        draws.draw_study(tmp_path / "other", *study[1:], **few)
+
+
 def test_the_seed_decides_what_a_saved_model_does_not_hold(tmp_path):
     "The masked path is not kept in a saved model: adapting starts it afresh."
     small().save_pretrained(tmp_path)
