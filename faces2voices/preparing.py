@@ -394,7 +394,7 @@ def fingerprint(
     digest = hashlib.sha256()
     for part in parts:
         weights = part.state_dict() if isinstance(part, torch.nn.Module) else part
-        if isinstance(weights, dict) and any(map(torch.is_tensor, weights.values())):
+        if isinstance(weights, dict) and all(map(torch.is_tensor, weights.values())):
             _add_weights(digest, weights)
         else:
             digest.update(json.dumps(part).encode())
