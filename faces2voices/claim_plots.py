@@ -145,6 +145,8 @@ def plot_shares(
             )
         ax.axhline(0, color="0.5", lw=1)
         ax.set(xscale="log", title=world, xlabel="training clips")
+        ax.set_xticks(sorted(set(clips.values())), [str(n) for n in sorted(set(clips.values()))])
+        ax.minorticks_off()
     axes[0][0].set_ylabel(f"{measure} {VARIANT_MEASURES[measure]},\nmore than the whole")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", frameon=False)
     open_axes(*axes[0])
