@@ -40,6 +40,7 @@ from faces2voices.ablation import (
 )
 from .jury import Jury, make_jury, spread
 from .records import made_by
+from .sweeps import folder_name
 from .ears import Ear, make_ear
 
 # %% ../nbs/engine/18_heard.ipynb #62e0008a
@@ -163,7 +164,7 @@ def open_hall(
 
 # %% ../nbs/engine/18_heard.ipynb #62e0012a
 def _sound_file(sounds, name: str, clip: Clip) -> Path:
-    return Path(sounds) / name.replace(" ", "-") / f"{clip.name}.wav"
+    return Path(sounds) / folder_name(name) / f"{clip.name}.wav"
 
 
 def _judge(wavs: list, name: str, hall: Hall, sounds=None) -> dict:  # metric → a number a clip
