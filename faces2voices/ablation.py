@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ABLATION_BATCH', 'VARIANT_MEASURES', 'SHARES', 'ABLATION_STEPS', 'LipSource', 'load_lip_source', 'check_lips',
            'cache_lips', 'frozen_preset', 'SeenClips', 'load_seen_clips', 'feature_batch', 'take_share', 'seen_batches',
-           'score_clip', 'clip_columns', 'hear_truth', 'AblationRun', 'mean_losses', 'build_run', 'load_run',
-           'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
+           'score_clip', 'clip_columns', 'hear_truth', 'AblationRun', 'mean_losses', 'one_clip', 'build_run',
+           'load_run', 'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
            'known_columns', 'variant_changes', 'compare_variants', 'show_variants']
 
 # %% ../nbs/engine/18_ablation.ipynb #8ea9a7c4
@@ -140,6 +140,7 @@ class SeenClips(NamedTuple):
     features: dict  # name of a clip → (T, D)
     speaker_encoder: torch.nn.Module
     preset: Preset
+    to_mu: bool = False  # have all variants as many weights that lead to μ, or as many in all?
 
     @property
     def lip_dim(self) -> int:
@@ -154,12 +155,14 @@ def load_seen_clips(
     data,  # folder of prepared clips with splits train, val and test, and perhaps unseen
     out,  # folder of the runs
     lips,  # see `load_lip_source`
+    to_mu: bool = False,  # see `SeenClips`
 ) -> SeenClips:
     "Everything in memory. CheckpointError where a split is empty, or `out` is of other runs."
     source = load_lip_source(lips)
     check_lips(source, split_with_sound(data, "train"))
     encoder = fingerprint(source.encoder)
-    shared = clips_with_targets(data, out, 0, frozen_preset, lips=encoder)
+    claimed = dict(lips=encoder) | (dict(to_mu=True) if to_mu else {})
+    shared = clips_with_targets(data, out, 0, frozen_preset, **claimed)
     datasets = dict(train=shared.train, val=shared.val, test=split_with_sound(data, "test"))
     unseen = ClipDataset(data, split="unseen")
     if len(unseen):
@@ -174,7 +177,7 @@ def load_seen_clips(
             for name in tqdm(dataset.names, desc=split, unit="clip")
         ]
         features |= {name: store.read(name)["features"] for name in dataset.names}
-    return SeenClips(splits, features, shared.speaker_encoder, shared.preset)
+    return SeenClips(splits, features, shared.speaker_encoder, shared.preset, to_mu)
 
 
 def feature_batch(
@@ -320,9 +323,15 @@ def mean_losses(
     return {term: round(total / len(clips), 5) for term, total in totals.items()}
 
 
+def one_clip(seen: SeenClips) -> Batch:
+    "A batch of features, to ask a model what depends on what."
+    return feature_batch(collate(seen.splits["train"][:1]), seen.features)
+
+
 def build_run(run: AblationRun, seen: SeenClips):  # a variant with its first weights
     "The model of a run, as large as the whole; the seed decides its first weights."
-    preset = matched_preset(run.variant, seen.preset, seen.lip_dim)
+    batch = one_clip(seen) if seen.to_mu else None
+    preset = matched_preset(run.variant, seen.preset, seen.lip_dim, batch)
     seed_everything(run.seed)
     return make_variant(run.variant, preset, seen.lip_dim)
 
@@ -402,7 +411,7 @@ def train_run(
         clips=len(clips),
         width=model.preset.dim,
         weights=count_weights(model),
-        to_mu=weights_to_mu(model, feature_batch(collate(clips[:1]), seen.features)),
+        to_mu=weights_to_mu(model, one_clip(seen)),
         seconds=log[-1]["seconds"],
         train=[dict(step=line["step"], total=line["total"], prior=line["prior"]) for line in log],
         curve=curve,
@@ -464,11 +473,12 @@ def run_ablation(
     shares=SHARES,
     steps: int = ABLATION_STEPS,
     lips="talkers",  # a pre-trained reader's file, or a model whose lip encoder is used
+    to_mu: bool = False,  # see `SeenClips`
 ) -> dict:  # what JSON can hold
     "Train and score every variant at every share from every seed. What is done is not done again."
     out = Path(out)
     runs = ablation_runs(variants, shares, steps, seeds)
-    seen = load_seen_clips(data, out, lips)
+    seen = load_seen_clips(data, out, lips, to_mu)
     ear = make_ear(seen.splits["train"][:300])
     done = [run for run in runs if finished_row(run, out)]
     todo = [run for run in runs if run not in done]

@@ -238,6 +238,14 @@ def _ablate(
             "(`reader.safetensors`), or a model whose lip encoder is used."
         ),
     ] = "talkers",
+    to_mu: Annotated[
+        bool,
+        typer.Option(
+            "--to-mu/--all-weights",
+            help="What all variants have as many of: weights that lead to μ, or weights in all, "
+            "those that only teach among them.",
+        ),
+    ] = False,
 ):
     """Train encoders of one size that differ in order, structure and targets, and compare them.
 
@@ -252,7 +260,7 @@ def _ablate(
     chosen = parse_seeds(seeds)
     fractions = _parse_shares(shares)
     names = list(VARIANTS) if variants == "all" else variants.split(",")
-    found = run_ablation(data, make_folder(out), chosen, names, fractions, steps, lips)
+    found = run_ablation(data, make_folder(out), chosen, names, fractions, steps, lips, to_mu)
     kept = record(found, command_line(ctx), chosen, data_of(data))
     write_ablation(kept, out / "ablation.json")
     for split in kept["clips"]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEL_LOSSES', 'VARIANTS', 'FrozenFeatures', 'PlainContent', 'NoMasked', 'NoTimbre', 'NoProsody', 'Cascade', 'Parallel',
-           'FlatEncoder', 'Flat', 'FlatTargets', 'Variant', 'check_variants', 'count_weights', 'make_variant',
-           'matched_preset', 'build_variant', 'weights_to_mu']
+           'FlatEncoder', 'Flat', 'FlatTargets', 'Variant', 'check_variants', 'count_weights', 'names_to_mu',
+           'weights_to_mu', 'make_variant', 'matched_preset', 'build_variant']
 
 # %% ../nbs/engine/18_variants.ipynb #e9514606
 from dataclasses import replace
@@ -320,9 +320,34 @@ def check_variants(
     return list(names)
 
 # %% ../nbs/engine/18_variants.ipynb #ac1fba1a
-def count_weights(model: nn.Module) -> int:
+def count_weights(
+    model: nn.Module,
+    names=None,  # of parameters; None: all
+) -> int:
     "Weights that are trained."
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    named = model.named_parameters()
+    return sum(p.numel() for k, p in named if p.requires_grad and (names is None or k in names))
+
+
+def names_to_mu(
+    model: Hierarchy,
+    batch,  # of features
+) -> set:  # of parameters
+    "Those that μ depends on, where nothing is told."
+    training = model.training
+    out = model.eval()(*model.inputs(batch))
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(out.mu.sum(), list(named.values()), allow_unused=True)
+    model.train(training)
+    return {name for name, grad in zip(named, found) if grad is not None}
+
+
+def weights_to_mu(
+    model: Hierarchy,
+    batch,  # of features
+) -> int:
+    "Weights that μ depends on, where nothing is told."
+    return count_weights(model, names_to_mu(model, batch))
 
 
 def make_variant(
@@ -342,15 +367,22 @@ def matched_preset(
     name: str,  # of VARIANTS
     preset: Preset,
     lip_dim: int,  # of the features of the lips
+    batch=None,  # of features: count the weights that lead to μ; None: count all
 ) -> Preset:
     """The preset with the width at which a variant has as many weights as the whole has.
 
-    The number of weights is a quadratic of the width, so three widths tell it. F2VError where no
-    width makes it so small."""
+    The number of weights is a quadratic of the width, so three widths tell it. Which weights lead
+    to μ does not depend on the width. F2VError where no width makes it so small."""
+    led = {}
+    if batch is not None:
+        with torch.random.fork_rng(devices=[]):
+            both = {which: make_variant(which, preset, lip_dim) for which in ("whole", name)}
+        led = {which: names_to_mu(model, batch) for which, model in both.items()}
 
     def weights(name, width):
         with torch.device("meta"):
-            return count_weights(make_variant(name, replace(preset, dim=width), lip_dim))
+            model = make_variant(name, replace(preset, dim=width), lip_dim)
+        return count_weights(model, led.get(name))
 
     widths = [preset.dim // 2, preset.dim, 2 * preset.dim]
     a, b, c = np.polyfit(widths, [weights(name, width) for width in widths], 2)
@@ -369,15 +401,3 @@ def build_variant(
 ) -> Hierarchy:
     "A variant as large as the whole; the global generator draws its first weights."
     return make_variant(name, matched_preset(name, preset, lip_dim), lip_dim)
-
-# %% ../nbs/engine/18_variants.ipynb #0c001db6
-def weights_to_mu(
-    model: Hierarchy,
-    batch,  # of features
-) -> int:
-    "Weights that μ depends on, where nothing is told."
-    training = model.training
-    out = model.eval()(*model.inputs(batch))
-    found = torch.autograd.grad(out.mu.sum(), list(model.parameters()), allow_unused=True)
-    model.train(training)
-    return sum(grad.numel() for grad in found if grad is not None)

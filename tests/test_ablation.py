@@ -29,6 +29,7 @@ from faces2voices.variants import (
     count_weights,
     make_variant,
     matched_preset,
+    weights_to_mu,
 )
 
 SMALL = replace(
@@ -78,6 +79,16 @@ def test_all_variants_have_one_size(preset):
         whole = count_weights(Hierarchy(preset, FrozenFeatures(256)))
     for name in VARIANTS:
         assert abs(weights(name) / whole - 1) < 0.02, name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_all_variants_can_have_as_many_weights_that_lead_to_mu(name):
+    batch = toy_features(FEATURED)
+    random = torch.get_rng_state()
+    preset = matched_preset(name, FEATURED, LIPS, batch)
+    assert torch.equal(torch.get_rng_state(), random)
+    whole, variant = (make_variant(k, p, LIPS) for k, p in (("whole", FEATURED), (name, preset)))
+    assert weights_to_mu(variant, batch) == pytest.approx(weights_to_mu(whole, batch), rel=0.04)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -391,7 +402,7 @@ def one_thread():
 def test_what_was_stopped_or_killed_goes_on_and_ends_as_if_nothing_had_been(
     seen, tmp_path, monkeypatch, how
 ):
-    monkeypatch.setattr(ab, "load_seen_clips", lambda data, out, lips: seen)
+    monkeypatch.setattr(ab, "load_seen_clips", lambda data, out, lips, to_mu: seen)
     whole = ab.run_ablation("data", tmp_path / "whole", **FEW)
     draw_batches = ab.seen_batches
     drawn = []
@@ -430,7 +441,7 @@ def test_what_was_stopped_or_killed_goes_on_and_ends_as_if_nothing_had_been(
 
 
 def test_two_processes_share_the_runs_of_a_folder(seen, tmp_path, monkeypatch):
-    monkeypatch.setattr(ab, "load_seen_clips", lambda data, out, lips: seen)
+    monkeypatch.setattr(ab, "load_seen_clips", lambda data, out, lips, to_mu: seen)
     trained = []
 
     def work_for_both(run, seen, reader, out):
