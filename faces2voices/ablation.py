@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ABLATION_BATCH', 'VARIANT_MEASURES', 'SHARES', 'ABLATION_STEPS', 'LipSource', 'load_lip_source', 'check_lips',
            'cache_lips', 'frozen_preset', 'SeenClips', 'load_seen_clips', 'feature_batch', 'take_share', 'seen_batches',
-           'score_clip', 'clip_columns', 'hear_truth', 'AblationRun', 'mean_losses', 'one_clip', 'build_run',
-           'load_run', 'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
+           'score_clip', 'clip_columns', 'hear_truth', 'AblationRun', 'mean_losses', 'build_run', 'load_run',
+           'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
            'known_columns', 'variant_changes', 'compare_variants', 'show_variants']
 
 # %% ../nbs/engine/18_ablation.ipynb #8ea9a7c4
@@ -188,6 +188,11 @@ def feature_batch(
     found = [features[name].float() for name in batch.names]
     return batch._replace(lips=pad_sequence(found, batch_first=True))
 
+
+def _one_clip(seen: SeenClips) -> Batch:
+    "A batch of features, to ask a model what depends on what."
+    return feature_batch(collate(seen.splits["train"][:1]), seen.features)
+
 # %% ../nbs/engine/18_ablation.ipynb #eca09551
 def take_share(
     clips: list,
@@ -323,14 +328,9 @@ def mean_losses(
     return {term: round(total / len(clips), 5) for term, total in totals.items()}
 
 
-def one_clip(seen: SeenClips) -> Batch:
-    "A batch of features, to ask a model what depends on what."
-    return feature_batch(collate(seen.splits["train"][:1]), seen.features)
-
-
 def build_run(run: AblationRun, seen: SeenClips):  # a variant with its first weights
     "The model of a run, as large as the whole; the seed decides its first weights."
-    batch = one_clip(seen) if seen.to_mu else None
+    batch = _one_clip(seen) if seen.to_mu else None
     preset = matched_preset(run.variant, seen.preset, seen.lip_dim, batch)
     seed_everything(run.seed)
     return make_variant(run.variant, preset, seen.lip_dim)
@@ -411,7 +411,7 @@ def train_run(
         clips=len(clips),
         width=model.preset.dim,
         weights=count_weights(model),
-        to_mu=weights_to_mu(model, one_clip(seen)),
+        to_mu=weights_to_mu(model, _one_clip(seen)),
         seconds=log[-1]["seconds"],
         train=[dict(step=line["step"], total=line["total"], prior=line["prior"]) for line in log],
         curve=curve,

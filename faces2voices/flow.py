@@ -31,7 +31,7 @@ def ot_path(
 
 # %% ../nbs/11_flow.ipynb #7f2d73e6
 def ot_target(x0, x1, sigma_min: float = 1e-4):
-    "The velocity of `ot_path` (Lipman et al., Eq. 23 along the path): constant in time."
+    "The velocity of `ot_path`, constant in time (the target in Lipman et al., Eq. 23)."
     return x1 - (1 - sigma_min) * x0
 
 # %% ../nbs/11_flow.ipynb #64b90a5e
@@ -151,13 +151,14 @@ def fit_toy(
     draw,  # draw(n) gives (n, D) data
     steps: int = 2000,
     batch: int = 512,
+    times: str = "uniform",  # see `draw_times`
 ) -> list:  # the loss at each step
     "The whole of flow-matching training, in ten lines."
     opt = torch.optim.Adam(field.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     losses = []
     for _ in range(steps):
-        loss = cfm_loss(field, draw(batch), torch.ones(batch, 1))
+        loss = cfm_loss(field, draw(batch), torch.ones(batch, 1), t=draw_times(batch, times))
         opt.zero_grad()
         loss.backward()
         opt.step()

@@ -125,39 +125,61 @@ def plane_through(
     return Plane(middle, torch.stack([right, up * right.norm() / up.norm()]))
 
 
+def _plane_of_ends(walk: Walk) -> Plane:
+    ends = walk.guess[-1]
+    return plane_through(ends[0], ends[-1], torch.zeros_like(ends[0]))
+
+
 def choice(
     walk: Walk,
 ) -> torch.Tensor:  # (N + 1, B), 1: as the first walk of the batch ended, −1: as the last
     "How far, and which way, each walk has chosen between the ends of the first and the last."
-    ends = walk.guess[-1]
-    plane = plane_through(ends[0], ends[-1], torch.zeros_like(ends[0]))
+    plane = _plane_of_ends(walk)
     return torch.stack([plane.place(guess)[:, 0] for guess in walk.guess])
 
 # %% ../nbs/engine/13_mel_field.ipynb #2d8e42ea
+_SIDE = 1.3  # from the middle of a plane to its edge, in half distances of the two walks
+
+
+@torch.no_grad()
+def _plot_plane(ax, field, walk: Walk, i: int, ticks: int):
+    "Velocities in the plane of the first and the last walk at stop i, and what is guessed there."
+    from matplotlib.colors import LinearSegmentedColormap
+
+    t = walk.ts[i]
+    plane = plane_through(*walk.xt[i, [0, -1]], t * walk.guess[0].mean(0))
+    sides = torch.linspace(-_SIDE, _SIDE, ticks)
+    grid = torch.cartesian_prod(sides, sides)
+    places = plane.points(grid)
+    velocity = field(places, t)
+    chosen = _plane_of_ends(walk).place(places + (1 - t) * velocity)[:, 0]
+    colours = LinearSegmentedColormap.from_list("choice", [BLUE, "white", ORANGE])
+    look = dict(cmap=colours, vmin=-1, vmax=1, alpha=0.55, interpolation="bilinear")
+    edges = dict(origin="lower", extent=(-_SIDE, _SIDE, -_SIDE, _SIDE))
+    ax.imshow(chosen.reshape(ticks, ticks).T, **look, **edges)
+    ax.quiver(*grid.T, *plane.turn(velocity).T, color="0.25", scale=30, width=0.008)
+    ax.plot(1, 0, "o", c=ORANGE)
+    ax.plot(-1, 0, "o", c=BLUE)
+    ax.set(title=f"t = {float(t):.1f}", aspect="equal", yticks=[])
+    ax.set_xticks([-1, 1], ["b", "a"])
+
+# %% ../nbs/engine/13_mel_field.ipynb #5dae82ba
 def plot_takes_plane(
     field,  # called as field(x (n, 80, L), t)
     walk: Walk,  # from an arc of noises
     times: tuple = (0.1, 0.5, 0.9),
     ticks: int = 7,  # arrows along a side
 ):
-    "The field in the plane of the first and the last walk at three times, and how all choose."
+    """The field in the plane of the first and the last walk at three times, and how all choose.
+
+    The colour of a place is the choice of the guess from there: orange as the first walk, blue as
+    the last, white in the middle."""
     import matplotlib.pyplot as plt
 
     n = len(times)
     fig, axs = plt.subplots(1, n + 1, figsize=(1.9 * n + 3, 2.3), layout="constrained")
-    sides = torch.linspace(-1.3, 1.3, ticks)
-    grid = torch.cartesian_prod(sides, sides)
     for ax, t in zip(axs, times):
-        i = int((walk.ts - t).abs().argmin())
-        a, b = walk.xt[i, [0, -1]]
-        plane = plane_through(a, b, walk.ts[i] * walk.guess[0].mean(0))
-        with torch.no_grad():
-            v = plane.turn(field(plane.points(grid), walk.ts[i]))
-        ax.quiver(*grid.T, *v.T, v.norm(dim=1), cmap="cividis_r", scale=30, width=0.009)
-        ax.plot(1, 0, "o", c=ORANGE)
-        ax.plot(-1, 0, "o", c=BLUE)
-        ax.set(title=f"t = {float(walk.ts[i]):.1f}", aspect="equal", yticks=[])
-        ax.set_xticks([-1, 1], ["b", "a"])
+        _plot_plane(ax, field, walk, int((walk.ts - t).abs().argmin()), ticks)
     chosen = choice(walk)
     for k, line in enumerate(chosen.T):
         side = ORANGE if line[-1] > 0 else BLUE

@@ -319,7 +319,7 @@ def check_variants(
             raise F2VError(name, "is no variant", f"Choose from {', '.join(VARIANTS)}")
     return list(names)
 
-# %% ../nbs/engine/18_variants.ipynb #ac1fba1a
+# %% ../nbs/engine/18_variants.ipynb #6190985f
 def count_weights(
     model: nn.Module,
     names=None,  # of parameters; None: all
@@ -349,7 +349,7 @@ def weights_to_mu(
     "Weights that μ depends on, where nothing is told."
     return count_weights(model, names_to_mu(model, batch))
 
-
+# %% ../nbs/engine/18_variants.ipynb #ac1fba1a
 def make_variant(
     name: str,  # of VARIANTS
     preset: Preset,
