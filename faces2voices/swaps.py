@@ -48,6 +48,7 @@ def unlike_lenders(clips: list) -> list:  # of Clip, one for each
     Of those who have lent least often so far, the one whose true voice is furthest in pitch: a few
     extreme voices shall not decide what all borrowed faces do. CorpusError where nobody can lend.
     """
+    pitch = {clip.name: _mean_pitch(clip) for clip in clips}
     lent = Counter()
     lenders = []
     for clip in clips:
@@ -55,8 +56,8 @@ def unlike_lenders(clips: list) -> list:  # of Clip, one for each
         if not others:
             why = "has nobody to lend it a face"
             raise CorpusError(clip.name, why, "Ask for clips of two people")
-        pitch = _mean_pitch(clip)
-        lenders.append(min(others, key=lambda c: (lent[c.name], -abs(_mean_pitch(c) - pitch))))
+        away = {c.name: abs(pitch[c.name] - pitch[clip.name]) for c in others}
+        lenders.append(min(others, key=lambda c: (lent[c.name], -away[c.name])))
         lent[lenders[-1].name] += 1
     return lenders
 

@@ -49,6 +49,9 @@ def test_a_face_is_borrowed_of_who_sounds_least_alike_and_has_lent_least():
     assert twin.speaker_id == low.speaker_id != near.speaker_id == far.speaker_id
     lenders = swaps.unlike_lenders([low, twin, near, far])
     assert [clip.name for clip in lenders] == [clip.name for clip in (far, near, twin, low)]
+    lower = moving(2, 4.5)  # far would lend to both, if it could lend twice
+    lenders = swaps.unlike_lenders([low, lower, near, far])
+    assert [clip.name for clip in lenders] == [clip.name for clip in (far, near, lower, low)]
     with pytest.raises(CorpusError, match="nobody to lend"):
         swaps.unlike_lenders([low, twin])
 
