@@ -153,6 +153,22 @@ def _pretrain(
     )
 
 # %% ../nbs/engine/20_more_commands.ipynb #4615a2dc
+def _decoder_settings(text):
+    "What `--new-decoder` says, as a dict; None where it is not given."
+    import json
+    from faces2voices.errors import CheckpointError
+
+    try:
+        found = json.loads(text or "null")
+    except ValueError:
+        found = text
+    if found is not None and not isinstance(found, dict):
+        raise CheckpointError(
+            "--new-decoder", "is no JSON object", """Give '{"flow_target": "residual"}', or '{}'"""
+        )
+    return found
+
+
 @more_app.command("adapt")
 def _adapt(
     ctx: typer.Context,
@@ -169,16 +185,28 @@ def _adapt(
         Optional[str],
         typer.Option(help="These parts alone, of `hierarchy,decoder,vocoder`; the others stay."),
     ] = None,
+    new_decoder: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "Begin the decoder anew, with other settings as JSON: "
+                '`{"flow_target": "residual"}`, `{"decoder_channels": [160, 160]}`, or `{}` for '
+                "those that it has."
+            ),
+            show_default=False,
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read clips ahead.")] = 2,
     seed: SeedOption = 0,
 ):
     "Go on from a trained model with clips of somebody new; units and the space of voices stay."
     from faces2voices.training import adapt
 
+    changes = _decoder_settings(new_decoder)
     make_folder(out)
     parts = only.split(",") if only else None
     how = dict(workers=workers, seed=seed, command=command_line(ctx))
-    folder = adapt(model, data, out, steps, parts, **how)
+    folder = adapt(model, data, out, steps, parts, changes, **how)
     console.print(
         f"model in {plain_text(folder)}; next: [bold]faces2voices evaluate DATA --model "
         f"{plain_text(folder)}[/]"

@@ -58,6 +58,7 @@ from .processes import average_gradients, batch_number, broadcast_weights, draw_
 from faces2voices.parts import (
     DecoderExample,
     build_seeded,
+    change_decoder,
     cut_segment,
     make_world,
     precompute_mu,
@@ -686,6 +687,7 @@ def train_system(
     voices=None,  # more prepared clips, for the vocoder alone
     adapt: tuple = (),  # parts that go on from `init`, whose others stay; none: all begin anew
     only: list | None = None,  # parts that may be trained now; None: all
+    new_decoder: bool = False,  # does the decoder of a model that adapts begin anew?
     workers: int = 2,
     seed: int = 0,
     board: bool = False,  # log for TensorBoard too
@@ -697,7 +699,7 @@ def train_system(
     check_parts(only, PART_NEEDS)
     run = Path(out)
     seed = whole_seed(seed)
-    model, first = build_seeded(preset, init, bool(adapt), seed, lips)
+    model, first = build_seeded(preset, init, bool(adapt), seed, lips, new_decoder)
     reader = fingerprint(model.hierarchy.lips) if lips else None
     on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed, reader, vocoder))
     speaks = FacesToVoices.from_pretrained(vocoder, device="cpu") if vocoder else first
@@ -738,19 +740,27 @@ def adapt(
     out,  # folder of the run
     steps: int = 400,  # of each part
     only: list | None = None,  # of hierarchy, decoder and vocoder; None: all three
+    new_decoder: dict | None = None,  # settings that change; {}: it begins anew as it was
     **options,  # of `train_system`
 ) -> Path:  # folder of the adapted model
     """Go on from a trained model with other clips, their sounds and lips as they are.
 
-    CheckpointError where `only` names a part that does not adapt."""
+    A decoder that begins anew learns at the full rate.
+    CheckpointError where `only` or `new_decoder` names what cannot be adapted or changed."""
     check_parts(only, _ADAPTED_PARTS)
+    parts = tuple(only or _ADAPTED_PARTS)
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
+    rates = {name: rate / 3 for name, rate in preset.lr.items()}
+    if new_decoder is not None:
+        preset = change_decoder(preset, new_decoder)
+        rates["decoder"] = preset.lr["decoder"]
     preset = replace(
         preset,
         vary=2,
         synchronise=False,
         steps=preset.steps | dict.fromkeys(_ADAPTED_PARTS, steps),
-        lr={name: rate / 3 for name, rate in preset.lr.items()},
+        lr=rates,
     )
-    parts = tuple(only or _ADAPTED_PARTS)
-    return train_system(preset, out, data, init=model, adapt=parts, **options)
+    renewed = new_decoder is not None
+    how = dict(init=model, adapt=parts, new_decoder=renewed)
+    return train_system(preset, out, data, **how, **options)

@@ -655,6 +655,53 @@ def test_adapting_keeps_units_and_voices_and_moves_the_rest(prepared, tmp_path, 
     assert {name.split(".")[0] for name in after if (before[name] != after[name]).any()} == moves
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(flow_target="residual"), dict(decoder_channels=[32, 64], flow_times="logit-normal")],
+    ids=["as it was", "of the residual", "of another size"],
+)
+def test_a_decoder_that_begins_anew_knows_nothing_and_the_rest_stays(prepared, tmp_path, changes):
+    from faces2voices.storage import WEIGHTS_DIR
+    from faces2voices.synthesis import FacesToVoices
+
+    asked = dict(steps=1, only=["decoder"], new_decoder=changes)
+    folder = adapt("talkers", prepared, tmp_path / "run", **asked)
+    before, after = (load_file(p / "model.safetensors") for p in (WEIGHTS_DIR / "talkers", folder))
+    kept = [name for name in after if not name.startswith("decoder.")]
+    assert all((before[name] == after[name]).all() for name in kept)
+    # the last layer begins at zero, and one step of the optimiser moves it by the rate at most
+    assert after["decoder.out.weight"].abs().max() < 1e-3 < before["decoder.out.weight"].abs().max()
+    model = FacesToVoices.from_pretrained(folder)
+    found = json.loads(json.dumps(model.preset.to_json()))
+    assert {name: found[name] for name in changes} == changes
+    assert found["steps"]["decoder"] == 1
+    scale = getattr(model.decoder, "residual_scale", None)
+    assert (scale is not None and (scale < 1).all()) == (changes.get("flow_target") == "residual")
+    assert model.decoder.sample(torch.zeros(1, 80, 12), steps=1).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "asked, named",
+    [
+        ("{flow_target", "no JSON"),
+        ("[1]", "no JSON object"),
+        ('{"vocoder_blocks": 3}', "vocoder_blocks"),
+        ('{"flow_target": "noise"}', "flow_target"),
+    ],
+)
+def test_settings_that_make_no_decoder_are_named_and_train_nothing(
+    prepared, tmp_path, asked, named
+):
+    from typer.testing import CliRunner
+    from faces2voices.cli import app
+
+    words = ["adapt", str(prepared), "-o", str(tmp_path / "run"), "--model", "talkers"]
+    found = CliRunner().invoke(app, [*words, "--new-decoder", asked])
+    assert found.exit_code != 0
+    assert named in str(found.exception or found.output)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
 def test_a_folder_where_one_part_adapted_is_not_gone_on_with_for_others(prepared, tmp_path):
     adapt("talkers", prepared, tmp_path / "run", steps=1, only=["decoder"])
     with pytest.raises(CheckpointError, match="adapt"):
