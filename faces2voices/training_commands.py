@@ -31,6 +31,9 @@ def _talkers(
     out: Annotated[Path, typer.Argument(help="Folder for the clips and their manifest.jsonl.")],
     speakers: Annotated[int, typer.Option(min=1, help="How many faces with their voices.")] = 480,
     clips: Annotated[int, typer.Option(min=1, help="Sentences of each.")] = 3,
+    first: Annotated[
+        int, typer.Option(min=0, help="Number of the first face: other numbers, other people.")
+    ] = 0,
     seed: SeedOption = 0,
     workers: WorkersOption = 2,
 ):
@@ -40,7 +43,7 @@ def _talkers(
     from faces2voices.talkers import make_corpus
 
     make_folder(out)
-    make_corpus(out, speakers, clips, seed=seed, workers=workers)
+    make_corpus(out, speakers, clips, seed, first, workers=workers)
     note_making(out, command_line(ctx))
     console.print(
         f"{speakers * clips} clips in {plain_text(out)}; next: [bold]faces2voices prepare "

@@ -196,3 +196,16 @@ def test_adapt_reads_ahead_with_as_many_processes_as_are_asked_for(tmp_path, mon
     monkeypatch.setattr(training, "adapt", adapted)
     ran = run("adapt", tmp_path, "-o", tmp_path / "run", "--workers", 0)
     assert ran.exit_code == 0 and asked["workers"] == 0, ran.output
+
+
+def test_talkers_of_other_numbers_are_other_people_of_the_same_world(tmp_path):
+    "A world may be drawn in parts: the second part is what the whole would have held there."
+    for out, options in (("whole", ["--speakers", 2]), ("second", ["--speakers", 1, "--first", 1])):
+        found = run("talkers", tmp_path / out, *options, "--clips", 1, "--workers", 1)
+        assert found.exit_code == 0, found.output
+    whole, second = (
+        (tmp_path / out / "manifest.jsonl").read_text().splitlines() for out in ("whole", "second")
+    )
+    assert second == whole[1:]
+    clip = "t0001_000.mp4"
+    assert (tmp_path / "second" / clip).read_bytes() == (tmp_path / "whole" / clip).read_bytes()
