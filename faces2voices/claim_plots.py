@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD_COLOURS', 'plot_variants', 'variant_curve', 'plot_variant_curves', 'plot_shares', 'plot_judges',
-           'plot_temperatures', 'plot_swaps']
+           'plot_temperatures', 'plot_octaves', 'plot_swaps']
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1002a
 from itertools import product
@@ -199,6 +199,32 @@ def plot_temperatures(
     ax.set(xlabel="variety ÷ bias", ylabel="energy score saved,\nover μ + white noise")
     ax.legend(frameon=False)
     open_axes(ax)
+    return fig
+
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1025a
+def plot_octaves(
+    records: dict,  # world → record of `study flow`
+    rows,  # names of settings that all hold
+):  # a figure
+    "The power of draws − μ over that of speech − μ, against how fast it moves: a panel a world."
+    import matplotlib.pyplot as plt
+
+    size = 3.8 * len(records) + 2, 3.0
+    fig, axes = plt.subplots(
+        1, len(records), figsize=size, sharey=True, layout="constrained", dpi=150, squeeze=False
+    )
+    for ax, (world, record) in zip(axes[0], records.items()):
+        truth = record["rows"]["truth"]["octaves"]
+        for name, colour in zip(rows, PALETTE):
+            power = record["rows"][name]["octaves"]
+            ratios = [power[octave] / truth[octave] for octave in truth]
+            ax.plot(range(len(truth)), ratios, "o-", color=colour, label=name)
+        ax.axhline(1, color="0.5", lw=1, ls="--")
+        ax.set_xticks(range(len(truth)), [name.removesuffix(" Hz") for name in truth], rotation=45)
+        ax.set(title=world, yscale="log", xlabel="changes in a second, Hz")
+        open_axes(ax)
+    axes[0, 0].set_ylabel("power beside μ,\nover that of speech")
+    axes[0, -1].legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     return fig
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1022a

@@ -67,7 +67,15 @@ def ways_to_speak(
             yield f"{label}, its own tune", vocode_mel(model.vocoder, mel, *ear.tune(mel))
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0008
-SWEEP_METRICS = ("WER", "WER, CTC", "ESTOI", "F0 contour, r", "energy, r", "DNSMOS OVRL")
+SWEEP_METRICS = (
+    "WER",
+    "WER, CTC",
+    "ESTOI",
+    "F0 contour, r",
+    "energy, r",
+    "DNSMOS OVRL",
+    "DistillMOS",
+)
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0009
 def folder_name(

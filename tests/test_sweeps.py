@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faces2voices import sweeps
+from faces2voices import draws, sweeps
 from faces2voices.audio import MEL
 from faces2voices.core import test_same as same
 from faces2voices.corpora import clip_of
@@ -85,6 +85,18 @@ def test_a_higher_temperature_draws_more_widely(talkers, clip):
     assert variety == sorted(variety) and variety[-1] > 4 * variety[0]
     again = dict(make_draws(talkers, known, settings[:1], torch.ones(80, 129), 4, 0))
     assert torch.equal(again[settings[0].name], made[settings[0].name])
+
+
+def test_the_octaves_hold_all_the_power_of_a_residual_and_each_its_own():
+    "Parseval; and a wave of 6 Hz stands in the octave of 4 to 8 Hz alone."
+    mu = torch.zeros(80, 200)
+    seconds = torch.arange(200) / 100
+    for x in (torch.randn(80, 200), torch.sin(2 * torch.pi * 6 * seconds).expand(80, 200)):
+        power = score_draws(x[None], mu, mu)
+        octaves = {name: power[name] for name in draws.OCTAVES}
+        assert abs(sum(octaves.values()) - x.square().mean().item()) < 1e-3
+    assert octaves.pop("4 to 8 Hz") > 0.49
+    assert sum(octaves.values()) < 1e-3
 
 
 def test_settings_have_names_of_their_own():
