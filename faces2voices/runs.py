@@ -372,9 +372,7 @@ tags: [video-to-speech, flow-matching]
 
 ## Made by
 
-    {command}
-
-at commit {commit}, on {data} ({machine}); {times}.{told}
+{made}{told}
 
 ## Use and limits
 
@@ -396,30 +394,61 @@ def _supervision_note(preset: Preset) -> str:
     return note
 
 # %% ../nbs/engine/16_runs.ipynb #4a6ff043
+def _tell_step(info: dict) -> str:
+    "One command of a model's history, and what it took."
+    spent = info["seconds"].items()
+    times = ", ".join(f"{k} {v / 60:.0f} min" for k, v in spent if v >= 1)
+    made = "    {command}\n\nat commit {commit}, on {data} ({machine})".format(**info)
+    return f"{made}; {times}."
+
+
+def _tell_history(info: dict) -> str:
+    "By which commands a model came about, the first one first, and from what."
+    steps = [*info.get("before", []), info]
+    return "\n\nThen, going on from it,\n\n".join(map(_tell_step, steps))
+
+
 def write_card(model, path):
     "The model card: what it is, what it was trained on, what it must not be used for."
-    seconds = model.info["seconds"]
     card = _CARD.format(
         name=model.preset.name,
         n=sum(x.numel() for x in model.parameters()) / 1e6,
         backend=model.preset.face_backend,
-        times=", ".join(f"{k} {v / 60:.0f} min" for k, v in seconds.items() if v >= 1),
+        made=_tell_history(model.info),
         told=_supervision_note(model.preset),
-        **model.info,
     )
     with atomic_path(path, overwrite=True) as tmp:
         tmp.write_text(card, encoding="utf-8")
 
 # %% ../nbs/engine/16_runs.ipynb #cc273f75
+def _is_step(info) -> bool:
+    "Is this what training writes of a model? One from elsewhere may say anything."
+    if not isinstance(info, dict) or not isinstance(info.get("seconds"), dict):
+        return False
+    texts = [info.get(k) for k in ("command", "data", "commit", "machine")]
+    numbers = info["seconds"].values()
+    return all(isinstance(x, str) for x in texts) and all(isinstance(x, float) for x in numbers)
+
+
+def _history(info: dict) -> list:
+    "The steps by which a model came about, each as of `_describe_training`."
+    earlier = info.get("before")
+    steps = [*(earlier if isinstance(earlier, list) else []), info]
+    kept = [step for step in steps if _is_step(step)]
+    return [{k: v for k, v in step.items() if k not in ("before", "usual")} for step in kept]
+
+
 def _describe_training(
     run: Path,
     speakers: list,  # of each clip
     frames: int,  # of all clips
     command: str,
+    before: dict,  # what the model that it went on from is kept with; {}: from none
 ) -> dict:
     "What a model is kept with: see the card."
     n, minutes = len(set(speakers)), frames / FPS / 60
-    return dict(
+    history = _history(before)
+    return (dict(before=history) if history else {}) | dict(
         command=command,
         data=f"{len(speakers)} clips of {n} speakers, {minutes:.0f} minutes",
         commit=commit(),
@@ -451,7 +480,8 @@ def assemble(
         identities.append(clip.identity)
     if model.preset.identity_dim:
         model.mean_identity.copy_(torch.stack(identities).mean(0))
-    model.info = _describe_training(run, speakers, sum(dataset.lengths), command)
+    about = run, speakers, sum(dataset.lengths), command
+    model.info = _describe_training(*about, before=model.info)
     held_out = ClipDataset(dataset.folder, split="val") if dataset.folder else []
     held_out = held_out if len(held_out) else dataset
     spread = torch.linspace(0, len(held_out) - 1, min(60, len(held_out))).long().tolist()

@@ -664,7 +664,7 @@ def test_a_decoder_that_begins_anew_knows_nothing_and_the_rest_stays(prepared, t
     from faces2voices.storage import WEIGHTS_DIR
     from faces2voices.synthesis import FacesToVoices
 
-    asked = dict(steps=1, only=["decoder"], new_decoder=changes)
+    asked = dict(steps=1, only=["decoder"], new_decoder=changes, command="go on")
     folder = adapt("talkers", prepared, tmp_path / "run", **asked)
     before, after = (load_file(p / "model.safetensors") for p in (WEIGHTS_DIR / "talkers", folder))
     kept = [name for name in after if not name.startswith("decoder.")]
@@ -672,6 +672,9 @@ def test_a_decoder_that_begins_anew_knows_nothing_and_the_rest_stays(prepared, t
     # the last layer begins at zero, and one step of the optimiser moves it by the rate at most
     assert after["decoder.out.weight"].abs().max() < 1e-3 < before["decoder.out.weight"].abs().max()
     model = FacesToVoices.from_pretrained(folder)
+    [first] = model.info["before"]
+    card = (folder / "README.md").read_text()
+    assert 0 < card.index(first["command"]) < card.index("    go on\n")
     found = json.loads(json.dumps(model.preset.to_json()))
     assert {name: found[name] for name in changes} == changes
     assert found["steps"]["decoder"] == 1
