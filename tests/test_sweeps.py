@@ -7,6 +7,7 @@ import torch
 from faces2voices import draws, sweeps
 from faces2voices.audio import MEL
 from faces2voices.core import test_same as same
+from faces2voices.decoder import mel_noise
 from faces2voices.corpora import clip_of
 from faces2voices.draws import (
     DrawSetting,
@@ -60,7 +61,8 @@ def test_every_row_goes_through_one_vocoder_at_its_own_pitch(talkers, clip, monk
     for name, heard in zip(own, ear.heard, strict=True):
         mel, *tune = told.pop(name)
         assert mel is heard and tune == ["pitch", "voicing"]
-    assert list(told) == [TRUTH, "μ", "μ + white noise", "μ + shaped noise", few[0].name]
+    means = "mean of draws", "mean of draws + white noise"
+    assert list(told) == [TRUTH, "μ", "μ + white noise", "μ + shaped noise", few[0].name, *means]
     same(rows["recording"], clip.wav)
     known = predict_clip(talkers, clip)
     (mel, log_f0, voiced), (mu, *tune), *others = told.values()
@@ -74,6 +76,42 @@ def test_every_row_goes_through_one_vocoder_at_its_own_pitch(talkers, clip, monk
     assert (known.log_f0 - clip.log_f0).abs().max() > 0.01
     noise = others[0][0] - known.mu
     assert abs(noise.std() - 0.2) < 0.01
+
+
+class KnownFlow(torch.nn.Module):
+    "A decoder that knows what the truth has more than μ, alike all over each patch or white."
+
+    device = "cpu"
+
+    def __init__(self, alike: bool):
+        super().__init__()
+        self.alike = alike
+        self.decoder = self
+
+    def sample(self, mus, x0, **how):
+        if self.alike:
+            x0 = x0[:, :1, ::8].repeat_interleave(8, 2).expand_as(x0)
+        return mus + 0.3 + 0.2 * x0
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["white", "a number a patch"])
+def test_a_control_tells_a_better_mean_from_structure(alike):
+    "The truths are one more draw each, so the flow is perfect; what it gains is known in kind."
+    flow = KnownFlow(alike)
+    energies = {}
+    for seed in range(24):
+        mu = torch.zeros(80, 64)
+        truth = flow.sample(mu[None], x0=mel_noise(64, [9000 + seed]))[0]
+        known = draws.Known(truth, mu, torch.zeros(256), None, None)
+        spectrum = torch.full((80, 129), 0.2**2 + 0.3**2)
+        rows = make_draws(flow, known, [DrawSetting(6)], spectrum, 4, 100 * seed)
+        for name, made in rows:
+            energies.setdefault(name, []).append(score_draws(made, truth, mu)["energy"])
+    flow = energies[DrawSetting(6).name]
+    over_mu = draws.energy_gain(flow, energies["μ + white noise"])
+    over_mean = draws.energy_gain(flow, energies["mean of draws + white noise"])
+    assert over_mu.low > 0.1
+    assert over_mean.low > 0.05 if alike else abs(over_mean.estimate) < 0.005
 
 
 def test_a_higher_temperature_draws_more_widely(talkers, clip):
