@@ -60,7 +60,7 @@ class DrawSetting(NamedTuple):
 
 def draw_settings(
     calls: tuple = (2, 4, 6, 10, 30),  # NFE at temperature 1
-    temperatures: tuple = (0.6, 1.2, 1.4),  # with the midpoint rule, at 6 calls
+    temperatures: tuple = (0.3, 0.6, 1.2, 1.4),  # with the midpoint rule, at 6 calls
     guidances: tuple = (1.5, 2.0),  # with Euler, at 10 calls
 ) -> list:  # of DrawSetting
     "The settings of the study; NFE counts a guided pair of velocities once."

@@ -39,7 +39,7 @@ def sweep_settings() -> list:  # of DrawSetting
     "From a flow that hardly draws to one that draws more widely than it learned."
     found = [DrawSetting(2, temperature=0.3), DrawSetting(2, temperature=0.3, guidance=2.0)]
     found += [DrawSetting(6), DrawSetting(6, "midpoint"), DrawSetting(30, "midpoint")]
-    return found + [DrawSetting(6, "midpoint", temperature=tau) for tau in (0.6, 1.2)]
+    return found + [DrawSetting(6, "midpoint", temperature=tau) for tau in (0.3, 0.6, 1.2)]
 
 
 OWN_TUNE = "truth", "μ", "μ + white noise", "τ = 1, midpoint, NFE 6"  # heard with theirs as well
