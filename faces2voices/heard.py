@@ -136,6 +136,7 @@ HEARD_METRICS = (
     "median pitch error, cents",
     "voice similarity",
     "DNSMOS OVRL",
+    "DistillMOS",
 )
 
 
