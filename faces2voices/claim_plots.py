@@ -181,6 +181,7 @@ def plot_temperatures(
 ):  # a figure
     "The energy score that draws save, against how widely they are spread."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MultipleLocator
 
     fig, ax = plt.subplots(figsize=(7, 3.4), layout="constrained", dpi=150)
     names = [DrawSetting(6, "midpoint", temperature=tau).name for tau in temperatures]
@@ -195,6 +196,7 @@ def plot_temperatures(
             ax.annotate(f"τ = {tau:g}", (x, y), (5, 5), **text)
     ax.axvline(1, color="0.5", lw=1, ls="--")
     ax.axhline(0, color="0.5", lw=1)
+    ax.yaxis.set_major_locator(MultipleLocator(0.02))
     ax.yaxis.set_major_formatter("{x:.0%}")
     ax.set(xlabel="variety ÷ bias", ylabel="energy score saved,\nover μ + white noise")
     ax.legend(frameon=False)
