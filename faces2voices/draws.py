@@ -99,9 +99,6 @@ def shape_noise(
     return torch.fft.irfft(torch.fft.rfft(noise) * gain[0].sqrt(), L)
 
 # %% ../nbs/engine/18_draws.ipynb #dfbaad16
-MEAN_WITH_NOISE = "mean of draws + white noise"
-
-
 class Known(NamedTuple):
     "What there is of a clip before anything is drawn."
 
@@ -124,7 +121,7 @@ def predict_clip(
     found = b.mel, out.mu, out.speaker, out.prosody.log_f0, voiced
     return Known(*(x[0].cpu() for x in found))
 
-
+# %% ../nbs/engine/18_draws.ipynb #dfbaad17
 def draw_mels(
     model: FacesToVoices,
     known: Known,
@@ -145,6 +142,7 @@ def draw_mels(
     return found.cpu()
 
 
+MEAN_WITH_NOISE = "mean of draws + white noise"
 _MEAN_OF = DrawSetting(6, "midpoint")
 _MEAN_PAIRS = 16
 
