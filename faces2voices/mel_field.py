@@ -211,5 +211,5 @@ def animate_mels(
         axs[0].set_title(f"t = {float(walk.ts[i]):.2f}")
         pictures.append(picture_of(fig, colours))
     plt.close(fig)
-    alt = "A mel spectrogram comes out of noise; its guess, below, is there earlier, and blurred."
+    alt = "A mel spectrogram comes out of noise; its guess, below, is there much earlier."
     show_animation(pictures, alt)
