@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 from .errors import CheckpointError, CorpusError
-from .core import MELS_PER_FRAME, Preset, seed_everything, whole_seed
+from .core import MELS_PER_FRAME, Preset, seed_everything, seeded, whole_seed
 from .manifests import read_manifest
 from .corpora import ClipDataset, SoundList, collate
 from .preparing import TensorStore, fingerprint, prepare, write_targets
@@ -81,12 +81,15 @@ def change_decoder(
     return Preset.from_json(preset.to_json() | changes)
 
 
-def renew_decoder(model, preset: Preset):
-    "Put a decoder of a preset, which has learned nothing yet, in place of a model's own."
+def renew_decoder(model, preset: Preset, seed: int = 0):
+    """Put a decoder of a preset, which has learned nothing yet, in place of a model's own.
+
+    Its weights are the seed's, whatever was there before.
+    """
     settings = {name: getattr(preset, name) for name in _DECODER_SETTINGS}
     steps = model.preset.steps | dict(decoder=preset.steps["decoder"])
     model.preset = replace(model.preset, **settings, steps=steps)
-    model.decoder = Decoder(model.preset)
+    model.decoder = seeded(seed, lambda: Decoder(model.preset))
 
 # %% ../nbs/engine/16_parts.ipynb #58a1c3e2
 def build_seeded(
@@ -107,7 +110,7 @@ def build_seeded(
     if not adapt:
         load_lip_encoder(model, lips, first)
     if new_decoder:
-        renew_decoder(model, preset)
+        renew_decoder(model, preset, seed)
     return model.to(make_accelerator().device), first
 
 # %% ../nbs/engine/16_parts.ipynb #bbf92036

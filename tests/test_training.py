@@ -672,7 +672,7 @@ def test_a_decoder_that_begins_anew_knows_nothing_and_the_rest_stays(prepared, t
     # the last layer begins at zero, and one step of the optimiser moves it by the rate at most
     assert after["decoder.out.weight"].abs().max() < 1e-3 < before["decoder.out.weight"].abs().max()
     model = FacesToVoices.from_pretrained(folder)
-    [first] = model.info["before"]
+    first, *_ = model.info["before"]
     card = (folder / "README.md").read_text()
     assert 0 < card.index(first["command"]) < card.index("    go on\n")
     found = json.loads(json.dumps(model.preset.to_json()))
@@ -681,6 +681,20 @@ def test_a_decoder_that_begins_anew_knows_nothing_and_the_rest_stays(prepared, t
     scale = getattr(model.decoder, "residual_scale", None)
     assert (scale is not None and (scale < 1).all()) == (changes.get("flow_target") == "residual")
     assert model.decoder.sample(torch.zeros(1, 80, 12), steps=1).isfinite().all()
+
+
+def test_a_new_decoder_begins_from_its_seed_alone(tmp_path):
+    "The model that it is put into may have had another: that leaves no trace in it."
+    from faces2voices.synthesis import FacesToVoices
+
+    FacesToVoices(shrunk().to_json()).save_pretrained(tmp_path)
+    wanted = replace(shrunk(), decoder_channels=(32, 48))
+    states = []
+    for first, seed in (("talkers", 0), (str(tmp_path), 0), ("talkers", 1)):
+        model, _ = training.build_seeded(wanted, first, True, seed, new_decoder=True)
+        states.append(model.decoder.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
 @pytest.mark.parametrize(
