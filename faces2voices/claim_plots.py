@@ -93,28 +93,39 @@ def variant_curve(
     return {step: float(np.mean(values)) for step, values in points.items()}
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1013a
+def _world_panels(
+    records: dict,  # world → record
+    size: tuple,  # of a panel, inches
+    sharey: bool = True,
+) -> tuple:  # figure, and its axes
+    "A panel a world in one row, with room beside them for a legend."
+    import matplotlib.pyplot as plt
+
+    width, height = size
+    how = dict(sharey=sharey, layout="constrained", dpi=150, squeeze=False)
+    fig, (axes,) = plt.subplots(1, len(records), figsize=(width * len(records) + 2, height), **how)
+    for ax, world in zip(axes, records):
+        ax.set_title(world)
+    return fig, axes
+
+
 def plot_variant_curves(
     records: dict,  # world → record of `run_ablation`
     variants=tuple(VARIANTS),
 ):  # a figure
     "The validation loss of μ against the step, a panel a world."
-    import matplotlib.pyplot as plt
-
-    size = 4.2 * len(records) + 2, 3.2
-    fig, axes = plt.subplots(
-        1, len(records), figsize=size, layout="constrained", dpi=150, squeeze=False
-    )
+    fig, axes = _world_panels(records, (4.2, 3.2), sharey=False)
     styles = list(product(("-", "--"), PALETTE))
-    for ax, (world, record) in zip(axes[0], records.items()):
+    for ax, record in zip(axes, records.values()):
         for name, (line, colour) in zip(variants, styles):
             curve = variant_curve(record, name)
             if curve:
                 look = dict(color="k", lw=3) if name == "whole" else dict(color=colour, ls=line)
                 ax.plot(list(curve), list(curve.values()), label=VARIANTS[name].label, **look)
-        ax.set(title=world, xlabel="step")
-    axes[0][0].set_ylabel("validation loss of μ")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", frameon=False)
-    open_axes(*axes[0])
+        ax.set(xlabel="step")
+    axes[0].set_ylabel("validation loss of μ")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
+    open_axes(*axes)
     return fig
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1016a
@@ -125,13 +136,8 @@ def plot_shares(
     split: str = "test",
 ):  # a figure
     "What variants have more than the whole, against the number of training clips."
-    import matplotlib.pyplot as plt
-
-    size = 3.6 * len(records) + 2, 3.0
-    fig, axes = plt.subplots(
-        1, len(records), figsize=size, sharey=True, layout="constrained", dpi=150, squeeze=False
-    )
-    for ax, (world, record) in zip(axes[0], records.items()):
+    fig, axes = _world_panels(records, (3.6, 3.0))
+    for ax, record in zip(axes, records.values()):
         clips = {row["share"]: row["clips"] for row in record["rows"]}
         for k, (name, colour) in enumerate(zip(variants, PALETTE)):
             tables = {s: variant_changes(record, name, s, split, measure) for s in sorted(clips)}
@@ -144,12 +150,12 @@ def plot_shares(
                 x, y, np.transpose(bars), fmt="o-", color=colour, label=VARIANTS[name].label
             )
         ax.axhline(0, color="0.5", lw=1)
-        ax.set(xscale="log", title=world, xlabel="training clips")
+        ax.set(xscale="log", xlabel="training clips")
         ax.set_xticks(sorted(set(clips.values())), [str(n) for n in sorted(set(clips.values()))])
         ax.minorticks_off()
-    axes[0][0].set_ylabel(f"{measure} {VARIANT_MEASURES[measure]},\nmore than the whole")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right", frameon=False)
-    open_axes(*axes[0])
+    axes[0].set_ylabel(f"{measure} {VARIANT_MEASURES[measure]},\nmore than the whole")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
+    open_axes(*axes)
     return fig
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1019a
@@ -209,13 +215,8 @@ def plot_octaves(
     rows,  # names of settings that all hold
 ):  # a figure
     "The power of draws − μ over that of speech − μ, against how fast it moves: a panel a world."
-    import matplotlib.pyplot as plt
-
-    size = 3.8 * len(records) + 2, 3.0
-    fig, axes = plt.subplots(
-        1, len(records), figsize=size, sharey=True, layout="constrained", dpi=150, squeeze=False
-    )
-    for ax, (world, record) in zip(axes[0], records.items()):
+    fig, axes = _world_panels(records, (3.8, 3.0))
+    for ax, record in zip(axes, records.values()):
         truth = record["rows"]["truth"]["octaves"]
         for name, colour in zip(rows, PALETTE):
             power = record["rows"][name]["octaves"]
@@ -223,10 +224,10 @@ def plot_octaves(
             ax.plot(range(len(truth)), ratios, "o-", color=colour, label=name)
         ax.axhline(1, color="0.5", lw=1, ls="--")
         ax.set_xticks(range(len(truth)), [name.removesuffix(" Hz") for name in truth], rotation=45)
-        ax.set(title=world, yscale="log", xlabel="changes in a second, Hz")
-        open_axes(ax)
-    axes[0, 0].set_ylabel("power beside μ,\nover that of speech")
-    axes[0, -1].legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+        ax.set(yscale="log", xlabel="changes in a second, Hz")
+    axes[0].set_ylabel("power beside μ,\nover that of speech")
+    axes[-1].legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    open_axes(*axes)
     return fig
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1022a

@@ -185,8 +185,8 @@ def score_draws(
 ) -> dict:  # measure → number
     "The scores of one row on one clip."
     variety, bias = variety_and_bias(draws, mel)
-    bands = BANDS | OCTAVES
-    power = {name: modulation_power(draws - mu, *band) for name, band in bands.items()}
+    residual = draws - mu
+    power = {k: modulation_power(residual, *band) for k, band in (BANDS | OCTAVES).items()}
     scores = dict(
         energy=energy_score(mel_patches(draws), mel_patches(mel)).mean().item(),
         CRPS=crps(draws, mel).mean().item(),

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 from .errors import CheckpointError, CorpusError
+from .presets import DecoderConfig
 from .core import MELS_PER_FRAME, Preset, seed_everything, seeded, whole_seed
 from .manifests import read_manifest
 from .corpora import ClipDataset, SoundList, collate
@@ -57,14 +58,9 @@ def load_lip_encoder(
         )
 
 # %% ../nbs/engine/16_parts.ipynb #aa90de02
-_DECODER_SETTINGS = (
-    "decoder_channels",
-    "decoder_mid",
-    "sigma_min",
-    "condition_drop",
-    "flow_target",
-    "flow_times",
-)
+_DECODER_SETTINGS = [
+    name for name in DecoderConfig.__dataclass_fields__ if not name.startswith("vocoder_")
+]
 
 
 def change_decoder(
