@@ -751,7 +751,14 @@ def adapt(
     parts = tuple(only or _ADAPTED_PARTS)
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
     rates = {name: rate / 3 for name, rate in preset.lr.items()}
-    if new_decoder is not None:
+    renewed = new_decoder is not None
+    if renewed and "decoder" not in parts:
+        raise CheckpointError(
+            "--new-decoder",
+            "begins a decoder that would learn nothing: --only leaves it out",
+            "Name it in --only as well, or leave out --new-decoder",
+        )
+    if renewed:
         preset = change_decoder(preset, new_decoder)
         rates["decoder"] = preset.lr["decoder"]
     preset = replace(
@@ -761,6 +768,5 @@ def adapt(
         steps=preset.steps | dict.fromkeys(_ADAPTED_PARTS, steps),
         lr=rates,
     )
-    renewed = new_decoder is not None
     how = dict(init=model, adapt=parts, new_decoder=renewed)
     return train_system(preset, out, data, **how, **options)

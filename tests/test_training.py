@@ -683,6 +683,13 @@ def test_a_decoder_that_begins_anew_knows_nothing_and_the_rest_stays(prepared, t
     assert model.decoder.sample(torch.zeros(1, 80, 12), steps=1).isfinite().all()
 
 
+def test_a_new_decoder_that_would_learn_nothing_is_refused(prepared, tmp_path):
+    asked = dict(steps=1, only=["hierarchy"], new_decoder={})
+    with pytest.raises(CheckpointError, match="would learn nothing"):
+        adapt("talkers", prepared, tmp_path / "run", **asked)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_new_decoder_begins_from_its_seed_alone(tmp_path):
     "The model that it is put into may have had another: that leaves no trace in it."
     from faces2voices.synthesis import FacesToVoices
