@@ -153,7 +153,7 @@ def _pretrain(
     )
 
 # %% ../nbs/engine/20_more_commands.ipynb #4615a2dc
-def _decoder_settings(text):
+def _settings_of_json(text):
     "What `--new-decoder` says, as a dict; None where it is not given."
     import json
     from faces2voices.errors import CheckpointError
@@ -202,7 +202,7 @@ def _adapt(
     "Go on from a trained model with clips of somebody new; units and the space of voices stay."
     from faces2voices.training import adapt
 
-    changes = _decoder_settings(new_decoder)
+    changes = _settings_of_json(new_decoder)
     make_folder(out)
     parts = only.split(",") if only else None
     how = dict(workers=workers, seed=seed, command=command_line(ctx))

@@ -58,9 +58,10 @@ def load_lip_encoder(
         )
 
 # %% ../nbs/engine/16_parts.ipynb #aa90de02
-_DECODER_SETTINGS = [
-    name for name in DecoderConfig.__dataclass_fields__ if not name.startswith("vocoder_")
-]
+def _decoder_settings() -> list:
+    "Names of what a preset says of the decoder."
+    names = DecoderConfig.__dataclass_fields__
+    return [name for name in names if not name.startswith("vocoder_")]
 
 
 def change_decoder(
@@ -68,11 +69,11 @@ def change_decoder(
     changes: dict,  # settings of the decoder → values, as JSON has them
 ) -> Preset:
     "The preset of another decoder; CheckpointError where a setting or value makes none."
-    if unknown := sorted(set(changes) - set(_DECODER_SETTINGS)):
+    if unknown := sorted(set(changes) - set(_decoder_settings())):
         raise CheckpointError(
             "--new-decoder",
             f"names no setting of the decoder: {', '.join(unknown)}",
-            f"Choose from {', '.join(_DECODER_SETTINGS)}",
+            f"Choose from {', '.join(_decoder_settings())}",
         )
     return Preset.from_json(preset.to_json() | changes)
 
@@ -82,7 +83,7 @@ def renew_decoder(model, preset: Preset, seed: int = 0):
 
     Its weights are the seed's, whatever was there before.
     """
-    settings = {name: getattr(preset, name) for name in _DECODER_SETTINGS}
+    settings = {name: getattr(preset, name) for name in _decoder_settings()}
     steps = model.preset.steps | dict(decoder=preset.steps["decoder"])
     model.preset = replace(model.preset, **settings, steps=steps)
     model.decoder = seeded(seed, lambda: Decoder(model.preset))
