@@ -130,6 +130,7 @@ HEARD = "whole", "no-timbre", "no-prosody", "flat", "flat-targets", "parallel-ta
 HEARD_METRICS = (
     "WER",
     "WER, CTC",
+    "WER, Whisper",
     "ESTOI",
     "F0 contour, r",
     "energy, r",
