@@ -283,13 +283,14 @@ def _read_clip(path: Path) -> _Judged:
 # %% ../nbs/engine/18_draws.ipynb #1971a370
 def row_distances(
     clouds: list,  # of each clip: name of a row → (n, D) points
-) -> dict:  # name → Fréchet distance from the row `truth`, along its widest axes
+    real: str = "truth",  # the row whose points are real
+) -> dict:  # name → Fréchet distance from the real row, along its widest axes
     "How far the points that a row made are from the real ones, as clouds of all clips."
     joined = {name: np.concatenate([of_clip[name] for of_clip in clouds]) for name in clouds[0]}
-    middle = joined["truth"].mean(0)
-    axes = np.linalg.svd(joined["truth"] - middle, full_matrices=False)[2][:_COMPONENTS].T
+    middle = joined[real].mean(0)
+    axes = np.linalg.svd(joined[real] - middle, full_matrices=False)[2][:_COMPONENTS].T
     seen = {name: (points - middle) @ axes for name, points in joined.items()}
-    return {name: frechet_distance(seen["truth"], made) for name, made in seen.items()}
+    return {name: frechet_distance(seen[real], made) for name, made in seen.items()}
 
 
 def _told_apart(patches: list, seed: int) -> dict:  # name → accuracy

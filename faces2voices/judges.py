@@ -6,7 +6,7 @@
 __all__ = ['GRAMMARS', 'HISS', 'import_tool', 'pesq', 'dnsmos', 'utmos', 'distillmos', 'no_syncnet', 'grammar_of', 'guess_wer',
            'word_errors', 'pocketsphinx_recogniser', 'Recogniser', 'augment_speech_mel', 'CTCBatch', 'ctc_batch',
            'ctc_loss', 'flat_start_alignment', 'flat_start_loss', 'ctc_recogniser', 'train_recogniser',
-           'grid_recogniser', 'plain_words', 'grammar_prompt', 'whisper_recogniser']
+           'grid_recogniser', 'plain_words', 'grammar_prompt', 'whisper_recogniser', 'whisper_states']
 
 # %% ../nbs/engine/17_judges.ipynb #215fa10a
 import io
@@ -566,6 +566,10 @@ def _whisper_model(folder: Path):
         raise CheckpointError(folder, f"is no Whisper model ({e})", cure) from e
 
 
+def _as_array(wav) -> np.ndarray:
+    return np.asarray(torch.as_tensor(wav).float())
+
+
 def whisper_recogniser(
     grammar: str = "",  # a key of GRAMMARS, told as a text before the sound; nothing: not told
 ) -> Callable:  # (N,) sound → words
@@ -576,9 +580,8 @@ def whisper_recogniser(
     prompt = grammar_prompt(grammar) if grammar else None
 
     def recognise(wav) -> str:
-        wav = np.asarray(torch.as_tensor(wav).float())
         segments, _ = model.transcribe(
-            wav,
+            _as_array(wav),
             language="en",
             initial_prompt=prompt,
             temperature=0.0,  # by default it draws anew where it is unsure
@@ -587,3 +590,15 @@ def whisper_recogniser(
         return plain_words(" ".join(s.text for s in segments))
 
     return recognise
+
+
+def whisper_states(
+    wav,  # (N,) sound at 16 kHz; what is after its first 30 seconds is left out
+) -> np.ndarray:  # (N // 320, D), 50 a second
+    """What Whisper's encoder makes of a sound, before any word is chosen.
+
+    Errors are those of `whisper_recogniser`."""
+    model = _whisper_model(_whisper_folder())
+    pad_or_trim = import_tool("faster_whisper").audio.pad_or_trim
+    features = model.feature_extractor(_as_array(wav))
+    return np.array(model.encode(pad_or_trim(features)))[0, : len(wav) // 320]

@@ -21,10 +21,12 @@ from faces2voices.draws import (
     make_draws,
     predict_clip,
     reference_clips,
+    row_distances,
     training_spectrum,
 )
 from .ears import Ear, make_ear
-from .errors import CorpusError
+from .errors import CorpusError, ToolMissingError
+from .judges import whisper_states
 from .cards import METRICS
 from .figures import markdown_table
 from .soundfiles import save_wav
@@ -86,6 +88,17 @@ def folder_name(
     return re.sub(r"[^\w.]+", "-", spelt)
 
 
+_STATE_HOP = 5  # of Whisper's states, 50 a second, one in so many is kept
+
+
+def _states_of(sounds: dict):  # row → sound; row → (n, D)
+    "What Whisper makes of sounds before any word is chosen; None where it is not at hand."
+    try:
+        return {row: whisper_states(wav)[::_STATE_HOP] for row, wav in sounds.items()}
+    except ToolMissingError:
+        return None
+
+
 def sweep_study(
     name: str,  # of a model
     data,  # folder of prepared clips with sound
@@ -95,7 +108,10 @@ def sweep_study(
     settings: list = None,  # of DrawSetting; None: those of `sweep_settings`
     sounds=None,  # folder that gets the sounds, a folder a row
 ) -> dict:  # what JSON can hold
-    "Every row's scores, clip by clip; CorpusError where there are no clips."
+    """Every row's scores, clip by clip; CorpusError where there are no clips.
+
+    Where Whisper is at hand, also how far its states are from those of the recordings, as clouds
+    of all clips (Fréchet distance)."""
     seed, settings = whole_seed(seed), settings or sweep_settings()
     dataset = split_with_sound(data, split)
     clips = [dataset[i] for i in spread(range(len(dataset)), limit)]
@@ -104,14 +120,19 @@ def sweep_study(
     spectrum = training_spectrum(model, spread(train, 30))
     ear = make_ear([clip._replace(mel=MEL.normalize(MEL(clip.wav))) for clip in train])
     jury = make_jury(clips, SWEEP_METRICS, model)
-    rows = {}
+    rows, states = {}, []
     for clip in tqdm(clips, desc="speak and judge", unit="clip"):
-        for row, wav in ways_to_speak(model, clip, settings, spectrum, ear, seed):
+        spoken = dict(ways_to_speak(model, clip, settings, spectrum, ear, seed))
+        states.append(_states_of(spoken))
+        for row, wav in spoken.items():
             if sounds:
                 save_wav(Path(sounds) / folder_name(row) / f"{clip.name}.wav", wav)
             for metric, value in jury.score(wav, clip).items():
                 rows.setdefault(row, {}).setdefault(metric, []).append(value)
-    return dict(model=model_name(name), split=split, clips=len(clips), rows=rows)
+    distances = row_distances(states, "recording") if all(states) else {}
+    distances = {row: round(value, 4) for row, value in distances.items()}
+    how = dict(model=model_name(name), split=split, clips=len(clips))
+    return how | dict(rows=rows, distances=distances)
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0011
 def compare_with_mu(
@@ -140,8 +161,8 @@ def show_sweep(
     body = []
     for row, scores in found["rows"].items():
         cells = [_sweep_cell(k, scores[k], changed.get((row, k))) for k in metrics]
-        body.append([row, *cells])
-    head = [f"`{found['model']}`", *(f"{k} {better[k]}" for k in metrics)]
+        body.append([row, *cells, found["distances"].get(row)])
+    head = [f"`{found['model']}`", *(f"{k} {better[k]}" for k in metrics), "Fréchet, Whisper ↓"]
     text = f"{found['clips']} clips of the split {found['split']}. Bold: differs from μ on the "
     text += f"same clips (p < 0.05 after Holm's correction over {len(changed)} comparisons)"
     return f"{markdown_table(head, body)}\n\n{text}{made_by(found)}"
