@@ -196,6 +196,18 @@ def _adapt(
             show_default=False,
         ),
     ] = None,
+    softening: Annotated[
+        Optional[float],
+        typer.Option(
+            min=0,
+            max=1,
+            help=(
+                "Blur, and roughen, so large a share of the mels that the vocoder meets while "
+                "critics teach it; 0: true mels alone."
+            ),
+            show_default="as the model",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read clips ahead.")] = 2,
     seed: SeedOption = 0,
 ):
@@ -206,7 +218,7 @@ def _adapt(
     make_folder(out)
     parts = only.split(",") if only else None
     how = dict(workers=workers, seed=seed, command=command_line(ctx))
-    folder = adapt(model, data, out, steps, parts, changes, **how)
+    folder = adapt(model, data, out, steps, parts, changes, softening, **how)
     console.print(
         f"model in {plain_text(folder)}; next: [bold]faces2voices evaluate DATA --model "
         f"{plain_text(folder)}[/]"

@@ -106,6 +106,7 @@ def build_seeded(
     model = first if adapt else FacesToVoices(preset.to_json())
     if not adapt:
         load_lip_encoder(model, lips, first)
+    model.preset = replace(model.preset, vocoder_softening=preset.vocoder_softening)
     if new_decoder:
         renew_decoder(model, preset, seed)
     return model.to(make_accelerator().device), first

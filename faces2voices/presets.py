@@ -70,6 +70,8 @@ class DecoderConfig:
     vocoder_blocks: int = 7  # of a vocoder that shapes a source of tones and hiss
     vocoder_kernels: tuple = ()  # of HiFi-GAN's residual blocks; none: a vocoder with a source
     vocoder_dilations: tuple = ()
+    # share of mels that are blurred and noisy while critics teach: see `degrade_mel`
+    vocoder_softening: float = 0.5
 
 # %% ../nbs/engine/00_presets.ipynb #4a95f803
 _STEPS = dict(locator=1500, speaker=400, hierarchy=2300, decoder=2500, vocoder=6500)
@@ -167,6 +169,7 @@ _RANGES = dict(  # name → smallest and largest value; whole numbers where both
     envelope_weight=(0.0, 1e6),
     teacher_forcing=(0.0, 1.0),
     condition_drop=(0.0, 1.0),
+    vocoder_softening=(0.0, 1.0),
     label_smoothing=(0.0, 0.99),
     dropout=(0.0, 0.99),
     unit_dropout=(0.0, 1.0),

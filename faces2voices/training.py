@@ -604,7 +604,7 @@ PLAIN_SHARE = 0.9  # of a vocoder's steps on a CPU
 def train_vocoder(
     wavs: list,  # (N,) sounds at 16 kHz
     generator,  # Generator or SourceFilter, trained in place
-    preset,  # `steps`, `batch` and `lr` of "vocoder"
+    preset,  # `steps`, `batch` and `lr` of "vocoder", and `vocoder_softening`
     *,
     run_dir=None,  # for checkpoints and logs; a run that was stopped goes on from there
     plain_share: float = None,  # of the steps, without critics; None: 0.9 on a CPU, 0 on a GPU
@@ -641,7 +641,7 @@ def train_vocoder(
         log += fit(
             (game.generator_loss, game.discriminator_loss),
             (generator, game.discriminators),
-            draw(degraded=True, seed=seed + 1),
+            draw(softening=preset.vocoder_softening, seed=seed + 1),
             steps - plain,
             lr / 4 if plain else lr,
             name="vocoder-critics",
@@ -734,6 +734,19 @@ def train_system(
 _ADAPTED_PARTS = "hierarchy", "decoder", "vocoder"
 
 
+def _soften(preset: Preset, share: float, parts: tuple) -> Preset:
+    "The preset of a vocoder that learns from another share of softened mels."
+    if "vocoder" not in parts:
+        raise CheckpointError(
+            "--softening",
+            "is of the vocoder, and --only leaves that out",
+            "Name it in --only as well, or leave out --softening",
+        )
+    preset = replace(preset, vocoder_softening=float(share))
+    preset.validate()
+    return preset
+
+
 def adapt(
     model: str,  # to go on from
     data,  # prepared clips of somebody new, with a split `train`
@@ -741,12 +754,13 @@ def adapt(
     steps: int = 400,  # of each part
     only: list | None = None,  # of hierarchy, decoder and vocoder; None: all three
     new_decoder: dict | None = None,  # settings that change; {}: it begins anew as it was
+    softening: float | None = None,  # of the vocoder's mels from now on; None: as before
     **options,  # of `train_system`
 ) -> Path:  # folder of the adapted model
     """Go on from a trained model with other clips, their sounds and lips as they are.
 
     A decoder that begins anew learns at the full rate.
-    CheckpointError where `only` or `new_decoder` names what cannot be adapted or changed."""
+    CheckpointError where `only`, `new_decoder` or `softening` asks for what cannot be."""
     check_parts(only, _ADAPTED_PARTS)
     parts = tuple(only or _ADAPTED_PARTS)
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
@@ -761,6 +775,8 @@ def adapt(
     if renewed:
         preset = change_decoder(preset, new_decoder)
         rates["decoder"] = preset.lr["decoder"]
+    if softening is not None:
+        preset = _soften(preset, softening, parts)
     preset = replace(
         preset,
         vary=2,

@@ -480,8 +480,9 @@ def feature_loss(real, fake):
 def degrade_mel(
     mel: torch.Tensor,  # (B, 80, L) ln mel
     rng: torch.Generator,
+    share: float = 0.5,  # of the mels, by chance
 ) -> torch.Tensor:
-    "Blur and noise on every second mel (by chance), as a decoder's mistakes would."
+    "Blur and noise on some mels, as a decoder's mistakes would."
 
     def uniform(high):
         return high * torch.rand(len(mel), 1, 1, generator=rng)
@@ -492,7 +493,7 @@ def degrade_mel(
     kernel = (k.transpose(1, 2) * k)[:, None]
     blurred = F.conv2d(F.pad(mel[None], (2, 2, 2, 2), "reflect"), kernel, groups=len(mel))[0]
     degraded = blurred + loudness * torch.randn(mel.shape, generator=rng)
-    return torch.where(chance < 0.5, degraded, mel)
+    return torch.where(chance < share, degraded, mel)
 
 
 class Segments(NamedTuple):
@@ -536,7 +537,7 @@ def segment_batches(
     wavs: list,  # (N,) sounds at 16 kHz
     batch: int,
     length: int = 8000,  # samples, a multiple of 320
-    degraded: bool = False,  # mels as a decoder's mistakes make them
+    softening: float = 0.0,  # share of mels as a decoder's mistakes make them
     seed: int = 0,
     contours: list | None = None,  # (2, N/320) ln Hz and voicing of the same clips
 ):
@@ -548,8 +549,8 @@ def segment_batches(
         names, sounds, tunes = zip(*pieces)
         wide = torch.stack(sounds)
         mel = MEL(wide)[..., 2:-2]
-        if degraded:
-            mel = degrade_mel(mel, rng)
+        if softening:
+            mel = degrade_mel(mel, rng, softening)
         source = _excite(tunes, step) if contours else None
         return Segments(list(names), mel, wide[:, _MARGIN:-_MARGIN], source)
 

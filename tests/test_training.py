@@ -690,6 +690,28 @@ def test_a_new_decoder_that_would_learn_nothing_is_refused(prepared, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_mels_of_the_critics_alone_are_softened_as_was_asked(prepared, tmp_path, monkeypatch):
+    from faces2voices.synthesis import FacesToVoices
+
+    asked, draw = [], training.segment_batches
+
+    def spy(*args, softening=0.0, **options):
+        asked.append(softening)
+        return draw(*args, softening=softening, **options)
+
+    monkeypatch.setattr(training, "segment_batches", spy)
+    how = dict(steps=10, only=["vocoder"])
+    folder = adapt("talkers", prepared, tmp_path / "run", softening=0.25, **how)
+    assert asked == [0.0, 0.25]  # nine plain steps, then one with critics
+    assert FacesToVoices.from_pretrained(folder).preset.vocoder_softening == 0.25
+
+
+def test_a_softening_that_would_soften_nothing_is_refused(prepared, tmp_path):
+    with pytest.raises(CheckpointError, match="--softening.*--only leaves that out"):
+        adapt("talkers", prepared, tmp_path / "run", steps=1, only=["decoder"], softening=0.0)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_new_decoder_begins_from_its_seed_alone(tmp_path):
     "The model that it is put into may have had another: that leaves no trace in it."
     from faces2voices.synthesis import FacesToVoices

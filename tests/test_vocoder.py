@@ -256,6 +256,13 @@ def test_degrading_leaves_about_half_alone():
     assert (out.mean() + 3).abs() < 0.05  # a kernel of weight 1
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_as_many_mels_are_softened_as_was_asked(share):
+    mel = torch.randn(400, 80, 12)
+    out = degrade_mel(mel, torch.Generator().manual_seed(0), share)
+    assert (out != mel).flatten(1).any(1).float().mean().item() == pytest.approx(share, abs=0.06)
+
+
 def sounds():
     return [vowel(torch.linspace(90 + 10 * i, 200 - 10 * i, 16000)) for i in range(4)]
 
