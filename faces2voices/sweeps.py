@@ -38,8 +38,9 @@ from .records import made_by, model_name
 
 # %% ../nbs/engine/18_sweeps.ipynb #5f1e0006
 def sweep_settings() -> list:  # of DrawSetting
-    "From a flow that hardly draws to one that draws more widely than it learned."
-    found = [DrawSetting(2, temperature=0.3), DrawSetting(2, temperature=0.3, guidance=2.0)]
+    "From a flow that draws nothing to one that draws more widely than it learned."
+    found = [DrawSetting(2, temperature=0.0), DrawSetting(2, temperature=0.3)]
+    found += [DrawSetting(4, temperature=0.3), DrawSetting(2, temperature=0.3, guidance=2.0)]
     found += [DrawSetting(6), DrawSetting(6, "midpoint"), DrawSetting(30, "midpoint")]
     return found + [DrawSetting(6, "midpoint", temperature=tau) for tau in (0.3, 0.6, 1.2)]
 
