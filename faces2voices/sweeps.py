@@ -159,10 +159,11 @@ def show_sweep(
     changed = compare_with_mu(found)
     metrics = [k for k in SWEEP_METRICS if k in found["rows"]["μ"]]
     better = {metric.name: metric.better for metric in METRICS}
+    distances = found.get("distances", {})  # older records have none
     body = []
     for row, scores in found["rows"].items():
         cells = [_sweep_cell(k, scores[k], changed.get((row, k))) for k in metrics]
-        body.append([row, *cells, found["distances"].get(row)])
+        body.append([row, *cells, distances.get(row)])
     head = [f"`{found['model']}`", *(f"{k} {better[k]}" for k in metrics), "Fréchet, Whisper ↓"]
     text = f"{found['clips']} clips of the split {found['split']}. Bold: differs from μ on the "
     text += f"same clips (p < 0.05 after Holm's correction over {len(changed)} comparisons)"
