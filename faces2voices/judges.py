@@ -565,7 +565,7 @@ def _whisper_model(folder: Path):
         cure = "Set F2V_WHISPER to a folder in the form of faster_whisper"
         raise CheckpointError(folder, f"is no Whisper model ({e})", cure) from e
 
-
+# %% ../nbs/engine/17_judges.ipynb #wh1f0a01
 def _as_array(wav) -> np.ndarray:
     return np.asarray(torch.as_tensor(wav).float())
 

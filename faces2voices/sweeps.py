@@ -88,7 +88,7 @@ def folder_name(
     spelt = row.replace("τ", "tau").replace("μ", "mu")
     return re.sub(r"[^\w.]+", "-", spelt)
 
-
+# %% ../nbs/engine/18_sweeps.ipynb #5f1e0a09
 _STATE_HOP = 5  # of Whisper's states, 50 a second, one in so many is kept
 
 
