@@ -163,7 +163,8 @@ def show_sweep(
     body = []
     for row, scores in found["rows"].items():
         cells = [_sweep_cell(k, scores[k], changed.get((row, k))) for k in metrics]
-        body.append([row, *cells, distances.get(row)])
+        distance = f"{distances[row]:.3f}" if row in distances else ""
+        body.append([row, *cells, distance])
     head = [f"`{found['model']}`", *(f"{k} {better[k]}" for k in metrics), "Fréchet, Whisper ↓"]
     text = f"{found['clips']} clips of the split {found['split']}. Bold: differs from μ on the "
     text += f"same clips (p < 0.05 after Holm's correction over {len(changed)} comparisons)"
