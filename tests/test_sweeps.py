@@ -17,6 +17,7 @@ from faces2voices.draws import (
     predict_clip,
     score_draws,
 )
+from faces2voices.errors import ToolMissingError
 from faces2voices.synthesis import FacesToVoices
 from faces2voices.video import preprocess
 
@@ -148,6 +149,20 @@ def test_the_fewest_calls_are_found_and_no_gain_is_said():
     assert calls_for_gain({2: 4.5, 6: 4.02, 30: 4.0}, 5.0) == 6
     assert calls_for_gain({2: 4.5, 6: 4.2, 30: 4.0}, 5.0) == 30
     assert calls_for_gain({2: 4.5, 30: 5.0}, 5.0) is None
+
+
+def test_without_whisper_a_sweep_has_no_distances(monkeypatch):
+    def absent(wav):
+        raise ToolMissingError("Whisper", "no model is at hand", "Install one")
+
+    assert sweeps._states_of({}) == {}
+    monkeypatch.setattr(sweeps, "whisper_states", absent)
+    assert sweeps._states_of({"μ": torch.zeros(1600)}) is None
+    rows = {name: {"ESTOI": [0.1, 0.2, 0.3]} for name in ("μ", "draws")}
+    head, _, mu, *_ = sweeps.show_sweep(
+        dict(rows=rows, model="m", clips=3, split="val", distances={"draws": 0.25})
+    ).splitlines()
+    assert head.split("|")[-2].strip() == "Fréchet, Whisper ↓" and not mu.split("|")[-2].strip()
 
 
 def test_rows_are_compared_with_mu_within_clips():
