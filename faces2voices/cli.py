@@ -62,10 +62,14 @@ def _stop(number: int, frame=None):
     """End as after Ctrl-C: whatever is unfinished is removed on the way out.
 
     The same signal again is not heard."""
-    signal.signal(number, signal.SIG_IGN)
+    signal.signal(number, _hear_nothing)
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise as its workers die
+        signal.signal(signal.SIGCHLD, _hear_nothing)  # torch's would raise as its workers die
     raise StopSignal(128 + number)
+
+
+def _hear_nothing(number: int, frame=None):
+    "In place of SIG_IGN, for which Python prints a traceback if the signal has come by then."
 
 
 def main():

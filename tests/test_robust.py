@@ -259,6 +259,24 @@ def test_workers_that_hear_a_signal_first_do_not_hide_it(tmp_path):
 
 
 @linux
+def test_a_child_that_dies_in_the_same_moment_leaves_no_traceback():
+    "Both signals wait; Python takes the one that stops us first."
+    code = (
+        "import os, signal\nfrom faces2voices import cli\n"
+        "both = [signal.SIGTERM, signal.SIGCHLD]\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: 1 / 0)\n"
+        "signal.signal(signal.SIGTERM, cli._stop)\n"
+        "try:\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, both)\n"
+        "    for number in both: os.kill(os.getpid(), number)\n"
+        "    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)\n"
+        "except cli.StopSignal as e: print(e.code)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (said.stdout, said.stderr) == ("143\n", "")
+
+
+@linux
 def test_nohup_has_its_way():
     code = (
         "import signal, sys\nfrom faces2voices import cli\n"
