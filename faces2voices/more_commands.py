@@ -196,6 +196,9 @@ def _adapt(
             show_default=False,
         ),
     ] = None,
+    new_vocoder: Annotated[
+        bool, typer.Option("--new-vocoder", help="Begin the vocoder anew, at the full rate.")
+    ] = False,
     softening: Annotated[
         Optional[float],
         typer.Option(
@@ -217,8 +220,9 @@ def _adapt(
     changes = _settings_of_json(new_decoder)
     make_folder(out)
     parts = only.split(",") if only else None
+    begins = dict(new_decoder=changes, new_vocoder=new_vocoder, softening=softening)
     how = dict(workers=workers, seed=seed, command=command_line(ctx))
-    folder = adapt(model, data, out, steps, parts, changes, softening, **how)
+    folder = adapt(model, data, out, steps, parts, **begins, **how)
     console.print(
         f"model in {plain_text(folder)}; next: [bold]faces2voices evaluate DATA --model "
         f"{plain_text(folder)}[/]"

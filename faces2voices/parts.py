@@ -26,6 +26,7 @@ from .lipreading import load_reader, make_lip_encoder, words_wrong
 from .mouths import prepared_mouths, read_landmarks
 from .timbre import train_speaker_encoder
 from .decoder import Decoder
+from .vocoder import make_vocoder
 from .synthesis import FacesToVoices
 from .runs import make_accelerator, note_time, on_main
 
@@ -95,7 +96,7 @@ def build_seeded(
     adapt: bool,
     seed: int,
     lips=None,
-    new_decoder: bool = False,  # for a model that adapts: does its decoder begin anew?
+    anew: tuple = (),  # parts of a model that adapts which begin anew: decoder, vocoder
 ) -> tuple:  # the model to train, and the one that `init` names or None
     """Seed, and only then build: the weights that training starts from are the seed's too.
 
@@ -107,8 +108,10 @@ def build_seeded(
     if not adapt:
         load_lip_encoder(model, lips, first)
     model.preset = replace(model.preset, vocoder_softening=preset.vocoder_softening)
-    if new_decoder:
+    if "decoder" in anew:
         renew_decoder(model, preset, seed)
+    if "vocoder" in anew:
+        model.vocoder = seeded(seed, lambda: make_vocoder(model.preset))
     return model.to(make_accelerator().device), first
 
 # %% ../nbs/engine/16_parts.ipynb #bbf92036

@@ -687,7 +687,7 @@ def train_system(
     voices=None,  # more prepared clips, for the vocoder alone
     adapt: tuple = (),  # parts that go on from `init`, whose others stay; none: all begin anew
     only: list | None = None,  # parts that may be trained now; None: all
-    new_decoder: bool = False,  # does the decoder of a model that adapts begin anew?
+    anew: tuple = (),  # parts of a model that adapts which begin anew: decoder, vocoder
     workers: int = 2,
     seed: int = 0,
     board: bool = False,  # log for TensorBoard too
@@ -699,7 +699,7 @@ def train_system(
     check_parts(only, PART_NEEDS)
     run = Path(out)
     seed = whole_seed(seed)
-    model, first = build_seeded(preset, init, bool(adapt), seed, lips, new_decoder)
+    model, first = build_seeded(preset, init, bool(adapt), seed, lips, anew)
     reader = fingerprint(model.hierarchy.lips) if lips else None
     on_main(lambda: claim_run(run, preset, data, init, voices, adapt, seed, reader, vocoder))
     speaks = FacesToVoices.from_pretrained(vocoder, device="cpu") if vocoder else first
@@ -734,17 +734,14 @@ def train_system(
 _ADAPTED_PARTS = "hierarchy", "decoder", "vocoder"
 
 
-def _soften(preset: Preset, share: float, parts: tuple) -> Preset:
-    "The preset of a vocoder that learns from another share of softened mels."
-    if "vocoder" not in parts:
+def _check_adapts(part: str, parts: tuple, option: str):
+    "CheckpointError where an option is of a part that does not learn."
+    if part not in parts:
         raise CheckpointError(
-            "--softening",
-            "is of the vocoder, and --only leaves that out",
-            "Name it in --only as well, or leave out --softening",
+            option,
+            f"is of the {part}, and --only leaves that out",
+            f"Name it in --only as well, or leave out {option}",
         )
-    preset = replace(preset, vocoder_softening=float(share))
-    preset.validate()
-    return preset
 
 
 def adapt(
@@ -754,35 +751,35 @@ def adapt(
     steps: int = 400,  # of each part
     only: list | None = None,  # of hierarchy, decoder and vocoder; None: all three
     new_decoder: dict | None = None,  # settings that change; {}: it begins anew as it was
+    new_vocoder: bool = False,  # does the vocoder begin anew?
     softening: float | None = None,  # of the vocoder's mels from now on; None: as before
     **options,  # of `train_system`
 ) -> Path:  # folder of the adapted model
     """Go on from a trained model with other clips, their sounds and lips as they are.
 
-    A decoder that begins anew learns at the full rate.
-    CheckpointError where `only`, `new_decoder` or `softening` asks for what cannot be."""
+    What begins anew learns at the full rate.
+    CheckpointError where another option asks for what `only` leaves out."""
     check_parts(only, _ADAPTED_PARTS)
     parts = tuple(only or _ADAPTED_PARTS)
     preset = FacesToVoices.from_pretrained(model, device="cpu").preset
-    rates = {name: rate / 3 for name, rate in preset.lr.items()}
-    renewed = new_decoder is not None
-    if renewed and "decoder" not in parts:
-        raise CheckpointError(
-            "--new-decoder",
-            "begins a decoder that would learn nothing: --only leaves it out",
-            "Name it in --only as well, or leave out --new-decoder",
-        )
-    if renewed:
+    anew = ()
+    if new_decoder is not None:
+        _check_adapts("decoder", parts, "--new-decoder")
         preset = change_decoder(preset, new_decoder)
-        rates["decoder"] = preset.lr["decoder"]
+        anew += ("decoder",)
+    if new_vocoder:
+        _check_adapts("vocoder", parts, "--new-vocoder")
+        anew += ("vocoder",)
     if softening is not None:
-        preset = _soften(preset, softening, parts)
+        _check_adapts("vocoder", parts, "--softening")
+        preset = replace(preset, vocoder_softening=float(softening))
+    preset.validate()
     preset = replace(
         preset,
         vary=2,
         synchronise=False,
         steps=preset.steps | dict.fromkeys(_ADAPTED_PARTS, steps),
-        lr=rates,
+        lr={name: rate if name in anew else rate / 3 for name, rate in preset.lr.items()},
     )
-    how = dict(init=model, adapt=parts, new_decoder=renewed)
+    how = dict(init=model, adapt=parts, anew=anew)
     return train_system(preset, out, data, **how, **options)
