@@ -6,8 +6,8 @@
 __all__ = ['ABLATION_BATCH', 'VARIANT_MEASURES', 'SHARES', 'ABLATION_STEPS', 'LipSource', 'load_lip_source', 'check_lips',
            'cache_lips', 'frozen_preset', 'SeenClips', 'load_seen_clips', 'feature_batch', 'take_share', 'seen_batches',
            'score_clip', 'clip_columns', 'hear_truth', 'AblationRun', 'mean_losses', 'build_run', 'load_run',
-           'train_run', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation', 'clip_table',
-           'known_columns', 'variant_changes', 'compare_variants', 'show_variants']
+           'score_run', 'train_run', 'score_again', 'ablation_runs', 'finished_row', 'run_ablation', 'write_ablation',
+           'clip_table', 'known_columns', 'variant_changes', 'compare_variants', 'show_variants']
 
 # %% ../nbs/engine/18_ablation.ipynb #8ea9a7c4
 import json
@@ -42,6 +42,7 @@ from .measures import correlation
 from .studies import clips_with_targets, score_mu
 from faces2voices.variants import (
     MEL_LOSSES,
+    ALL_VARIANTS,
     VARIANTS,
     check_variants,
     count_weights,
@@ -385,6 +386,26 @@ def _remove_unfinished(run: AblationRun, out: Path):
     (out / f"{run.name}.jsonl").unlink(missing_ok=True)
 
 # %% ../nbs/engine/18_ablation.ipynb #f465d9e6
+def score_run(
+    run: AblationRun,
+    model,  # its variant, in eval mode
+    seen: SeenClips,
+    ear: Ear,
+) -> dict:  # split → measure → a number a clip
+    "Score the clips of the splits test and unseen."
+    told = ALL_VARIANTS[run.variant].targets
+    judged = {split: seen.splits[split] for split in _JUDGED if seen.splits.get(split)}
+    return {
+        split: clip_columns([score_clip(model, clip, seen, ear, told) for clip in clips])
+        for split, clips in judged.items()
+    }
+
+
+def _write_row(row: dict, run: AblationRun, out: Path):
+    with atomic_path(out / f"{run.name}.json", overwrite=True) as tmp:
+        tmp.write_text(json.dumps(row))
+
+
 def train_run(
     run: AblationRun,
     seen: SeenClips,
@@ -400,13 +421,6 @@ def train_run(
     log = _fit_run(run, model, clips, seen, out)
     model = model.cpu().eval()
     curve = _learning_curve(run, model, seen, out)
-    scores = {}
-    told = VARIANTS[run.variant].targets
-    for split in _JUDGED:
-        if judged := seen.splits.get(split):
-            scores[split] = clip_columns(
-                [score_clip(model, clip, seen, ear, told) for clip in judged]
-            )
     row = run._asdict() | dict(
         clips=len(clips),
         width=model.preset.dim,
@@ -416,16 +430,30 @@ def train_run(
         train=[dict(step=line["step"], total=line["total"], prior=line["prior"]) for line in log],
         curve=curve,
         judged_at=min(curve, key=lambda point: point["of_mu"])["step"],
-        scores=scores,
+        ear_clips=ear.n_clips,
+        scores=score_run(run, model, seen, ear),
         commit=commit(),
         machine=machine(),
     )
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
     with atomic_path(out / f"{run.name}.safetensors", overwrite=True) as tmp:
         save_file(weights, tmp)
-    with atomic_path(out / f"{run.name}.json", overwrite=True) as tmp:
-        tmp.write_text(json.dumps(row))
+    _write_row(row, run, out)
     _remove_unfinished(run, out)
+    return row
+
+
+def score_again(
+    row: dict,  # of a run that another ear heard
+    seen: SeenClips,
+    ear: Ear,
+    out,  # folder of the runs
+) -> dict:  # the row with other scores
+    "Score a finished run once more, with this ear, and write that down; nothing is trained."
+    run = AblationRun(*(row[name] for name in AblationRun._fields))
+    model = load_run(run, seen, out)
+    row = row | dict(ear_clips=ear.n_clips, scores=score_run(run, model, seen, ear))
+    _write_row(row, run, Path(out))
     return row
 
 # %% ../nbs/engine/18_ablation.ipynb #183b3f33
@@ -465,6 +493,10 @@ def finished_row(
     raise CheckpointError(path, "is of another run", "Remove it: it is made again")
 
 # %% ../nbs/engine/18_ablation.ipynb #fb2e1e03
+def _heard_by(ear: Ear, row) -> bool:
+    return row is not None and row.get("ear_clips") == ear.n_clips
+
+
 def run_ablation(
     data,  # folder of prepared clips with splits train, val and test, and perhaps unseen
     out,  # folder of the runs
@@ -475,18 +507,23 @@ def run_ablation(
     lips="talkers",  # a pre-trained reader's file, or a model whose lip encoder is used
     to_mu: bool = False,  # see `SeenClips`
 ) -> dict:  # what JSON can hold
-    "Train and score every variant at every share from every seed. What is done is not done again."
+    """Train and score every variant at every share from every seed. What is done is not done again.
+
+    A run that was heard by the ear of other clips is scored anew."""
     out = Path(out)
     runs = ablation_runs(variants, shares, steps, seeds)
     seen = load_seen_clips(data, out, lips, to_mu)
-    ear = make_ear(seen.splits["train"][:300])
-    done = [run for run in runs if finished_row(run, out)]
+    ear = make_ear(seen.splits["train"])
+    done = [run for run in runs if _heard_by(ear, finished_row(run, out))]
     todo = [run for run in runs if run not in done]
     with tqdm(total=len(runs), initial=len(done), desc="ablation", unit="run") as bar:
         for run in todo:
             bar.set_postfix_str(run.name)
-            if not finished_row(run, out):  # by another process, meanwhile
+            row = finished_row(run, out)  # perhaps by another process, meanwhile
+            if row is None:
                 train_run(run, seen, ear, out)
+            elif not _heard_by(ear, row):
+                score_again(row, seen, ear, out)
             bar.update()
     judged = {split: seen.splits[split] for split in _JUDGED if split in seen.splits}
     return dict(
@@ -558,7 +595,7 @@ def compare_variants(
 ) -> dict:  # (split, variant, measure) → Difference, its p after Holm's correction
     "What each variant has more than the whole, over seeds and clips; from two seeds on."
     tables = {}
-    for split, name, measure in product(record["clips"], VARIANTS, VARIANT_MEASURES):
+    for split, name, measure in product(record["clips"], ALL_VARIANTS, VARIANT_MEASURES):
         table = variant_changes(record, name, share, split, measure, reference)
         if name != reference and table is not None:
             tables[split, name, measure] = table
@@ -573,7 +610,7 @@ def show_variants(
     "Means over seeds and clips with 95 % intervals; bold is what differs from the whole."
     changed = compare_variants(record, share)
     body = []
-    for name, variant in VARIANTS.items():
+    for name, variant in ALL_VARIANTS.items():
         rows = [r for r in record["rows"] if (r["variant"], r["share"]) == (name, share)]
         if rows:
             cells = [_cell(record, name, share, split, k, changed) for k in VARIANT_MEASURES]

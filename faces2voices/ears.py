@@ -36,6 +36,7 @@ class Ear(NamedTuple):
 
     pitch_line: torch.Tensor  # (481,)
     voicing_line: torch.Tensor  # (481,)
+    n_clips: int  # that it was fitted on
 
     def pitch(
         self,
@@ -62,4 +63,5 @@ def make_ear(
     log_f0 = torch.cat([clip.log_f0 for clip in clips])
     frames = torch.cat(frames)
     pitch_line = _fit_line(frames[voiced], normalize_pitch(log_f0[voiced]), ridge)
-    return Ear(pitch_line, _fit_line(frames, 2 * voiced - 1.0, ridge))
+    voicing_line = _fit_line(frames, 2 * voiced - 1.0, ridge)
+    return Ear(pitch_line, voicing_line, len(clips))

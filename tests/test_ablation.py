@@ -19,10 +19,10 @@ from faces2voices.hierarchy import Hierarchy, HierarchyLoss, Mu
 from faces2voices.manifests import Entry, Word, write_manifest
 from faces2voices.prosody import Prosody
 from faces2voices.statistics import crossed_difference, crossed_interval, holm
-from faces2voices.timbre import SpeakerEncoder
+from faces2voices.timbre import FiLM, SpeakerEncoder
 from faces2voices.toyworld import toy_batch
 from faces2voices.variants import (
-    VARIANTS,
+    ALL_VARIANTS,
     Cascade,
     FrozenFeatures,
     check_variants,
@@ -61,7 +61,7 @@ def toy_features(preset=SMALL, clips=4):
 def build(name, preset=SMALL):
     "A variant whose speaker is felt: a new FiLM does not yet modulate."
     model = make_variant(name, preset, LIPS)
-    if getattr(model, "film", None) is not None:
+    if isinstance(getattr(model, "film", None), FiLM):
         torch.nn.init.normal_(model.film.to_film.weight)
     return model
 
@@ -77,11 +77,11 @@ def test_all_variants_have_one_size(preset):
 
     with torch.device("meta"):
         whole = count_weights(Hierarchy(preset, FrozenFeatures(256)))
-    for name in VARIANTS:
+    for name in ALL_VARIANTS:
         assert abs(weights(name) / whole - 1) < 0.02, name
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL_VARIANTS)
 def test_all_variants_can_have_as_many_weights_that_lead_to_mu(name):
     batch = toy_features(FEATURED)
     random = torch.get_rng_state()
@@ -91,7 +91,7 @@ def test_all_variants_can_have_as_many_weights_that_lead_to_mu(name):
     assert weights_to_mu(variant, batch) == pytest.approx(weights_to_mu(whole, batch), rel=0.04)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL_VARIANTS)
 def test_no_weight_is_dead(name):
     """But for the 256 that turn a speaker into a level of pitch, where no speaker is known.
 
@@ -100,7 +100,7 @@ def test_no_weight_is_dead(name):
     model.loss(toy_features()).total.backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     silent = [n for n in silent if n != "prosody.pitch.out.bias"]
-    nobody = name in ("no-timbre", "prosody-first")
+    nobody = name in ("no-timbre", "no-timbre-normed", "prosody-first")
     assert silent == (["prosody.level.weight"] if nobody else [])
 
 
@@ -136,9 +136,15 @@ SEES = {
     | dict(pitch={"expression"}, energy={"expression"}, ce=ALL, masked_ce=ALL, words=ALL),
     "timbre-first": PAPER | dict.fromkeys(("ce", "masked_ce", "words"), {"lips", "face"}),
 }
+SEES |= {
+    "added-speaker": PAPER,
+    "no-timbre-normed": SEES["no-timbre"],
+    "flat-normed": SEES["flat-targets"],
+    "parallel-normed": PAPER,
+}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL_VARIANTS)
 def test_a_loss_depends_on_what_its_stage_may_see_and_on_nothing_else(name):
     model = build(name)
     assert {term: seen_by(model, term) for term in PAPER} == SEES[name]
@@ -199,8 +205,8 @@ def test_trained_on_the_mel_alone_no_other_target_counts(name):
 
 def test_the_others_have_every_loss_of_the_stages_they_have():
     missing = {"no-timbre": {"speaker"}, "no-prosody": {"pitch", "voicing", "energy"}}
-    missing["no-masked"] = {"masked_ce"}
-    for name, variant in VARIANTS.items():
+    missing |= {"no-timbre-normed": missing["no-timbre"], "no-masked": {"masked_ce"}}
+    for name, variant in ALL_VARIANTS.items():
         model = build(name)
         assert variant.targets == all(model.weights[term] > 0 for term in AUXILIARY)
         if variant.targets:
@@ -231,7 +237,7 @@ def test_what_came_before_content_reaches_mu_beside_it(name, kept, monkeypatch):
     assert seen_by(model, "prior") == kept
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALL_VARIANTS)
 def test_a_padded_clip_is_as_it_is_alone(name):
     model = build(name).eval()
     batch = toy_features(clips=2)
@@ -270,7 +276,7 @@ def test_a_variant_that_there_is_not():
 # --- the experiment, on clips of chance
 
 SENTENCE = "bin blue at f two now"
-DEAF = Ear(torch.zeros(481), torch.zeros(481))
+DEAF = Ear(torch.zeros(481), torch.zeros(481), 0)
 
 
 def made_clip(i, split="train", frames=20, words=("bin", "blue")):
@@ -326,7 +332,7 @@ def test_all_variants_meet_the_same_batches_in_the_same_order(seen, tmp_path, mo
 
     monkeypatch.setattr(ab, "fit", look)
     ear = make_ear(seen.splits["train"])
-    runs = ab.ablation_runs(VARIANTS, [1.0], 1, [0, 1])
+    runs = ab.ablation_runs(ALL_VARIANTS, [1.0], 1, [0, 1])
     for run in runs:
         ab.train_run(run, seen, ear, tmp_path)
     for seed in (0, 1):
@@ -444,16 +450,31 @@ def test_two_processes_share_the_runs_of_a_folder(seen, tmp_path, monkeypatch):
     monkeypatch.setattr(ab, "load_seen_clips", lambda data, out, lips, to_mu: seen)
     trained = []
 
-    def work_for_both(run, seen, reader, out):
+    def work_for_both(run, seen, ear, out):
         "This run, while another process finishes the one after it."
         trained.append(run.variant)
         for name in ("whole", "flat"):
-            row = run._replace(variant=name)._asdict()
+            row = run._replace(variant=name)._asdict() | dict(ear_clips=ear.n_clips)
             (tmp_path / f"{run._replace(variant=name).name}.json").write_text(json.dumps(row))
 
     monkeypatch.setattr(ab, "train_run", work_for_both)
     found = ab.run_ablation("data", tmp_path, **FEW)
     assert trained == ["whole"] and [r["variant"] for r in found["rows"]] == ["whole", "flat"]
+
+
+def test_an_ear_hears_everybody_and_what_another_one_heard_is_scored_again(
+    seen, tmp_path, monkeypatch
+):
+    many = seen._replace(splits=seen.splits | dict(train=26 * seen.splits["train"]))
+    monkeypatch.setattr(ab, "load_seen_clips", lambda data, out, lips, to_mu: many)
+    first = ab.run_ablation("data", tmp_path, **FEW)
+    assert {row["ear_clips"] for row in first["rows"]} == {26 * 12}
+    path = tmp_path / "whole-100-5-0.json"
+    row = json.loads(path.read_text())
+    other = ab.score_again(row, many, make_ear(seen.splits["train"][:4]), tmp_path)
+    assert other["scores"] != row["scores"] and json.loads(path.read_text()) == other
+    monkeypatch.setattr(ab, "train_run", lambda *_: pytest.fail("trained again"))
+    assert ab.run_ablation("data", tmp_path, **FEW) == first
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"variant": "whole"}', '{"variant": "flat"}'])

@@ -1,5 +1,6 @@
 "Variants of the ablation through to speech: one ear for all, and a flow of their own."
 
+import json
 from types import SimpleNamespace
 import numpy as np
 import pytest
@@ -90,6 +91,17 @@ def test_a_flow_is_trained_once_and_from_its_own_seed(seen, tmp_path, monkeypatc
         assert torch.equal(a, b)
     other = heard.train_flow(run._replace(seed=1), seen, tmp_path, 2)
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters()))
+
+
+def test_what_others_judged_is_judged_again(tmp_path):
+    path, judges = tmp_path / "heard.json", dict(ear_clips=12, metrics=["ESTOI"])
+    assert heard._judged_before(path, judges) is None
+    path.write_text(json.dumps(judges | dict(scores={"ESTOI": [0.5]})))
+    assert heard._judged_before(path, judges) == {"ESTOI": [0.5]}
+    assert heard._judged_before(path, judges | dict(ear_clips=4)) is None
+    assert heard._judged_before(path, judges | dict(metrics=["ESTOI", "WER"])) is None
+    path.write_text(json.dumps({"ESTOI": [0.5]}))
+    assert heard._judged_before(path, judges) is None
 
 
 def rows_of(gaps):
