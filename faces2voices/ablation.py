@@ -520,10 +520,9 @@ def run_ablation(
         for run in todo:
             bar.set_postfix_str(run.name)
             row = finished_row(run, out)  # perhaps by another process, meanwhile
-            if row is None:
-                train_run(run, seen, ear, out)
-            elif not _heard_by(ear, row):
-                score_again(row, seen, ear, out)
+            if not _heard_by(ear, row):
+                kept = row and (out / f"{run.name}.safetensors").is_file()
+                score_again(row, seen, ear, out) if kept else train_run(run, seen, ear, out)
             bar.update()
     judged = {split: seen.splits[split] for split in _JUDGED if split in seen.splits}
     return dict(

@@ -473,8 +473,12 @@ def test_an_ear_hears_everybody_and_what_another_one_heard_is_scored_again(
     row = json.loads(path.read_text())
     other = ab.score_again(row, many, make_ear(seen.splits["train"][:4]), tmp_path)
     assert other["scores"] != row["scores"] and json.loads(path.read_text()) == other
-    monkeypatch.setattr(ab, "train_run", lambda *_: pytest.fail("trained again"))
-    assert ab.run_ablation("data", tmp_path, **FEW) == first
+    with monkeypatch.context() as stop:
+        stop.setattr(ab, "train_run", lambda *_: pytest.fail("trained again"))
+        assert ab.run_ablation("data", tmp_path, **FEW) == first
+    path.write_text(json.dumps(other))
+    (tmp_path / "whole-100-5-0.safetensors").unlink()
+    assert without_time(ab.run_ablation("data", tmp_path, **FEW)) == without_time(first)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"variant": "whole"}', '{"variant": "flat"}'])
