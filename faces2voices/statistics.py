@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'Interval', 'mean', 'median', 'ratio', 'pearson', 'bootstrap_interval', 't_interval', 'crossed_interval',
-           'Difference', 'paired_difference', 'crossed_difference', 'holm', 'equivalence', 'compare_tables', 'Shrunken',
-           'shrink_values']
+           'Difference', 'paired_difference', 'p_text', 'crossed_difference', 'holm', 'equivalence', 'compare_tables',
+           'Shrunken', 'shrink_values']
 
 # %% ../nbs/engine/00_statistics.ipynb #b5f0f663
 import warnings
@@ -180,6 +180,11 @@ def paired_difference(
     if not np.ptp(d):  # always the same: no chance in it
         return Difference(interval, float(not d.any()))
     return Difference(interval, float(ttest_1samp(d, 0).pvalue))
+
+
+def p_text(p: float) -> str:
+    "A p-value as it is written: none is zero."
+    return "p < 0.001" if p < 0.0005 else f"p = {p:.3f}"
 
 # %% ../nbs/engine/00_statistics.ipynb #1a1c20ed
 def crossed_difference(

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from .errors import CorpusError
 from .figures import markdown_table
-from .statistics import bootstrap_interval, equivalence
+from .statistics import bootstrap_interval, equivalence, p_text
 from .core import whole_seed
 from .corpora import Clip, ClipDataset
 from .synthesis import FacesToVoices
@@ -159,6 +159,6 @@ def show_swaps(
         whole = found["rows"]["as it is"]["words wrong"]
         gap = np.subtract(found["rows"]["another face"]["words wrong"], whole)
         p = equivalence(gap, WORD_MARGIN)
-        text += f" With another face the words stay within ±{WORD_MARGIN:g}: p = {p:.3f} by two "
-        text += "one-sided tests"
+        text += f" With another face the words stay within ±{WORD_MARGIN:g}: {p_text(p)} by "
+        text += "two one-sided tests"
     return f"{markdown_table(head, body)}\n\n{text}{made_by(found)}"
