@@ -11,13 +11,19 @@ from itertools import product
 import numpy as np
 from .ablation import VARIANT_MEASURES, compare_variants, known_columns, variant_changes
 from .draws import DrawSetting
-from .figures import BLUE, GREEN, ORANGE, PALETTE, open_axes
+from .figures import AMBER, BLUE, GREEN, ORANGE, PALETTE, PINK, SKY, open_axes
 from .statistics import Interval, bootstrap_interval, crossed_interval
 from .swaps import SWAP_MEASURES, swap_changes
 from .variants import VARIANTS
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1007a
-WORLD_COLOURS = BLUE, ORANGE, GREEN
+WORLD_COLOURS = {"drawn talkers": BLUE, "GRID": ORANGE}
+
+
+def _colours(names) -> list:
+    "A world has its own colour in every figure; what is no world gets another."
+    others = iter((GREEN, PINK, SKY, AMBER))
+    return [WORLD_COLOURS.get(name) or next(others) for name in names]
 
 
 def _draw_interval(ax, y: float, found: Interval, sure: bool, colour: str):
@@ -45,7 +51,7 @@ def _panels(titles: dict, rows: list, worlds):
         ax.set_title(f"{title} {better}".strip(), fontsize=10)
         ax.locator_params(axis="x", nbins=4)
     axes[0].set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5))
-    for world, colour in zip(worlds, WORLD_COLOURS):
+    for world, colour in zip(worlds, _colours(worlds)):
         axes[0].plot([], [], "o", color=colour, label=world)
     fig.legend(loc="outside lower center", ncols=len(worlds), frameon=False)
     open_axes(*axes)
@@ -65,7 +71,7 @@ def plot_variants(
     "What each variant has more than the whole: a panel a measure, a colour a world."
     titles = {k: VARIANT_MEASURES[k] for k in measures}
     fig, axes = _panels(titles, [VARIANTS[name].label for name in variants], records)
-    for k, (record, colour) in enumerate(zip(records.values(), WORLD_COLOURS)):
+    for k, (record, colour) in enumerate(zip(records.values(), _colours(records))):
         compared = compare_variants(record)
         for (ax, measure), (y, name) in product(zip(axes, measures), enumerate(variants)):
             if (split, name, measure) in compared:
@@ -73,7 +79,7 @@ def plot_variants(
                 y += _shift(k, records)
                 found, p = compared[split, name, measure]
                 _draw_interval(ax, y, found, p < 0.05, colour)
-                ax.plot(table.mean(1), [y] * len(table), ".", ms=4, color="k", zorder=4)
+                ax.plot(table.mean(1), [y + 0.14] * len(table), "|", ms=5, color="0.3", zorder=4)
     for ax, better in zip(axes, titles.values()):
         _shade_worse(ax, better)
     return fig
@@ -83,9 +89,11 @@ def variant_curve(
     record: dict,  # of `run_ablation`
     variant: str,
     share: float = 1.0,
+    seed: int | None = None,  # None: the mean over all
 ) -> dict:  # step → loss
-    "The validation loss of μ at the quarters of the runs, averaged over seeds."
+    "The validation loss of μ at the quarters of the runs."
     rows = [r for r in record["rows"] if (r["variant"], r["share"]) == (variant, share)]
+    rows = [r for r in rows if seed in (None, r["seed"])]
     points = {}
     for row in rows:
         for point in row["curve"]:
@@ -111,21 +119,33 @@ def _world_panels(
 
 def plot_variant_curves(
     records: dict,  # world → record of `run_ablation`
-    variants=tuple(VARIANTS),
+    variants=tuple(VARIANTS)[1:],
 ):  # a figure
-    "The validation loss of μ against the step, a panel a world."
-    fig, axes = _world_panels(records, (4.2, 3.2), sharey=False)
-    styles = list(product(("-", "--"), PALETTE))
-    for ax, record in zip(axes, records.values()):
-        for name, (line, colour) in zip(variants, styles):
+    """The validation loss of μ against the step, a column a world.
+
+    Above that of the whole, seed by seed; below how far the others are behind it."""
+    import matplotlib.pyplot as plt
+
+    size = 4.2 * len(records) + 2.4, 5.4
+    how = dict(figsize=size, sharex=True, layout="constrained", dpi=150, squeeze=False)
+    fig, axes = plt.subplots(2, len(records), **how)
+    for (above, below), (world, record) in zip(axes.T, records.items()):
+        whole = variant_curve(record, "whole")
+        seeds = {row["seed"] for row in record["rows"]}
+        for seed in seeds:
+            above.plot(*zip(*variant_curve(record, "whole", seed=seed).items()), color="0.7", lw=1)
+        above.plot(*zip(*whole.items()), "k", lw=2)
+        for name, (look, colour) in zip(variants, product(("o-", "s--"), PALETTE)):
             curve = variant_curve(record, name)
-            if curve:
-                look = dict(color="k", lw=3) if name == "whole" else dict(color=colour, ls=line)
-                ax.plot(list(curve), list(curve.values()), label=VARIANTS[name].label, **look)
-        ax.set(xlabel="step")
-    axes[0].set_ylabel("validation loss of μ")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right", frameon=False)
-    open_axes(*axes)
+            behind = [loss - whole[step] for step, loss in curve.items()]
+            below.plot(list(curve), behind, look, ms=4, color=colour, label=VARIANTS[name].label)
+        below.axhline(0, color="k", lw=2)
+        below.set(xlabel="step")
+        above.set_title(world)
+    axes[0, 0].set_ylabel("validation loss of μ,\nthe whole")
+    axes[1, 0].set_ylabel("the others,\nmore than the whole")
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside right", frameon=False)
+    open_axes(*axes.flat)
     return fig
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1016a
@@ -139,7 +159,7 @@ def plot_shares(
     fig, axes = _world_panels(records, (3.6, 3.0))
     for ax, record in zip(axes, records.values()):
         clips = {row["share"]: row["clips"] for row in record["rows"]}
-        for k, (name, colour) in enumerate(zip(variants, PALETTE)):
+        for k, (name, colour) in enumerate(zip(variants, _colours(variants))):
             tables = {s: variant_changes(record, name, s, split, measure) for s in sorted(clips)}
             there = {s: known_columns(t) for s, t in tables.items() if t is not None}
             known = {s: crossed_interval(t) for s, t in there.items() if t.size}
@@ -165,8 +185,9 @@ def plot_judges(
     rows,  # names of settings that both hold
 ):  # a figure
     "Gain in energy score over μ with white noise, and change of DNSMOS from μ."
-    fig, axes = _panels({"energy score saved": "↑", "DNSMOS, more than μ": "↑"}, rows, draws)
-    for k, (world, colour) in enumerate(zip(draws, WORLD_COLOURS)):
+    titles = {"energy score saved,\nover μ + white noise": "↑", "DNSMOS,\nmore than μ": "↑"}
+    fig, axes = _panels(titles, rows, draws)
+    for k, (world, colour) in enumerate(zip(draws, _colours(draws))):
         heard = sweeps[world]["rows"]
         mu = heard["μ"]["DNSMOS OVRL"]
         for y, name in enumerate(rows):
@@ -196,16 +217,17 @@ def plot_temperatures(
         wide = [row["calibration"] for row in rows]
         gain, low, high = np.transpose([row["gain over μ + white noise"] for row in rows])
         bars = gain - low, high - gain
-        ax.errorbar(wide, gain, bars, fmt="o-", color=colour, capsize=2, label=label)
-        for tau, x, y in zip(temperatures, wide, gain):
-            text = dict(textcoords="offset points", fontsize=8, color=colour)
-            ax.annotate(f"τ = {tau:g}", (x, y), (5, 5), **text)
+        ax.errorbar(wide, gain, bars, fmt="-", color=colour, lw=1, capsize=2, label=label)
+        for x, y, marker in zip(wide, gain, "os^D"):
+            ax.plot(x, y, marker, color=colour)
+    for tau, marker in zip(temperatures, "os^D"):
+        ax.plot([], [], marker, color="0.5", label=f"τ = {tau:g}")
     ax.axvline(1, color="0.5", lw=1, ls="--")
     ax.axhline(0, color="0.5", lw=1)
     ax.yaxis.set_major_locator(MultipleLocator(0.02))
     ax.yaxis.set_major_formatter("{x:.0%}")
     ax.set(xlabel="variety ÷ bias", ylabel="energy score saved,\nover μ + white noise")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
     open_axes(ax)
     return fig
 
@@ -239,7 +261,7 @@ def plot_swaps(
     first = next(iter(records.values()))
     conditions = [name for name in first["rows"] if name != "as it is"]
     fig, axes = _panels(dict.fromkeys(measures, ""), conditions, records)
-    for k, (record, colour) in enumerate(zip(records.values(), WORLD_COLOURS)):
+    for k, (record, colour) in enumerate(zip(records.values(), _colours(records))):
         changed = swap_changes(record)
         for (ax, measure), (y, name) in product(zip(axes, measures), enumerate(conditions)):
             if (name, measure) in changed:
