@@ -38,7 +38,7 @@ def _shade(ax, density, t: float):
     ticks = torch.linspace(-_LIMIT, _LIMIT, 80)
     p = density(torch.cartesian_prod(ticks, ticks), torch.tensor(float(t))).reshape(80, 80).T
     extent = (-_LIMIT, _LIMIT, -_LIMIT, _LIMIT)
-    look = dict(origin="lower", cmap="Oranges", vmin=0, vmax=1, alpha=0.6, zorder=0)
+    look = dict(origin="lower", cmap="Oranges", vmin=0, vmax=1.8, alpha=0.8, zorder=0)
     ax.imshow((p / p.max()).sqrt(), extent=extent, **look)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #19157b32
@@ -68,7 +68,7 @@ def plot_arrows(
         ax.streamplot(ticks.numpy(), ticks.numpy(), u, w, color=colour, **look)
     else:
         short = v * (6 / speed).clamp(max=1)[:, None]
-        ax.quiver(*x.T, *short.T, speed, scale=38, width=0.011, **look)
+        ax.quiver(*x.T, *short.T, speed, scale=38, units="inches", width=0.017, **look)
     _plane(ax, f"t = {float(t):.2f}")
 
 # %% ../nbs/engine/11_flow_plots.ipynb #0974b218
@@ -231,7 +231,7 @@ def animate_flow(
     trajectory,  # (N + 1, B, 2), uniform in time
     data,  # (n, 2)
     field=None,  # called as field(x (B, 2), t (B,)); its arrows are drawn under the cloud
-    frames: int = 8,
+    frames: int = 12,
 ):
     "The cloud on its way, as a small moving picture of few colours."
     import matplotlib.pyplot as plt
@@ -246,7 +246,7 @@ def animate_flow(
         pictures.append(picture_of(fig, 12))
     plt.close(fig)
     alt = f"{trajectory.shape[1]} points move from a round cloud of noise to the data."
-    show_animation(pictures, alt, 250)
+    show_animation(pictures, alt, 180)
 
 # %% ../nbs/engine/11_flow_plots.ipynb #2255687f
 def plot_fan(
@@ -260,16 +260,26 @@ def plot_fan(
     import matplotlib.pyplot as plt
 
     arrows = dict(angles="xy", scale_units="xy", scale=1)
+    beside = dict(textcoords="offset points", weight="bold", fontsize=9)
     fig, ax = plt.subplots(figsize=(3.2, 3.3), layout="constrained")
     ax.scatter(*data.T, s=4, c="0.8")
-    shade = (weights / weights.max()).clamp(0.02, 1)
+    shade = (weights / weights.max()).clamp(0.12, 1)
     there = place.expand_as(data)
     v = (data - place) / (1 - t)
     ax.quiver(*there.T, *((1 - t) * v).T, alpha=shade.tolist(), color=BLUE, width=0.004, **arrows)
     ax.quiver(
-        *place, *((1 - t) * mean), color=ORANGE, width=0.01, headwidth=4, headlength=4, **arrows
+        *place,
+        *((1 - t) * mean),
+        color=ORANGE,
+        width=0.013,
+        headwidth=3,
+        headlength=3,
+        headaxislength=3,
+        **arrows,
     )
-    _plane(ax, f"t = {t:.2f}: roads through one place")
+    ax.annotate("their mean,\nv(x, t)", place + (1 - t) * mean, (8, -30), color=ORANGE, **beside)
+    _plane(ax, f"roads through one place, t = {t:.2f}")
+    ax.title.set_fontsize(10)
     show(
         fig,
         "A fan of arrows from one place to the data, and one thick arrow, their mean.",
