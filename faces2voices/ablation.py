@@ -287,7 +287,7 @@ def clip_columns(
 
 # %% ../nbs/engine/18_ablation.ipynb #1e15db6f
 def hear_truth(seen: SeenClips, ear: Ear) -> dict:  # split → measure → a number a clip
-    "What the ear makes of true mels: no variant can be expected to do better."
+    "What the ear makes of true mels: how far its word can be trusted, clip by clip."
     found = {}
     for split in _JUDGED:
         if clips := seen.splits.get(split):

@@ -14,7 +14,7 @@ from .draws import DrawSetting
 from .figures import AMBER, BLUE, GREEN, ORANGE, PALETTE, PINK, SKY, open_axes
 from .statistics import Interval, bootstrap_interval, crossed_interval
 from .swaps import SWAP_MEASURES, swap_changes
-from .variants import VARIANTS
+from .variants import ALL_VARIANTS, VARIANTS
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1007a
 WORLD_COLOURS = {"drawn talkers": BLUE, "GRID": ORANGE}
@@ -70,7 +70,7 @@ def plot_variants(
 ):  # a figure
     "What each variant has more than the whole: a panel a measure, a colour a world."
     titles = {k: VARIANT_MEASURES[k] for k in measures}
-    fig, axes = _panels(titles, [VARIANTS[name].label for name in variants], records)
+    fig, axes = _panels(titles, [ALL_VARIANTS[name].label for name in variants], records)
     for k, (record, colour) in enumerate(zip(records.values(), _colours(records))):
         compared = compare_variants(record)
         for (ax, measure), (y, name) in product(zip(axes, measures), enumerate(variants)):
@@ -116,7 +116,7 @@ def _world_panels(
         ax.set_title(world)
     return fig, axes
 
-
+# %% ../nbs/engine/18_claim_plots.ipynb #ab1013b
 def plot_variant_curves(
     records: dict,  # world → record of `run_ablation`
     variants=tuple(VARIANTS)[1:],
@@ -138,7 +138,9 @@ def plot_variant_curves(
         for name, (look, colour) in zip(variants, product(("o-", "s--"), PALETTE)):
             curve = variant_curve(record, name)
             behind = [loss - whole[step] for step, loss in curve.items()]
-            below.plot(list(curve), behind, look, ms=4, color=colour, label=VARIANTS[name].label)
+            below.plot(
+                list(curve), behind, look, ms=4, color=colour, label=ALL_VARIANTS[name].label
+            )
         below.axhline(0, color="k", lw=2)
         below.set(xlabel="step")
         above.set_title(world)
@@ -167,7 +169,7 @@ def plot_shares(
             y = [found.estimate for found in known.values()]
             bars = [[f.estimate - f.low, f.high - f.estimate] for f in known.values()]
             ax.errorbar(
-                x, y, np.transpose(bars), fmt="o-", color=colour, label=VARIANTS[name].label
+                x, y, np.transpose(bars), fmt="o-", color=colour, label=ALL_VARIANTS[name].label
             )
         ax.axhline(0, color="0.5", lw=1)
         ax.set(xscale="log", xlabel="training clips")

@@ -219,7 +219,7 @@ def _judged_before(
     same = all(found.get(name) == value for name, value in judges.items())
     return found["scores"] if same else None
 
-
+# %% ../nbs/engine/18_heard.ipynb #62e0013b
 def heard_study(
     data,  # folder of prepared clips, the same that the runs were trained on
     out,  # folder of the runs

@@ -154,14 +154,18 @@ def compare_with_mu(
 
 def show_sweep(
     found: dict,  # from `sweep_study`
+    rows=None,  # names of those to show; None: all
 ) -> str:  # Markdown
-    "A row a way to speak; bold is what differs from μ on the same clips."
+    """A row a way to speak; bold is what differs from μ on the same clips.
+
+    The correction is over all rows, shown or not."""
     changed = compare_with_mu(found)
     metrics = [k for k in SWEEP_METRICS if k in found["rows"]["μ"]]
     better = {metric.name: metric.better for metric in METRICS}
     distances = found.get("distances", {})  # older records have none
     body = []
-    for row, scores in found["rows"].items():
+    for row in rows or found["rows"]:
+        scores = found["rows"][row]
         cells = [_sweep_cell(k, scores[k], changed.get((row, k))) for k in metrics]
         distance = f"{distances[row]:.3f}" if row in distances else ""
         body.append([row, *cells, distance])
