@@ -711,8 +711,8 @@ def test_a_vocoder_that_begins_anew_is_its_seeds_and_the_rest_stays(prepared, tm
     preset = FacesToVoices.from_pretrained(folder).preset
     states = seeded(0, lambda: make_vocoder(preset)).state_dict()
     moved = max((after[f"vocoder.{k}"] - v).abs().max() for k, v in states.items())
-    # the first step of Adam moves a weight by the rate
-    assert moved.item() == pytest.approx(preset.lr["vocoder"], rel=0.1)
+    # the first step of Adam moves a weight by the rate, and the average keeps most of that
+    assert 0.8 < moved.item() / preset.lr["vocoder"] <= 1
 
 
 def test_the_mels_of_the_critics_alone_are_softened_as_was_asked(prepared, tmp_path, monkeypatch):
