@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MEL_LOSSES', 'VARIANTS', 'NORM_CONTROLS', 'ALL_VARIANTS', 'FrozenFeatures', 'PlainContent', 'NoMasked', 'NoTimbre',
            'NoProsody', 'Cascade', 'Parallel', 'FlatEncoder', 'Flat', 'FlatTargets', 'AddSpeaker', 'AddedSpeaker',
-           'NormedNoTimbre', 'NormedParallel', 'NormedFlat', 'Variant', 'check_variants', 'count_weights',
-           'names_to_mu', 'weights_to_mu', 'make_variant', 'matched_preset', 'build_variant']
+           'NormedNoTimbre', 'NormedContent', 'NormedParallel', 'NormedCascade', 'NormedFlat', 'Variant',
+           'check_variants', 'count_weights', 'names_to_mu', 'weights_to_mu', 'make_variant', 'matched_preset',
+           'build_variant']
 
 # %% ../nbs/engine/18_variants.ipynb #e9514606
 from dataclasses import replace
@@ -329,13 +330,21 @@ class NormedNoTimbre(NoTimbre):
         return speaker, fed, _normalise(hidden)
 
 
-class NormedParallel(Parallel):
-    "Branches side by side, and what that of content says is normalised, as in the cascade."
+class NormedContent(Hierarchy):
+    "What the content stage says is normalised, as FiLM does where it comes next."
 
     def add_content(self, lips, mask):
         "As of `Hierarchy`."
         content, said = super().add_content(lips, mask)
         return content, _normalise(said)
+
+
+class NormedParallel(NormedContent, Parallel):
+    "Branches side by side, with a norm after content."
+
+
+class NormedCascade(NormedContent, Cascade):
+    "Stages in another order, with a norm after content."
 
 
 class NormedFlat(FlatTargets):
@@ -377,6 +386,12 @@ NORM_CONTROLS = {
     "no-timbre-normed": Variant("w/o timbre, normalised", NormedNoTimbre),
     "flat-normed": Variant("flat + targets, normalised", NormedFlat),
     "parallel-normed": Variant("parallel + targets, normalised", NormedParallel),
+    "prosody-first-normed": Variant(
+        "prosody → timbre → content, normalised", partial(NormedCascade, order=_MELODY_FIRST)
+    ),
+    "timbre-first-normed": Variant(
+        "timbre → content → prosody, normalised", partial(NormedCascade, order=_VOICE_FIRST)
+    ),
 }
 ALL_VARIANTS = VARIANTS | NORM_CONTROLS
 
