@@ -130,6 +130,6 @@ def test_the_table_says_the_change_and_whether_words_stay():
     }
     found = dict(model="m", clips=20, split="test", rows=rows, lenders=["a", "b", "a"])
     table = swaps.show_swaps(found)
-    assert "(-0.300" in table and "p = 0.000" in table and "2 different faces" in table
+    assert "(-0.300" in table and "p < 0.001" in table and "2 different faces" in table
     rows["another face"]["words wrong"] = (words + 0.2).tolist()
     assert "p = 1.000" in swaps.show_swaps(found)
