@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEL_LOSSES', 'VARIANTS', 'NORM_CONTROLS', 'ALL_VARIANTS', 'FrozenFeatures', 'PlainContent', 'NoMasked', 'NoTimbre',
            'NoProsody', 'Cascade', 'Parallel', 'FlatEncoder', 'Flat', 'FlatTargets', 'AddSpeaker', 'AddedSpeaker',
-           'NormedNoTimbre', 'NormedContent', 'NormedParallel', 'NormedCascade', 'NormedFlat', 'Variant',
-           'check_variants', 'count_weights', 'names_to_mu', 'weights_to_mu', 'make_variant', 'matched_preset',
-           'build_variant']
+           'NormedNoTimbre', 'NormedContent', 'NormedParallel', 'NormedCascade', 'NormedFlat', 'NormedFlatTargets',
+           'Variant', 'check_variants', 'count_weights', 'names_to_mu', 'weights_to_mu', 'make_variant',
+           'matched_preset', 'build_variant']
 
 # %% ../nbs/engine/18_variants.ipynb #e9514606
 from dataclasses import replace
@@ -347,13 +347,17 @@ class NormedCascade(NormedContent, Cascade):
     "Stages in another order, with a norm after content."
 
 
-class NormedFlat(FlatTargets):
-    "Everything at once with all targets, and what the last block gives is normalised."
+class NormedFlat(Flat):
+    "Everything at once, and what the last block gives is normalised."
 
     def mix(self, lips, face, identity, expression, mask) -> list:  # of (B, dim, 2T)
         "As of `Flat`."
         *before, last = super().mix(lips, face, identity, expression, mask)
         return [*before, _normalise(last.mT).mT]
+
+
+class NormedFlatTargets(NormedFlat, FlatTargets):
+    "The same with all targets."
 
 # %% ../nbs/engine/18_variants.ipynb #12b0a726
 MEL_LOSSES = "prior", "envelope"  # those that every variant has
@@ -384,8 +388,9 @@ VARIANTS = {
 NORM_CONTROLS = {
     "added-speaker": Variant("whole, speaker added", AddedSpeaker),
     "no-timbre-normed": Variant("w/o timbre, normalised", NormedNoTimbre),
-    "flat-normed": Variant("flat + targets, normalised", NormedFlat),
-    "parallel-normed": Variant("parallel + targets, normalised", NormedParallel),
+    "flat-normed": Variant("flat, mel only, normalised", NormedFlat, False),
+    "flat-targets-normed": Variant("flat + targets, normalised", NormedFlatTargets),
+    "parallel-targets-normed": Variant("parallel + targets, normalised", NormedParallel),
     "prosody-first-normed": Variant(
         "prosody → timbre → content, normalised", partial(NormedCascade, order=_MELODY_FIRST)
     ),
