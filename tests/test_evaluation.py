@@ -645,7 +645,7 @@ def test_every_speaker_gets_numbers_and_from_ten_clips_on_their_errors():
 
 
 def test_cards_of_before_are_still_shown():
-    card = ex.stored_card("grid")
+    card = ex.stored_record("grid")
     if card is None:
         pytest.skip("no card of GRID is stored")
     del card["reasons"], card["errors"]
@@ -1082,7 +1082,7 @@ def test_bench_prints_ratios(model):
 
 
 def test_ledger_leaves_blank_what_was_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(ex, "RESULTS", tmp_path)
+    monkeypatch.setattr("faces2voices.records.RESULTS", tmp_path)
     rows = {r[0]: r for r in ex.ledger()}
     assert rows["MOS naturalness"][1].startswith("4.49") and all(
         r[3] == r[4] == r[5] == "" for r in rows.values()

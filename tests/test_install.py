@@ -209,10 +209,10 @@ def test_without_the_results_the_error_is_typed(monkeypatch, tmp_path):
     from faces2voices import experiments
     from faces2voices.errors import CheckpointError
 
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr("faces2voices.records.RESULTS", tmp_path)
     with pytest.raises(CheckpointError, match="grid.json: no metric card is recorded"):
         experiments.model_card("grid")
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "nowhere")
+    monkeypatch.setattr("faces2voices.records.RESULTS", tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="the recorded results are not there"):
         experiments.model_card("grid")
     with pytest.raises(CheckpointError, match="the recorded results are not there"):
