@@ -212,12 +212,15 @@ def _judged_before(
     path: Path,
     judges: dict,  # who judges now
 ) -> dict | None:  # metric → a number a clip
-    "What the same judges found before, if they did."
+    "What the same judges found before, if they did; CheckpointError where that is damaged."
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    same = all(found.get(name) == value for name, value in judges.items())
-    return found["scores"] if same else None
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        same = all(found.get(name) == value for name, value in judges.items())
+        return dict(found["scores"]) if same else None
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise CheckpointError(path, f"is damaged ({e})", "Remove it: it is made again") from e
 
 # %% ../nbs/engine/18_heard.ipynb #62e0013b
 def heard_study(

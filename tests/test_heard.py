@@ -9,6 +9,7 @@ from faces2voices import heard
 from faces2voices.ablation import AblationRun
 from faces2voices.ears import make_ear
 from faces2voices.core import test_same as same
+from faces2voices.errors import CheckpointError
 from faces2voices.hierarchy import Mu
 from faces2voices.variants import build_variant
 from test_ablation import FEATURED, LIPS, made_clip, seen  # noqa: F401
@@ -102,6 +103,14 @@ def test_what_others_judged_is_judged_again(tmp_path):
     assert heard._judged_before(path, judges | dict(metrics=["ESTOI", "WER"])) is None
     path.write_text(json.dumps({"ESTOI": [0.5]}))
     assert heard._judged_before(path, judges) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"ear_clips": 12, "metrics": []}'])
+def test_a_damaged_judgement_is_said_by_its_name(tmp_path, text):
+    path = tmp_path / "heard.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match="heard.json: is damaged"):
+        heard._judged_before(path, dict(ear_clips=12, metrics=[]))
 
 
 def rows_of(gaps):
