@@ -14,7 +14,7 @@ from .draws import DrawSetting
 from .figures import AMBER, BLUE, GREEN, ORANGE, PALETTE, PINK, SKY, open_axes
 from .statistics import Interval, bootstrap_interval, crossed_interval
 from .swaps import SWAP_MEASURES, swap_changes
-from .variants import ALL_VARIANTS, VARIANTS
+from .variants import ALL_VARIANTS, FAIR
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1007a
 WORLD_COLOURS = {"drawn talkers": BLUE, "GRID": ORANGE}
@@ -65,7 +65,7 @@ def _shift(k: int, worlds) -> float:  # of the k-th world in a row
 def plot_variants(
     records: dict,  # world → record of `run_ablation`
     measures,  # of VARIANT_MEASURES
-    variants=tuple(VARIANTS)[1:],
+    variants=FAIR[1:],
     split: str = "test",
 ):  # a figure
     "What each variant has more than the whole: a panel a measure, a colour a world."
@@ -119,7 +119,7 @@ def _world_panels(
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1013b
 def plot_variant_curves(
     records: dict,  # world → record of `run_ablation`
-    variants=tuple(VARIANTS)[1:],
+    variants=FAIR[1:],
 ):  # a figure
     """The validation loss of μ against the step, a column a world.
 

@@ -26,7 +26,7 @@ from .synthesis import FacesToVoices
 from .training import DecoderExample, decoder_batches, fit
 from .cards import METRICS
 from .studies import vocode_mel
-from .variants import VARIANTS
+from .variants import ALL_VARIANTS
 from faces2voices.ablation import (
     ABLATION_STEPS,
     AblationRun,
@@ -305,7 +305,7 @@ def show_heard(
             difference = changed.get((name, k))
             sure = bool(text) and difference and difference.p < 0.05
             cells.append(f"**{text}**" if sure else text)
-        body.append([VARIANTS[name].label, *cells])
+        body.append([ALL_VARIANTS[name].label, *cells])
     head = ["speech of", *(f"{k} {better[k]}" for k in metrics)]
     text = f"{len(found['clips'])} clips of the split {found['split']}; bold: differs from the "
     text += f"whole (p < 0.05 after Holm's correction over {len(changed)} comparisons)"

@@ -269,7 +269,10 @@ def _ablate(
         str, typer.Option(help="Train each variant from each of these seeds, for example `0,1,2`.")
     ] = "0",
     variants: Annotated[
-        str, typer.Option(help="Only these, for example `whole,flat`; `all` takes the ten.")
+        str,
+        typer.Option(
+            help="Only these, for example `whole,flat`; `all` takes the ten and their controls."
+        ),
     ] = "all",
     shares: Annotated[
         str, typer.Option(help="Shares of the training clips, for example `1,0.25,0.05`.")
@@ -299,11 +302,11 @@ def _ablate(
     Example: `faces2voices ablate prepared/talkers --seeds 0,1,2,3,4`"""
     from faces2voices.ablation import run_ablation, show_variants, write_ablation
     from faces2voices.records import data_of, record
-    from faces2voices.variants import VARIANTS
+    from faces2voices.variants import ALL_VARIANTS
 
     chosen = parse_seeds(seeds)
     fractions = _parse_shares(shares)
-    names = list(VARIANTS) if variants == "all" else variants.split(",")
+    names = list(ALL_VARIANTS) if variants == "all" else variants.split(",")
     found = run_ablation(data, make_folder(out), chosen, names, fractions, steps, lips, to_mu)
     kept = record(found, command_line(ctx), chosen, data_of(data))
     write_ablation(kept, out / "ablation.json")
