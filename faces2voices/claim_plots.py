@@ -13,7 +13,7 @@ from .ablation import VARIANT_MEASURES, compare_variants, known_columns, variant
 from .draws import DrawSetting
 from .figures import AMBER, BLUE, GREEN, ORANGE, PALETTE, PINK, SKY, open_axes
 from .statistics import Interval, bootstrap_interval, crossed_interval
-from .swaps import SWAP_MEASURES, swap_changes
+from .swaps import SWAP_MEASURES, WORD_MARGIN, swap_changes
 from .variants import ALL_VARIANTS, FAIR
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1007a
@@ -259,7 +259,9 @@ def plot_swaps(
     records: dict,  # world → record of `study swaps`
     measures=tuple(SWAP_MEASURES),
 ):  # a figure
-    "What each condition changes of the same clips as they are: a panel a measure."
+    """What each condition changes of the same clips as they are: a panel a measure.
+
+    Grey: the margin within which the words count as the same."""
     first = next(iter(records.values()))
     conditions = [name for name in first["rows"] if name != "as it is"]
     fig, axes = _panels(dict.fromkeys(measures, ""), conditions, records)
@@ -271,6 +273,8 @@ def plot_swaps(
                 _draw_interval(
                     ax, y + _shift(k, records), found, found.low * found.high > 0, colour
                 )
-    for ax in axes:
+    for ax, measure in zip(axes, measures):
         ax.axvline(0, color="0.5", lw=1)
+        if measure == "words wrong":
+            ax.axvspan(-WORD_MARGIN, WORD_MARGIN, color="0.88", zorder=0)
     return fig
