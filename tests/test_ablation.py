@@ -23,6 +23,8 @@ from faces2voices.timbre import FiLM, SpeakerEncoder
 from faces2voices.toyworld import toy_batch
 from faces2voices.variants import (
     ALL_VARIANTS,
+    FAIR,
+    Flat,
     Cascade,
     FrozenFeatures,
     check_variants,
@@ -173,6 +175,24 @@ def test_heads_of_the_flat_encoder_feed_nothing_back():
     same(model(*model.inputs(batch)).mu.detach(), before.detach())
     plain = {name for name, _ in build("flat").named_children()}
     assert plain == {"lips", "to_mu", "encoder", "blocks"}
+
+
+# --- who normalises
+
+
+@pytest.mark.parametrize("name", ALL_VARIANTS)
+def test_the_fair_variants_and_no_others_normalise_what_is_said(name):
+    "A layer norm takes no notice when all that it is told is three times as large."
+    model = build(name).eval()
+    inputs = model.inputs(toy_features())
+    before = model(*inputs).mu
+    if isinstance(model, Flat):
+        model.blocks[-1].register_forward_hook(lambda block, given, said: 3 * said)
+    else:
+        said = model.from_content
+        model.from_content = lambda *given: 3 * said(*given)
+    after = model(*inputs).mu
+    assert torch.allclose(after, before, atol=1e-3) == (name in FAIR)
 
 
 # --- who learns from what
