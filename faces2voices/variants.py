@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEL_LOSSES', 'VARIANTS', 'NORM_CONTROLS', 'ALL_VARIANTS', 'FAIR', 'FrozenFeatures', 'PlainContent', 'NoMasked',
            'NoTimbre', 'NoProsody', 'Cascade', 'Parallel', 'FlatEncoder', 'Flat', 'FlatTargets', 'AddSpeaker',
-           'AddedSpeaker', 'NormedNoTimbre', 'NormedContent', 'NormedParallel', 'NormedCascade', 'NormedFlat',
-           'NormedFlatTargets', 'Variant', 'check_variants', 'count_weights', 'names_to_mu', 'weights_to_mu',
-           'make_variant', 'matched_preset', 'build_variant']
+           'AddedSpeaker', 'NormedNoTimbre', 'NormedContent', 'NormedAddedSpeaker', 'NormedParallel', 'NormedCascade',
+           'NormedFlat', 'NormedFlatTargets', 'Variant', 'check_variants', 'count_weights', 'names_to_mu',
+           'weights_to_mu', 'make_variant', 'matched_preset', 'build_variant']
 
 # %% ../nbs/engine/18_variants.ipynb #e9514606
 from dataclasses import replace
@@ -28,8 +28,9 @@ from faces2voices.prosody import (
     VariancePredictor,
     denormalize_energy,
     denormalize_pitch,
+    movement,
 )
-from .hierarchy import Hierarchy, Mu
+from .hierarchy import Hierarchy, Mu, Pronouncer
 
 # %% ../nbs/engine/18_variants.ipynb #087c3a58
 class FrozenFeatures(nn.Module):
@@ -212,21 +213,26 @@ class FlatEncoder(nn.Module):
         "Everything at once."
         face = self.face(face if self.from_face else identity)
         face = face[:, None].expand(-1, lips.shape[1], -1)
-        together = torch.cat([lips, face, self.expression(expression, mask)], -1)
+        moved = self.expression(movement(expression, mask), mask)
+        together = torch.cat([lips, face, moved], -1)
         return self.mix(together).repeat_interleave(2, 1)
 
 # %% ../nbs/engine/18_variants.ipynb #73a1dd2c
 class Flat(Hierarchy):
-    """Lips, face and expression mixed at once, and as many ConvBlocks as the content stage has.
+    """Lips, face and expression mixed at once, and as many blocks as what it is compared with.
 
     Trained on the mel alone, this is the paper's *w/o Hier* as far as it is described. The blocks
-    are there so that it is as deep as what it is compared with."""
+    are those of the content stage and, where words are read, those that pronounce them."""
 
     def build_stages(self, preset):
         "In the place of all stages."
         self.encoder = FlatEncoder(preset, self.lips.dim)
-        blocks = [ConvBlock(preset.dim, preset.dropout) for _ in range(preset.n_blocks)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(
+            ConvBlock(preset.dim, preset.dropout) for _ in range(preset.n_blocks)
+        )
+        if preset.words:
+            pronounce = Pronouncer(1 + len(preset.words), preset.dim, preset.dropout)
+            self.blocks += pronounce.blocks
 
     def mix(self, lips, face, identity, expression, mask) -> list:  # of (B, dim, 2T)
         "What each block gives, the last of them for μ."
@@ -339,6 +345,10 @@ class NormedContent(Hierarchy):
         return content, _normalise(said)
 
 
+class NormedAddedSpeaker(NormedContent, AddedSpeaker):
+    "The whole without the scale of FiLM: its norm is kept."
+
+
 class NormedParallel(NormedContent, Parallel):
     "Branches side by side, with a norm after content."
 
@@ -387,6 +397,7 @@ VARIANTS = {
 }
 NORM_CONTROLS = {
     "added-speaker": Variant("whole, speaker added", AddedSpeaker),
+    "added-speaker-normed": Variant("whole, speaker added + norm", NormedAddedSpeaker),
     "no-timbre-normed": Variant("w/o timbre + norm", NormedNoTimbre),
     "flat-normed": Variant("flat, mel only + norm", NormedFlat, False),
     "flat-targets-normed": Variant("flat + targets + norm", NormedFlatTargets),
