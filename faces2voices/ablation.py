@@ -43,6 +43,7 @@ from .studies import clips_with_targets, score_mu
 from faces2voices.variants import (
     MEL_LOSSES,
     ALL_VARIANTS,
+    FAIR,
     check_variants,
     count_weights,
     make_variant,
@@ -500,7 +501,7 @@ def run_ablation(
     data,  # folder of prepared clips with splits train, val and test, and perhaps unseen
     out,  # folder of the runs
     seeds=(0, 1, 2, 3, 4),
-    variants=tuple(ALL_VARIANTS),
+    variants=FAIR,
     shares=SHARES,
     steps: int = ABLATION_STEPS,
     lips="talkers",  # a pre-trained reader's file, or a model whose lip encoder is used

@@ -7,7 +7,7 @@ __all__ = ['WORLD_COLOURS', 'plot_variants', 'variant_curve', 'plot_variant_curv
            'plot_temperatures', 'plot_octaves', 'plot_swaps']
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1002a
-from itertools import product
+from itertools import cycle, product
 import numpy as np
 from .ablation import VARIANT_MEASURES, compare_variants, known_columns, variant_changes
 from .draws import DrawSetting
@@ -22,7 +22,7 @@ WORLD_COLOURS = {"drawn talkers": BLUE, "GRID": ORANGE}
 
 def _colours(names) -> list:
     "A world has its own colour in every figure; what is no world gets another."
-    others = iter((GREEN, PINK, SKY, AMBER))
+    others = cycle((GREEN, PINK, SKY, AMBER))
     return [WORLD_COLOURS.get(name) or next(others) for name in names]
 
 
@@ -82,6 +82,7 @@ def plot_variants(
                 ax.plot(table.mean(1), [y + 0.14] * len(table), "|", ms=5, color="0.3", zorder=4)
     for ax, better in zip(axes, titles.values()):
         _shade_worse(ax, better)
+    fig.supxlabel("more than the whole", fontsize=10)
     return fig
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1012a

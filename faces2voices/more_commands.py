@@ -271,9 +271,10 @@ def _ablate(
     variants: Annotated[
         str,
         typer.Option(
-            help="Only these, for example `whole,flat`; `all` takes the ten and their controls."
+            help="`fair` (the ten that share a norm), `all` (their controls too), or names, "
+            "for example `whole,flat-normed`."
         ),
-    ] = "all",
+    ] = "fair",
     shares: Annotated[
         str, typer.Option(help="Shares of the training clips, for example `1,0.25,0.05`.")
     ] = "1,0.25,0.05",
@@ -302,11 +303,12 @@ def _ablate(
     Example: `faces2voices ablate prepared/talkers --seeds 0,1,2,3,4`"""
     from faces2voices.ablation import run_ablation, show_variants, write_ablation
     from faces2voices.records import data_of, record
-    from faces2voices.variants import ALL_VARIANTS
+    from faces2voices.variants import ALL_VARIANTS, FAIR
 
     chosen = parse_seeds(seeds)
     fractions = _parse_shares(shares)
-    names = list(ALL_VARIANTS) if variants == "all" else variants.split(",")
+    sets = dict(fair=FAIR, all=ALL_VARIANTS)
+    names = list(sets.get(variants) or variants.split(","))
     found = run_ablation(data, make_folder(out), chosen, names, fractions, steps, lips, to_mu)
     kept = record(found, command_line(ctx), chosen, data_of(data))
     write_ablation(kept, out / "ablation.json")

@@ -156,8 +156,8 @@ class Parallel(Hierarchy):
     """Three branches, each with its own losses, added up before μ: stages without a cascade.
 
     No branch sees what another one found. The prosody branch looks at lips and face itself, by
-    maps of its own, since in the cascade it hears of both: what is taken away is the passing on,
-    and not the sight. The speaker is added and not modulated with, since nothing stands before it.
+    maps of its own, since in the cascade it hears of both: it keeps the sight, and loses what the
+    content stage made of it. The speaker is added, since nothing stands before it to be scaled.
     """
 
     def __init__(
@@ -436,7 +436,7 @@ def names_to_mu(
     model: Hierarchy,
     batch,  # of features
 ) -> set:  # of parameters
-    "Those that μ depends on, where nothing is told."
+    "Those that μ depends on, without teacher forcing."
     training = model.training
     out = model.eval()(*model.inputs(batch))
     named = dict(model.named_parameters())
@@ -449,7 +449,7 @@ def weights_to_mu(
     model: Hierarchy,
     batch,  # of features
 ) -> int:
-    "Weights that μ depends on, where nothing is told."
+    "Weights that μ depends on, without teacher forcing."
     return count_weights(model, names_to_mu(model, batch))
 
 # %% ../nbs/engine/18_variants.ipynb #ac1fba1a
