@@ -82,7 +82,7 @@ def plot_variants(
                 ax.plot(table.mean(1), [y + 0.14] * len(table), "|", ms=5, color="0.3", zorder=4)
     for ax, better in zip(axes, titles.values()):
         _shade_worse(ax, better)
-    fig.supxlabel("more than the whole", fontsize=10)
+    axes[len(axes) // 2].set_xlabel("more than the whole")
     return fig
 
 # %% ../nbs/engine/18_claim_plots.ipynb #ab1012a
